@@ -61,6 +61,11 @@ class Ranks:
             dist.barrier()
 
 
+def is_first() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def start(device: str) -> Ranks:
     """Joins the processes that torchrun started, if it started several.
 

@@ -89,7 +89,8 @@ def _spread(axes: Any, rows: list[dict]) -> None:
                  label=f"reward std, {words}")  # fmt: skip
     axes.set_xticks(steps)
     twin = axes.twinx()
-    twin.plot(steps[: len(weights)], weights, "s--", color=WEIGHT, ms=4, label="noise weight std_k / mean(std)")
+    weighted = [(step, weight) for step, weight in enumerate(weights) if weight]
+    twin.plot(*zip(*weighted, strict=True), "s--", color=WEIGHT, ms=4, label="noise weight std_k / mean(std)")
     twin.set_ylim(bottom=0)
     handles = [part.get_legend_handles_labels() for part in (axes, twin)]
     axes.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], fontsize=8)

@@ -30,7 +30,7 @@ from tempflow.branching import TransitionBatch, decode_branches, sample_branches
 from tempflow.checkpoint import Progress
 from tempflow.config import help_text, load
 from tempflow.errors import BadInput
-from tempflow.metrics import LossRecord
+from tempflow.metrics import LossRecord, loss_figures
 from tempflow.run import Run, set_up
 
 
@@ -62,7 +62,8 @@ def train_step(run: Run, iteration: int) -> dict[str, Any]:
             for batch in batches:
                 record.add(backward(run, batch), number)
             norms.append(run.optimizer_step())
-    return {**describe(rewards, credit, run, plan.steps), **record.summary(), "grad_norm": sum(norms) / len(norms)}
+    figures = loss_figures(run.ranks.gather(record.totals(), dim=0))
+    return {**describe(rewards, credit, run, plan.steps), **figures, "grad_norm": sum(norms) / len(norms)}
 
 
 def backward(run: Run, batch: TransitionBatch) -> BranchLossStats:
@@ -107,7 +108,9 @@ def train(run: Run, progress: Progress) -> None:
     config, start = run.config, time.perf_counter() - progress.seconds
     total, every, save_every = config.learn.iterations, config.eval.every, config.run.save_every
     if progress.iteration == 0:
-        run.record({"step": 0, "seconds": 0.0, "rollouts": 0, **run.constants(), **run.evaluate(0)})
+        scores = run.evaluate(0)
+        run.record({"step": 0, "seconds": 0.0, "rollouts": 0, **run.constants(), **scores,
+                    "phase_seconds": run.clock.read()})  # fmt: skip
         start = time.perf_counter()
     bar = tqdm(total=total, initial=progress.iteration, unit="it", disable=not run.ranks.first, dynamic_ncols=True)
     for iteration in range(progress.iteration, total):
@@ -135,16 +138,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         run, progress = set_up(load(arguments))
-        if run.config.run.plan_only:
-            return 0
-        train(run, progress)
-        run.finish()
+    except BadInput as error:
+        return refuse(error, speak=distributed.is_first())
+    try:
+        if not run.config.run.plan_only:
+            train(run, progress)
+            run.finish()
         return 0
     except BadInput as error:
-        print(f"tempflow: {error}", file=sys.stderr)
-        return 2
+        return refuse(error, speak=True)
     finally:
         distributed.stop()
+
+
+def refuse(error: BadInput, speak: bool) -> int:
+    """Says what is wrong in one line and returns the exit code; before the loop every rank meets the same mistake."""
+    if speak:
+        print(f"tempflow: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import torch
 from tempflow.branching import sample_trunk, updates
 from tempflow.config import LearnConfig
 from tempflow.draws import Draw
-from tempflow.metrics import LossRecord
+from tempflow.metrics import LossRecord, loss_figures
 from tempflow.optim import MovingAverage, make_optimizer
 from tempflow.plan import BranchPlan
 from tempflow_kernels import BranchLossStats, branch_loss
@@ -34,7 +34,7 @@ def first_update(policy, schedule, rows=3, seeds=2, siblings=4, move=None):
         )
         (loss * batch.share).backward()
         record.add(stats, 0)
-    return record.summary()
+    return loss_figures(record.totals())
 
 
 def test_first_ratio_is_exactly_one_on_the_sd3_pipeline(digits_policy, schedule):
@@ -50,14 +50,21 @@ def test_a_moved_policy_has_another_ratio(digits_policy, schedule, disturb):
     assert summary["log_ratio_max"] > 1e-5 and summary["clip_fraction"] > 0
 
 
-def test_record_tells_the_first_update_from_the_rest(toy, schedule):
-    record = LossRecord()
-    assert record.summary() == {}
-    names = ("ratio_mean", "ratio_max", "clip_fraction", "approx_kl", "kl", "log_ratio_mean", "log_ratio_max")
-    for update, value in ((0, 0.0), (1, 4.0)):
-        record.add(BranchLossStats(**{name: torch.tensor(value) for name in names}), update)
-    summary = record.summary()
-    assert summary["first_log_ratio_max"] == 0 and summary["log_ratio_max"] == 4 and summary["log_ratio_mean"] == 2
+def test_figures_of_several_ranks_are_those_of_one():
+    """Means are weighted by batches, maxima are maxima, and the first update is told from the rest."""
+
+    def stats(value):
+        return BranchLossStats(*(torch.tensor(float(value)) for _ in BranchLossStats._fields))
+
+    whole, ranks = LossRecord(), [LossRecord(), LossRecord(), LossRecord()]
+    for rank, update, value in ((0, 0, 1.0), (0, 1, 5.0), (1, 0, 0.0), (1, 0, 2.0), (1, 1, 4.0)):
+        whole.add(stats(value), update)
+        ranks[rank].add(stats(value), update)
+    figures = loss_figures(torch.cat([record.totals() for record in ranks]))
+    assert figures == pytest.approx(loss_figures(whole.totals()))
+    assert (figures["kl"], figures["log_ratio_max"]) == (pytest.approx(2.4), 5.0)
+    assert (figures["first_log_ratio_mean"], figures["first_log_ratio_max"]) == (1.0, 2.0)
+    assert loss_figures(LossRecord().totals()) == {}
 
 
 def test_reference_is_the_model_before_training(digits_policy, schedule):
