@@ -85,7 +85,7 @@ def normal(key: Tensor, siblings: int, elements: int) -> Tensor:
     zero = torch.zeros((), dtype=torch.int64, device=key.device)
     words = philox4x32((counter_low, counter_high, zero, zero), seed_words)
     lanes = (*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3]))
-    return torch.stack(lanes, dim=-1).view(rows, siblings, quads * 4)[..., :elements]
+    return torch.stack(lanes, dim=-1).view(rows, siblings, quads * 4)[..., :elements].contiguous()
 
 
 def fold_key(seed: Tensor | int, *identity: Tensor | int) -> Tensor:
