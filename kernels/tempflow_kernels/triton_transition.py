@@ -42,15 +42,12 @@ def step_kernel(
     v = load_guided(velocity, uncond, row, elements, index, GUIDED, GUIDANCE)
     mean = x_coef * load_row(latents, row, elements, index) + v_coef * v
     for sibling in range(siblings):
-        start = next_latents + (row * siblings + sibling) * elements
-        if std == 0.0:
-            tl.store(start + index, mean, mask=inside)
-            tl.store(partial + program * siblings + sibling, 0.0)
-        else:
+        noise = tl.zeros([BLOCK], tl.float32)
+        if std != 0.0:
             noise = noise_block(key, key, row, sibling, siblings, elements, block, BLOCK, False)
-            tl.store(start + index, mean + std * noise, mask=inside)
-            square = tl.where(inside, noise * noise, 0.0)
-            tl.store(partial + program * siblings + sibling, tl.sum(square))
+        start = next_latents + (row * siblings + sibling) * elements
+        tl.store(start + index, mean + std * noise, mask=inside)
+        tl.store(partial + program * siblings + sibling, tl.sum(tl.where(inside, noise * noise, 0.0)))
 
 
 @triton.jit
