@@ -7,8 +7,7 @@ from importlib import metadata, util
 import torch
 
 from . import native
-from ._ops import NAMESPACE
-from .library import CHOSEN
+from .library import CHOSEN, NAMESPACE
 
 
 def _triton_version() -> str:

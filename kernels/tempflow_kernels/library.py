@@ -110,8 +110,7 @@ def chosen_backends() -> dict[str, str]:
 
 def register() -> torch.library.Library:
     """Define every operator, its fake and its backends."""
-    namespace = add_op_namespace_prefix("").removesuffix("::")
-    library = torch.library.Library(namespace, "DEF")
+    library = torch.library.Library(NAMESPACE, "DEF")
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
         torch.library.register_fake(add_op_namespace_prefix(name), FAKES[name], lib=library)
@@ -120,5 +119,6 @@ def register() -> torch.library.Library:
     return library
 
 
+NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
 CHOSEN = chosen_backends()
 LIBRARY = register()

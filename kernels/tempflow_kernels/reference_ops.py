@@ -19,8 +19,21 @@ __all__ = [
 ]
 
 normal = philox.normal
-transition_step = reference.transition_step
 transition_log_prob = reference.transition_log_prob
+
+
+def transition_step(
+    latents: Tensor,
+    velocity: Tensor,
+    coef: Tensor,
+    key: Tensor,
+    siblings: int,
+    velocity_uncond: Tensor | None,
+    guidance: float,
+) -> tuple[Tensor, Tensor]:
+    """next_latents (R, K, D...), contiguous whatever the strides of the inputs, and log_prob (R, K)."""
+    following, log_prob = reference.transition_step(latents, velocity, coef, key, siblings, velocity_uncond, guidance)
+    return following.contiguous(), log_prob
 
 
 def log_ratio(
