@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
+from tempflow_kernels import triton_loss, triton_noise, triton_ops, triton_transition
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-
-from tempflow_kernels import triton_loss, triton_noise, triton_ops, triton_transition
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -192,6 +192,7 @@ def oracle_kl(case, mixed):
         return torch.zeros((), dtype=DOUBLE, device=case.device)
     _, v_coef, std = _columns(case)
     safe = torch.where(std > 0, std, 1.0)
-    rows = _mean(kl_divergence(Normal(v_coef * mixed, safe), Normal(v_coef * case.velocity_ref.double()[:, None], safe)))
+    new, old = (Normal(v_coef * v, safe) for v in (mixed, case.velocity_ref.double().unsqueeze(1)))
+    rows = _mean(kl_divergence(new, old))
     rows = torch.where(std.flatten(1) > 0, rows, 0.0)[:, 0]
     return (rows if case.kl_weights is None else rows * case.kl_weights.double()).mean()

@@ -3,8 +3,15 @@ same dtypes, plus a few ulp. Run by the tests of the C++ twin, of Triton in the 
 """
 
 import torch
-from kernel_cases import Case, oracle_log_prob, oracle_log_ratio, oracle_loss, oracle_noise, oracle_step, oracle_velocity
-
+from kernel_cases import (
+    Case,
+    oracle_log_prob,
+    oracle_log_ratio,
+    oracle_loss,
+    oracle_noise,
+    oracle_step,
+    oracle_velocity,
+)
 from tempflow_kernels import reference, reference_ops
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +53,8 @@ def check_step(module, case):
     arguments = (
         case.latents, case.velocity, case.coef, case.key, case.siblings, case.velocity_uncond, case.guidance
     )  # fmt: skip
-    found, plain, oracle = module.transition_step(*arguments), reference.transition_step(*arguments), oracle_step(case, noise)
+    found, plain = (source.transition_step(*arguments) for source in (module, reference))
+    oracle = oracle_step(case, noise)
     for name, *values in zip(("next_latents", "log_prob"), found, plain, oracle, strict=True):
         assert_close_as_torch(name, *values)
     assert torch.equal(found[1][1], torch.zeros_like(found[1][1])), "an ODE row has log_prob 0"

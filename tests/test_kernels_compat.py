@@ -5,10 +5,9 @@ import math
 
 import pytest
 import torch
-from torch.distributions import Normal
-
 from tempflow_kernels.compat.dance_grpo import flux_step
 from tempflow_kernels.compat.flow_grpo import sde_step_with_logprob
+from torch.distributions import Normal
 
 SIGMAS = torch.tensor([1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.278, 0.0089, 0.0])
 

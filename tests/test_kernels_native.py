@@ -13,9 +13,15 @@ import pytest
 import torch
 from kernel_cases import Case, oracle_log_ratio
 from kernel_contract import (
-    CASES, check_log_prob, check_log_ratio, check_loss, check_nan, check_noise, check_step, unnumbered,
+    CASES,
+    check_log_prob,
+    check_log_ratio,
+    check_loss,
+    check_nan,
+    check_noise,
+    check_step,
+    unnumbered,
 )  # fmt: skip
-
 from tempflow_kernels import native, native_ops, reference_ops
 
 ROOT = Path(__file__).resolve().parent.parent

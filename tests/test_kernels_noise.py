@@ -4,11 +4,10 @@ import math
 
 import numpy as np
 import pytest
+import tempflow_kernels as tk
 import torch
 from kernel_cases import oracle_draw
 from scipy import stats
-
-import tempflow_kernels as tk
 from tempflow_kernels import native, native_ops, reference_ops
 
 # Random123, kat_vectors: philox4x32 with 10 rounds, (counter, key, words).

@@ -5,10 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import tempflow_kernels as tk
 import torch
 from kernel_cases import Case
-
-import tempflow_kernels as tk
 from tempflow_kernels import reference
 from tempflow_kernels._ops import ops
 from tempflow_kernels.library import SCHEMAS
@@ -49,7 +48,7 @@ WRONG_USE = [
     (step_call, {"key": CASE.key.float()}, "key: found torch.float32, expected torch.int64"),
     (step_call, {"key": 7}, "key: found int, expected a tensor of shape (4, 2)"),
     (step_call, {"key": CASE.key[:3]}, "key: found shape (3, 2), expected shape (4, 2)"),
-    (step_call, {"velocity": CASE.velocity[:, :2]}, "velocity: found shape (4, 2, 7, 11), expected shape (4, 3, 7, 11)"),
+    (step_call, {"velocity": CASE.velocity[:, :2]}, "velocity: found shape (4, 2, 7, 11), expected shape (4, 3,"),
     (step_call, {"velocity": META}, "velocity: found device meta, expected device cpu"),
     (step_call, {"velocity_uncond": CASE.velocity[:1]}, "velocity_uncond: found shape (1, 3, 7, 11)"),
     (step_call, {"siblings": 0}, "siblings: found 0, expected a positive int"),

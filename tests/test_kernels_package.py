@@ -1,4 +1,4 @@
-"""The package as a package: imports, kernel-hub rules, installation beside tempflow, size of its files and functions."""
+"""The package as a package: imports, kernel-hub rules, installation beside tempflow, size of files."""
 
 import ast
 import importlib.util
@@ -68,7 +68,8 @@ def test_namespace_is_decided_in_one_place():
 
 def load(folder, name):
     """Import a package under another name, as the kernel hub does."""
-    spec = importlib.util.spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+    file = folder / "__init__.py"
+    spec = importlib.util.spec_from_file_location(name, file, submodule_search_locations=[str(folder)])
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)

@@ -48,8 +48,8 @@ class BranchLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, velocity, uncond, velocity_old, advantages, weights, coef, key, noise, ref, kl_weights, clip_range, kl_coef,
-        guidance,
+        ctx, velocity, uncond, velocity_old, advantages, weights, coef, key, noise, ref, kl_weights, clip_range,
+        kl_coef, guidance,
     ):  # fmt: skip
         loss, stats, slopes = ops.branch_loss(
             velocity, velocity_old, advantages, weights, coef, key, noise, ref, uncond, kl_weights, *clip_range,

@@ -100,8 +100,9 @@ def branch_loss(
 
 
 def velocity_gradient(
-    slopes, scale, velocity, velocity_old, coef, key, noise, velocity_ref, velocity_uncond, kl_weights, kl_coef, guidance
-) -> tuple[Tensor, Tensor]:
+    slopes, scale, velocity, velocity_old, coef, key, noise, velocity_ref, velocity_uncond, kl_weights, kl_coef,
+    guidance,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     memory, gradient = _Memory(), _empty(velocity, *velocity.shape, dtype=velocity.dtype)
     numbers = (guidance, kl_coef, 0.0, 0.0)
     branches = memory.branches(velocity, velocity_old, noise, velocity_ref, velocity_uncond, kl_weights, numbers)

@@ -12,7 +12,15 @@ from torch import Tensor
 from . import autograd, reference
 from ._ops import ops
 from .checks import (
-    check_coef, check_count, check_key, check_like, check_noise_source, check_number, check_rows, check_tensor, expect,
+    check_coef,
+    check_count,
+    check_key,
+    check_like,
+    check_noise_source,
+    check_number,
+    check_rows,
+    check_tensor,
+    expect,
 )  # fmt: skip
 from .reference import BranchLossStats, compute_dtype
 

@@ -48,7 +48,7 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
 
 
 def guided(velocity: Tensor, velocity_uncond: Tensor | None, guidance: float, dtype: torch.dtype) -> Tensor:
-    """Classifier-free guidance `v_uncond + guidance * (v - v_uncond)`; `velocity` itself when there is no second half."""
+    """Classifier-free guidance `v_uncond + guidance * (v - v_uncond)`; `velocity` itself without a second half."""
     if velocity_uncond is None:
         return velocity.to(dtype)
     uncond = velocity_uncond.to(dtype)

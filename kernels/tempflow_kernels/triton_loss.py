@@ -60,7 +60,9 @@ def log_ratio_kernel(partial, coef, log_ratio, siblings, elements, blocks, LANES
 
 
 @triton.jit
-def reference_kl_kernel(partial, coef, kl_weights, kl, siblings, elements, blocks, WEIGHTED: tl.constexpr, LANES: tl.constexpr):
+def reference_kl_kernel(
+    partial, coef, kl_weights, kl, siblings, elements, blocks, WEIGHTED: tl.constexpr, LANES: tl.constexpr
+):
     """kl[r] = kl_weight_r s^2 / 2 * mean((v - v_ref)^2)."""
     row = tl.program_id(0).to(tl.int64)
     s = sensitivity(coef, row)

@@ -154,8 +154,9 @@ def branch_loss(
 
 
 def velocity_gradient(
-    slopes, scale, velocity, velocity_old, coef, key, noise, velocity_ref, velocity_uncond, kl_weights, kl_coef, guidance
-) -> tuple[Tensor, Tensor]:
+    slopes, scale, velocity, velocity_old, coef, key, noise, velocity_ref, velocity_uncond, kl_weights, kl_coef,
+    guidance,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, elements, blocks = _geometry(velocity)
     guided, kl_coef = velocity_uncond is not None, float(kl_coef) if velocity_ref is not None else 0.0
     gradient = torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
@@ -165,8 +166,8 @@ def velocity_gradient(
         loss_kernels.velocity_gradient_kernel[(rows * blocks,)](
             slopes, _fp32(scale), velocity, velocity_old.contiguous(), _flat(velocity_ref, velocity),
             _flat(velocity_uncond, velocity), slopes if kl_weights is None else _fp32(kl_weights), coef,
-            _flat(key, slopes), _flat(noise, velocity), gradient, gradient if uncond_gradient is None else uncond_gradient,
-            rows, slopes.shape[1], elements, blocks,
+            _flat(key, slopes), _flat(noise, velocity), gradient, _flat(uncond_gradient, gradient), rows,
+            slopes.shape[1], elements, blocks,
             GUIDED=guided, GUIDANCE=float(guidance), KL_COEF=kl_coef, WEIGHTED=kl_weights is not None,
             STORED=noise is not None, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
