@@ -24,7 +24,7 @@ HALF, COUNT = "*bf16", "i32"
 TYPES = {
     name: kind
     for kind, names in {
-        "*fp32": "coef next_latents partial slopes scale kl_weights noise",
+        "*fp32": "coef next_latents partial slopes scale kl_weights noise log_prob log_ratio kl advantages weights loss stats",
         "*i64": "key",
         HALF: "latents velocity velocity_old velocity_ref uncond gradient uncond_gradient",
         COUNT: "rows siblings elements blocks",
@@ -45,6 +45,15 @@ KERNELS = {
 }
 
 
+LANES = {"LANES": triton_ops.LANES}
+FINISHERS = {
+    "log_prob_finish": (triton_transition.log_prob_finish_kernel, LANES),
+    "log_ratio": (triton_loss.log_ratio_kernel, LANES),
+    "reference_kl": (triton_loss.reference_kl_kernel, LANES | {"WEIGHTED": True}),
+    "objective": (triton_loss.objective_kernel, LANES | {"LOW": 1e-4, "HIGH": 1e-4, "KL_COEF": 0.004, "REFERENCE": True}),
+}
+
+
 @dataclass
 class Figures:
     """What one compilation came to; `wide` counts 128-bit loads (and stores) of global memory."""
@@ -58,18 +67,22 @@ class Figures:
     ttir: str
 
 
-def compile_kernel(name, target):
-    """The compiled kernel, pointers and row length being multiples of 16 as for all latents of real models."""
-    kernel, constants = KERNELS[name]
-    constants = {"BLOCK": triton_ops.BLOCK, **constants}
+def compile_kernel(name, target, ones=()):
+    """The compiled kernel, pointers and row length being multiples of 16 as for all latents of real models.
+
+    `ones`: counts that are 1; the launcher compiles a variant of its own for these.
+    """
+    kernel, constants = (KERNELS | FINISHERS)[name]
     names = kernel.arg_names
-    signature = {argument: TYPES.get(argument, "constexpr") for argument in names}
+    constants = ({"BLOCK": triton_ops.BLOCK} if name in KERNELS else {}) | constants
+    constants |= {argument: 1 for argument in ones if argument in names}
+    signature = {argument: "constexpr" if argument in constants else TYPES[argument] for argument in names}
     aligned = [i for i, argument in enumerate(names) if signature[argument][0] == "*" or argument == "elements"]
     source = ASTSource(
         kernel,
         signature,
         constexprs={(names.index(argument),): value for argument, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned if names[i] not in constants},
     )
     return triton.compile(source, target=target, options=dict(triton_ops.OPTIONS))
 

@@ -30,8 +30,7 @@ def test_kernels_take_no_float_arguments():
     import triton
     from tempflow_kernels import triton_loss, triton_noise, triton_transition
 
-    results = {"log_prob", "log_ratio", "kl", "advantages", "weights", "loss", "stats"}
-    pointers_and_counts = set(kernel_aot.TYPES) | results
+    pointers_and_counts = set(kernel_aot.TYPES)
     kernels = [
         value
         for module in (triton_loss, triton_noise, triton_transition)
@@ -60,3 +59,32 @@ def test_compiled_for_real_targets(name, target):
         writes = sum(argument.endswith("gradient") for argument in kernel.arg_names)
         assert figures.wide_loads >= reads - writes
         assert figures.wide_stores >= (2 if name in ("normal", "step") else writes)
+
+
+COUNTS = ("rows", "siblings", "elements", "blocks")
+
+
+@pytest.mark.parametrize("ones", [("rows", "siblings", "blocks"), COUNTS, ("siblings",)], ids="-".join)
+@pytest.mark.parametrize("name", kernel_aot.KERNELS | kernel_aot.FINISHERS)
+def test_counts_of_one_compile(name, ones):
+    """The launcher turns counts of 1 into constants; the interpreter does not, so only compilation can show it."""
+    assert kernel_aot.compile_kernel(name, kernel_aot.TARGETS["sm_90"], ones).asm["cubin"]
+
+
+@pytest.mark.parametrize("target", kernel_aot.TARGETS)
+@pytest.mark.parametrize("name", kernel_aot.FINISHERS)
+def test_finishing_kernels_compile_without_spills_and_fp64(name, target):
+    figures = kernel_aot.figures(name, target)
+    assert figures.spills == 0 and figures.fp64 == 0
+
+
+@pytest.mark.parametrize("name", ["moments", "velocity_gradient", "step"])
+def test_variants_without_options_compile(name, monkeypatch):
+    """Stored noise, no guidance, no reference policy."""
+    kernel, constants = kernel_aot.KERNELS[name]
+    plain = {argument: argument == "STORED" for argument, value in constants.items() if isinstance(value, bool)}
+    changed = constants | plain | ({"KL_COEF": 0.0} if "KL_COEF" in constants else {})
+    monkeypatch.setitem(kernel_aot.KERNELS, name, (kernel, changed))
+    for half in ("*fp32", "*fp16"):
+        monkeypatch.setattr(kernel_aot, "TYPES", {k: half if v == "*bf16" else v for k, v in kernel_aot.TYPES.items()})
+        assert kernel_aot.figures(name, "sm_90").spills == 0

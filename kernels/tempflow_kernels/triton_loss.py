@@ -52,7 +52,7 @@ def log_ratio_kernel(partial, coef, log_ratio, siblings, elements, blocks, LANES
     """log_ratio[r, j] = -(s^2 mean(delta^2) / 2 + s mean(delta noise_j)) with s = v_coef / std."""
     program = tl.program_id(0).to(tl.int64)
     row, sibling = program // siblings, program % siblings
-    count = elements.to(tl.float32)
+    count = elements * 1.0
     square = sum_blocks(partial, row, 0, siblings + 2, blocks, LANES) / count
     product = sum_blocks(partial, row, 2 + sibling, siblings + 2, blocks, LANES) / count
     s = sensitivity(coef, row)
@@ -66,7 +66,7 @@ def reference_kl_kernel(
     """kl[r] = kl_weight_r s^2 / 2 * mean((v - v_ref)^2)."""
     row = tl.program_id(0).to(tl.int64)
     s = sensitivity(coef, row)
-    value = 0.5 * s * s * (sum_blocks(partial, row, 1, siblings + 2, blocks, LANES) / elements.to(tl.float32))
+    value = 0.5 * s * s * (sum_blocks(partial, row, 1, siblings + 2, blocks, LANES) / (elements * 1.0))
     if WEIGHTED:
         value *= tl.load(kl_weights + row)
     tl.store(kl + row, value)
@@ -116,7 +116,7 @@ def objective_kernel(
         excess, rest = expm1_parts(x)
         free, clipped = -gain * excess, -gain * tl.minimum(tl.maximum(excess, -LOW), HIGH)
         active = free >= clipped
-        tl.store(slopes + index, tl.where(active, -gain * (1.0 + excess), 0.0) / count.to(tl.float32), mask=inside)
+        tl.store(slopes + index, tl.where(active, -gain * (1.0 + excess), 0.0) / (count * 1.0), mask=inside)
         surrogate += tl.where((free < clipped), clipped, free) - gain
         outside_sum += tl.where((excess < -LOW) | (excess > HIGH), 1.0, 0.0)
         excess_sum += excess
@@ -126,8 +126,8 @@ def objective_kernel(
         magnitude_max = greater(magnitude_max, tl.abs(x))
     kl_mean = 0.0
     if REFERENCE:
-        kl_mean = sum_blocks(kl, 0, 0, 1, rows, LANES) / rows.to(tl.float32)
-    share = 1.0 / count.to(tl.float32)
+        kl_mean = sum_blocks(kl, 0, 0, 1, rows, LANES) / (rows * 1.0)
+    share = 1.0 / (count * 1.0)
     tl.store(loss, tl.sum(surrogate) * share + KL_COEF * kl_mean)
     tl.store(stats, 1.0 + tl.sum(excess_sum) * share)
     tl.store(stats + 1, 1.0 + tl.reduce(excess_max, 0, greater))
@@ -165,11 +165,11 @@ def velocity_gradient_kernel(
             mixed += slope * noise_block(noise, key, row, sibling, siblings, elements, block, BLOCK, STORED)
     total = s * (s * slope_sum * delta + mixed)
     if KL_COEF != 0.0:
-        share = KL_COEF * s * s / rows.to(tl.float32)
+        share = KL_COEF * s * s / (rows * 1.0)
         if WEIGHTED:
             share *= tl.load(kl_weights + row)
         total += share * (v - load_row(velocity_ref, row, elements, index))
-    total *= tl.load(scale) / elements.to(tl.float32)
+    total *= tl.load(scale) / (elements * 1.0)
     target = row * elements + index
     if GUIDED:
         base = (1.0 - GUIDANCE) * total

@@ -84,7 +84,7 @@ def log_prob_finish_kernel(partial, coef, log_prob, siblings, elements, blocks, 
     program = tl.program_id(0).to(tl.int64)
     row, sibling = program // siblings, program % siblings
     std = tl.load(coef + row * 3 + 2)
-    square = sum_blocks(partial, row, sibling, siblings, blocks, LANES) / elements.to(tl.float32)
+    square = sum_blocks(partial, row, sibling, siblings, blocks, LANES) / (elements * 1.0)
     value = -0.5 * square - tl.log(tl.where(std == 0.0, 1.0, std)) - 0.9189385332046727
     tl.store(log_prob + program, tl.where(std == 0.0, 0.0, value))
 
@@ -100,7 +100,7 @@ def log_prob_gradient_kernel(
     x_coef, v_coef, std = tl.load(coef + row * 3), tl.load(coef + row * 3 + 1), tl.load(coef + row * 3 + 2)
     mean = x_coef * load_row(latents, row, elements, index) + v_coef * load_row(velocity, row, elements, index)
     divisor = tl.where(std == 0.0, 1.0, std)
-    scale = tl.where(std == 0.0, 0.0, v_coef / divisor / divisor / elements.to(tl.float32))
+    scale = tl.where(std == 0.0, 0.0, v_coef / divisor / divisor / (elements * 1.0))
     total = tl.zeros([BLOCK], tl.float32)
     for sibling in range(siblings):
         slope = tl.load(slopes + row * siblings + sibling)
