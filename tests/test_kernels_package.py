@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,6 +90,13 @@ def test_two_versions_live_in_one_process(tmp_path):
         found.append(module.normal_like(torch.zeros(1, 8), torch.tensor([[1, 0]])))
         assert hasattr(getattr(torch.ops, name), "branch_loss")
     assert torch.equal(*found)
+
+
+def test_examples_of_the_readme_run():
+    blocks = re.findall(r"```python\n(.*?)```", (FOLDER / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 8 and all(len(block.splitlines()) <= 5 for block in blocks)
+    run = run_python("\n".join(blocks))
+    assert run.returncode == 0, run.stderr
 
 
 def test_no_package_called_kernels():
