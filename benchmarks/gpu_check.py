@@ -25,13 +25,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "kernels")]
 
-import kernel_contract as contract
-import torch
-from kernel_bench import OPERATORS, Inputs, Setting, bytes_moved, eager, environment, fused, peak_bytes
-from kernel_cases import Case
-from kernel_report import write
-
-from tempflow_kernels import native, native_ops, triton_ops
+import kernel_contract as contract  # noqa: E402
+import torch  # noqa: E402
+from kernel_bench import OPERATORS, Inputs, Setting, bytes_moved, eager, environment, fused, peak_bytes  # noqa: E402
+from kernel_cases import Case  # noqa: E402
+from kernel_report import write  # noqa: E402
+from tempflow_kernels import native, native_ops, triton_ops  # noqa: E402
 
 MAX_BYTES = 6 << 30  # largest (R, K, d) array of the speed part; the eager sequence holds several of them
 SIZES = ((1, 1), (4, 6), (16, 6), (64, 6), (4, 24), (16, 24), (64, 1))
@@ -85,7 +84,7 @@ def check_determinism(options):
     found = triton_ops.normal(case.key, 6, case.elements).cpu()
     expected = native_ops.normal(case.key.cpu(), 6, case.elements)
     equal = float((found == expected).float().mean())
-    log(f"  noise equal to the C++ twin ({native.describe().split(',')[0]}): {100 * equal:.4f} % of the bits patterns")
+    log(f"  noise equal to the C++ twin ({native.describe().split(',')[0]}): {100 * equal:.4f} % of the bit patterns")
     assert float((found - expected).abs().max()) < 1e-6
 
 
@@ -217,7 +216,8 @@ def _row(options, measure, setting, operator, provider, call):
     row = {"operator": operator, "provider": provider, **size, "median_ms": median, "iqr_ms": spread}
     row["graph_ms"] = graph_time(options, call) if provider == "fused" else None
     row |= {"bytes": bytes_moved(operator, setting), "peak_bytes": peak_bytes(call, options.device)}
-    log(f"  {operator} {provider} {setting.label}: {median:.4f} ms" + (f", graph {row['graph_ms']:.4f}" if row["graph_ms"] else ""))
+    in_graph = f", {row['graph_ms']:.4f} in a graph" if row["graph_ms"] else ""
+    log(f"  {operator} {provider} {setting.label}: {median:.4f} ms{in_graph}")
     return row | environment(options.device)
 
 

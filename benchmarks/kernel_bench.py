@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 
-import torch
-
 import tempflow_kernels as tk
+import torch
 from tempflow_kernels._ops import ops
 
 SHAPES = {

@@ -24,7 +24,8 @@ HALF, COUNT = "*bf16", "i32"
 TYPES = {
     name: kind
     for kind, names in {
-        "*fp32": "coef next_latents partial slopes scale kl_weights noise log_prob log_ratio kl advantages weights loss stats",
+        "*fp32": "coef next_latents partial slopes scale kl_weights noise log_prob log_ratio kl advantages weights "
+        "loss stats",
         "*i64": "key",
         HALF: "latents velocity velocity_old velocity_ref uncond gradient uncond_gradient",
         COUNT: "rows siblings elements blocks",
@@ -50,7 +51,10 @@ FINISHERS = {
     "log_prob_finish": (triton_transition.log_prob_finish_kernel, LANES),
     "log_ratio": (triton_loss.log_ratio_kernel, LANES),
     "reference_kl": (triton_loss.reference_kl_kernel, LANES | {"WEIGHTED": True}),
-    "objective": (triton_loss.objective_kernel, LANES | {"LOW": 1e-4, "HIGH": 1e-4, "KL_COEF": 0.004, "REFERENCE": True}),
+    "objective": (
+        triton_loss.objective_kernel,
+        LANES | {"LOW": 1e-4, "HIGH": 1e-4, "KL_COEF": 0.004, "REFERENCE": True},
+    ),
 }
 
 

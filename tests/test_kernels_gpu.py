@@ -1,4 +1,4 @@
-"""The Triton kernels on a real device: contract, determinism, CUDA graphs. `benchmarks/gpu_check.py` adds the timing."""
+"""The Triton kernels on a real device: contract, determinism, CUDA graphs. `gpu_check.py` adds the timing."""
 
 from types import SimpleNamespace
 

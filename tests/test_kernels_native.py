@@ -70,6 +70,21 @@ def test_noise_step_and_log_prob(case):
     check_log_prob(native_ops, case)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_are_rounded_to_nearest_even_like_torch(dtype):
+    """v = v_old and v_coef = std: the gradient is the stored noise, here all 16-bit patterns and the ties between."""
+    exact = torch.arange(2**16).to(torch.int32).to(torch.int16).view(dtype)
+    exact = torch.sort(exact[torch.isfinite(exact)].float()).values
+    values = torch.cat([exact, (exact[1:] + exact[:-1]) / 2, exact * 1.0001, torch.tensor([1e9, float("inf")])])
+    values = values[values.abs() < 1e38].view(1, 1, -1)
+    zero, count = torch.zeros(1, values.shape[2], dtype=dtype), float(values.shape[2])
+    coef, one = torch.tensor([[0.0, 1.0, 1.0]]), torch.ones(1, 1)
+    arguments = (zero, zero, coef, None, values, None, None, None, 0.0, 1.0)
+    found, _ = native_ops.velocity_gradient(one, torch.tensor(count), *arguments)
+    expected = values[0].to(dtype)
+    assert torch.equal(found.view(torch.int16)[expected != 0], expected.view(torch.int16)[expected != 0])
+
+
 def test_nan_is_not_clipped_away():
     check_nan(native_ops, Case())
 
