@@ -13,6 +13,7 @@ Every part runs even if an earlier one failed; the exit status is 1 if any did. 
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -23,7 +24,9 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests"), str(ROOT / "kernels")]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
+if importlib.util.find_spec("tempflow_kernels") is None:
+    sys.path.insert(0, str(ROOT / "kernels"))  # not installed: the sources beside this file
 
 import kernel_contract as contract  # noqa: E402
 import torch  # noqa: E402
