@@ -34,7 +34,7 @@ setup(
     install_requires=[
         kernels,
         "torch>=2.11",
-        "diffusers>=0.36",
+        "diffusers>=0.42",
         "transformers>=4.57",
         "peft>=0.18",
         "safetensors>=0.5",

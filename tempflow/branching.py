@@ -1,0 +1,173 @@
+"""Trajectory branching: one deterministic trunk per initial noise, then all its branches as one wavefront.
+
+At each fork step k the K siblings of a trunk take one stochastic step from the same state x_k with the same velocity,
+then follow the ODE to an image; the difference of their rewards belongs to that one step (TempFlow-GRPO, section
+"trajectory branching").
+
+Deviations from the released code, none of which changes a number: the trunk runs first and alone, in the numerics of
+training; living branches of all forks share sigma and advance together in chunks of one size instead of fork by fork;
+a trunk's velocity is at once its ODE step, the mean of the K stochastic steps and the old policy's velocity.
+
+Axes: S fork steps, R rows (trunks), K siblings, D... one latent. Fork steps lead, so that the branches alive at a step
+are a contiguous prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from tempflow_kernels import transition_step
+from torch import Tensor
+
+from tempflow.batching import chunks
+from tempflow.config import LearnConfig
+from tempflow.draws import Draw
+from tempflow.plan import BranchPlan
+from tempflow.policy import Conditioning, Policy
+from tempflow.schedule import NoiseSchedule
+from tempflow.tail_engine import TailEngine
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """The states from which siblings fork. Stored once per trunk, not once per sibling."""
+
+    latents: Tensor
+    """(S, R, D...) fp32: x_k at each fork"""
+    velocity: Tensor
+    """(S, R, D...) fp32: the sampling policy's velocity there"""
+    keys: Tensor
+    """(S, R, 2) int64: what the siblings' noise is a function of"""
+    conditioning: Conditioning
+    """R rows"""
+    plan: BranchPlan
+
+
+@dataclass(frozen=True)
+class BranchRollout:
+    """What one iteration explored."""
+
+    trunk: Trunk
+    latents: Tensor
+    """(S, R, K, D...) fp32: finished branches"""
+    images: Tensor
+    """(S, R, K, 3, H, W) uint8 on the CPU"""
+
+
+@dataclass(frozen=True)
+class TransitionBatch:
+    """The fork of B trunks at one step: what one forward and backward sees, in the shape of the trunk's own call."""
+
+    step: int
+    latents: Tensor
+    """(B, D...)"""
+    velocity_old: Tensor
+    """(B, D...)"""
+    keys: Tensor
+    """(B, 2)"""
+    advantages: Tensor
+    """(B, K)"""
+    weights: Tensor
+    """(B,), noise weight of the step, 0 for a masked group"""
+    conditioning: Conditioning
+    share: float
+    """part of its optimizer step: the shares of one update, left-out batches included, sum to 1"""
+
+
+@torch.no_grad()
+def sample_trunk(
+    policy: Policy, conditioning: Conditioning, schedule: NoiseSchedule, plan: BranchPlan, draw: Draw, rows: int
+) -> Trunk:
+    """Follows the ODE from R initial noises to the last fork, `rows` trunks a call, and keeps each fork's state."""
+    device = policy.device
+    initial = draw.initial_noise(policy.latent_shape, device)
+    latents = torch.empty(len(plan.steps), *initial.shape, device=device)
+    velocities = torch.empty_like(latents)
+    for part in chunks(len(initial), rows):
+        state, prompts = initial[part], conditioning.rows(part)
+        for step in range(plan.steps[-1] + 1):
+            sigma = schedule.sigma_rows(step, len(state), device)
+            velocity = policy.velocity(state, sigma, prompts)
+            if step in plan.steps:
+                fork = plan.steps.index(step)
+                latents[fork, part], velocities[fork, part] = state, velocity
+            state = ode_step(state, velocity, schedule, step)
+    keys = torch.stack([draw.step_keys(step) for step in plan.steps]).to(device)
+    return Trunk(latents, velocities, keys, conditioning, plan)
+
+
+def ode_step(latents: Tensor, velocity: Tensor, schedule: NoiseSchedule, step: int) -> Tensor:
+    """One deterministic step of (R, D...) latents."""
+    coef = schedule.ode.coef(step, len(latents), latents.device)
+    no_noise = torch.zeros(len(latents), 2, dtype=torch.int64, device=latents.device)
+    return transition_step(latents, velocity, coef, no_noise)[0][:, 0]
+
+
+@torch.no_grad()
+def sample_branches(engine: TailEngine, trunk: Trunk, schedule: NoiseSchedule) -> Tensor:
+    """Forks every trunk at every step of its plan and carries all branches to the end: (S, R, K, D...) fp32."""
+    plan, (_, rows, *latent_shape) = trunk.plan, trunk.latents.shape
+    branches = trunk.latents.new_empty(len(plan.steps), rows, plan.siblings, *latent_shape)
+    row_of_branch = torch.arange(rows, device=branches.device).repeat_interleave(plan.siblings).repeat(len(plan.steps))
+    for step in range(plan.steps[0], plan.num_steps):
+        alive = sum(born < step for born in plan.steps)
+        if alive:
+            living = branches[:alive].view(-1, *latent_shape)
+            engine.advance(living, step, trunk.conditioning, row_of_branch[: len(living)])
+        if step in plan.steps:
+            coef = schedule.sde.coef(step, rows, branches.device)
+            forked = transition_step(
+                trunk.latents[alive], trunk.velocity[alive], coef, trunk.keys[alive], plan.siblings
+            )
+            branches[alive] = forked[0]
+    return branches
+
+
+@torch.no_grad()
+def decode_branches(policy: Policy, latents: Tensor, rows: int) -> Tensor:
+    """(..., D...) finished latents to uint8 images (..., 3, H, W) on the CPU, `rows` a call."""
+    flat = latents.view(-1, *policy.latent_shape)
+    images = torch.empty(len(flat), *policy.image_shape, dtype=torch.uint8)
+    for part in chunks(len(flat), rows):
+        images[part] = policy.decode(flat[part]).cpu()
+    leading = latents.shape[: latents.dim() - len(policy.latent_shape)]
+    return images.view(*leading, *policy.image_shape)
+
+
+def updates(trunk: Trunk, advantages: Tensor, weights: Tensor, learn: LearnConfig) -> Iterator[list[TransitionBatch]]:
+    """The batches of each optimizer step, over all inner epochs; the K siblings of a fork are always in one batch.
+
+    A batch is a chunk of `learn.rows` trunks at one fork, as in `sample_trunk`, so that it repeats the trunk's own
+    network call exactly. A batch in which every weight is 0 is left out unless a KL term asks for it.
+
+    Args:
+        advantages: (S, R, K); weights: (S, R).
+    """
+    parts, forks = list(chunks(trunk.latents.shape[1], learn.rows)), range(len(trunk.plan.steps))
+    per_update = len(parts) // learn.updates
+    for _ in range(learn.inner_epochs):
+        for first in range(0, len(parts), per_update):
+            places = [(part, fork) for part in parts[first : first + per_update] for fork in forks]
+            share = 1 / len(places)
+            yield [
+                _batch(trunk, advantages, weights, part, fork, share)
+                for part, fork in places
+                if learn.kl or weights[fork, part].any()
+            ]
+
+
+def _batch(
+    trunk: Trunk, advantages: Tensor, weights: Tensor, part: slice, fork: int, share: float
+) -> TransitionBatch:
+    return TransitionBatch(
+        step=trunk.plan.steps[fork],
+        latents=trunk.latents[fork, part],
+        velocity_old=trunk.velocity[fork, part],
+        keys=trunk.keys[fork, part],
+        advantages=advantages[fork, part],
+        weights=weights[fork, part],
+        conditioning=trunk.conditioning.rows(part),
+        share=share,
+    )

@@ -1,0 +1,290 @@
+"""All settings of a run: frozen dataclasses with a sentence under each field, presets that state only differences.
+
+`load(["sd35_pickscore", "learn.lr=1e-4"])`: a preset name or YAML file, then `section.field=value` overrides. pydantic
+does the typing; an unknown or ill-typed field is refused with the nearest name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import dataclass
+
+from tempflow.errors import BadInput
+from tempflow.paths import PACKAGE
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False)
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def section(cls: type) -> type:
+    """A frozen, keyword-only, checked dataclass whose field descriptions are the sentences under the fields."""
+    return dataclass(cls, frozen=True, kw_only=True, config=STRICT)
+
+
+@section
+class ModelConfig:
+    path: str = "tempflow:digits/pipeline"
+    """Folder of a diffusers pipeline, or a hub id; `tempflow:...` is a folder shipped with the package."""
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Precision of the network; latents, log-probabilities and trained parameters are always fp32."""
+    text_tokens: Count = 256
+    """Length of the T5 text sequence (`max_sequence_length` of the diffusers pipeline)."""
+    train: Literal["lora", "full"] = "lora"
+    """Train low-rank adapters, or all parameters of the transformer."""
+    lora_rank: Count = 32
+    """Rank of the adapters."""
+    lora_alpha: Positive = 64.0
+    """Scale of the adapters: their output is multiplied by lora_alpha / lora_rank."""
+    lora_targets: list[str] | None = None
+    """Names of the layers that get adapters; null takes the attention projections of the model's family."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, one more forward per training row."""
+
+
+@section
+class SampleConfig:
+    steps: Annotated[int, Field(ge=2)] = 10
+    """Denoising steps of a trajectory during training."""
+    height: Count | None = None
+    """Image height in pixels; null takes the model's default."""
+    width: Count | None = None
+    """Image width in pixels; null takes the model's default."""
+    guidance: NonNegative = 1.0
+    """Classifier-free guidance scale, in sampling and in training; at most 1 means none."""
+    transition: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
+    """The stochastic step that siblings take: Flow-GRPO's SDE, DanceGRPO's, or coefficients-preserving sampling."""
+    noise_level: Positive = 0.7
+    """Noise of the stochastic step: a of Flow-SDE and CPS, eta of Dance-SDE."""
+
+
+@section
+class BranchConfig:
+    steps: str | list[int] = "all"
+    """Where trunks fork: all (but the last step), a list such as [0,2,4], first:n, or random:n anew each iteration."""
+    prompts: Count = 6
+    """Prompts of one iteration, over all processes."""
+    seeds: Count = 4
+    """Initial noises (trunks) per prompt, N."""
+    siblings: Count = 6
+    """Branches that leave one fork, K."""
+    rows: Count = 128
+    """Branches that advance in one network call, per process."""
+    decode_rows: Count = 128
+    """Images decoded and scored in one call."""
+
+
+@section
+class LearnConfig:
+    iterations: Whole = 100
+    """Iterations of explore, credit, learn."""
+    rows: Count = 8
+    """Trunks in one network call of trunk and training; each training row carries the K siblings of its fork."""
+    updates: Count = 1
+    """Optimizer steps per inner epoch; each takes an equal share of the trunks."""
+    inner_epochs: Count = 1
+    """Passes over one iteration's branches, with the true importance ratio from the second update on."""
+    optimizer: Literal["adamw"] = "adamw"
+    """Optimizer of the trained parameters."""
+    lr: Positive = 3e-4
+    """Learning rate."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """AdamW's decay rates of first and second moment."""
+    eps: Positive = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: NonNegative = 1e-4
+    """Decoupled weight decay."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this norm."""
+    clip_range: Positive = 1e-4
+    """Ratios are clipped to 1 +- clip_range; the log-ratio is a mean over latent elements, so this is small."""
+    weighting: Literal["noise", "uniform"] = "noise"
+    """Scale each step's policy loss by std_k / mean(std), or leave all steps alike."""
+    group: Literal["seed", "prompt", "batch"] = "seed"
+    """Branches among which advantages are normalised, always within one step."""
+    advantage_std: Literal["group", "global"] = "group"
+    """Divide by the standard deviation of the group, or of all rewards of the iteration."""
+    advantage_clip: Positive = 5.0
+    """Advantages are limited to +- this."""
+    kl: NonNegative = 0.0
+    """Weight of the KL divergence to the model before training."""
+    kl_divisor: Literal["std", "diffusion"] = "std"
+    """KL divides by 2 std^2 = 2 g^2 dt (TempFlow-GRPO), or by 2 g^2 (newest Flow-GRPO), smaller by the step size."""
+    ema_decay: Fraction = 0.9
+    """Limit of the moving average's decay, which warms up as (1 + n) / (10 + n); 0 turns the average off."""
+    ema_every: Count = 8
+    """Optimizer steps between two updates of the moving average."""
+
+
+@section
+class PromptConfig:
+    train: str = "tempflow:digits/prompts/train.jsonl"
+    """Prompts to train on: a text file with one a line, or JSONL with `prompt` and any metadata for the scorer."""
+    test: str | None = "tempflow:digits/prompts/test.jsonl"
+    """Held-out prompts for evaluation; null evaluates nothing."""
+
+
+@section
+class RewardConfig:
+    name: str = "digits"
+    """What is optimised: a scorer of tempflow.rewards, or `module:attribute` of a callable of your own."""
+    gold: str | None = "digits_gold"
+    """A second opinion that is only watched at evaluation, never optimised."""
+
+
+@section
+class EvalConfig:
+    every: Whole = 10
+    """Iterations between evaluations; 0 evaluates only before and after."""
+    prompts: Count = 128
+    """Held-out prompts per evaluation, spread evenly over the file."""
+    steps: Count = 10
+    """Denoising steps, ODE only, from fixed noises."""
+    pictures: Count = 8
+    """Prompts whose pictures the report shows before and after."""
+
+
+@section
+class RunConfig:
+    dir: str = "runs/digits"
+    """Folder of everything the run writes."""
+    seed: Whole = 42
+    """The one number that every random choice of the run is a function of."""
+    resume: bool = False
+    """Continue the run in run.dir from its last checkpoint."""
+    save_every: Whole = 50
+    """Iterations between checkpoints; 0 saves only at the end."""
+    keep_checkpoints: Count = 2
+    """Checkpoints that stay on disk, the newest."""
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
+    """Where metrics go besides metrics.jsonl."""
+    plan_only: bool = False
+    """Print the plan and its cost, then stop."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes a GPU if there is one."""
+
+
+@section
+class Config:
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    sample: SampleConfig = Field(default_factory=SampleConfig)
+    branch: BranchConfig = Field(default_factory=BranchConfig)
+    learn: LearnConfig = Field(default_factory=LearnConfig)
+    prompts: PromptConfig = Field(default_factory=PromptConfig)
+    reward: RewardConfig = Field(default_factory=RewardConfig)
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    run: RunConfig = Field(default_factory=RunConfig)
+
+
+def load(arguments: Sequence[str]) -> Config:
+    """The configuration of a command line: an optional preset name or YAML file first, then overrides.
+
+    Raises:
+        BadInput: unknown preset, unreadable YAML, unknown or ill-typed field.
+    """
+    arguments = list(arguments)
+    source = arguments.pop(0) if arguments and "=" not in arguments[0] else "digits"
+    values = read_values(source)
+    for argument in arguments:
+        _override(values, argument)
+    return validate(values)
+
+
+def presets() -> dict[str, Path]:
+    """Name -> file of every preset that ships with the package."""
+    return {path.stem: path for path in sorted((PACKAGE / "presets").glob("*.yaml"))}
+
+
+def read_values(source: str) -> dict[str, dict[str, Any]]:
+    """The sections of a preset or YAML file, on top of those it `extends`."""
+    path = presets().get(source, Path(source))
+    if not path.is_file():
+        raise BadInput("preset", source, f"no such preset or YAML file; presets: {', '.join(presets())}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput("preset", source, f"not readable as YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict) or not all(isinstance(part, dict) for key, part in values.items() if key != "extends"):
+        raise BadInput("preset", source, "a preset is sections of fields, such as `learn: {lr: 1e-4}`")
+    merged = read_values(values.pop("extends")) if "extends" in values else {}
+    for name, part in values.items():
+        merged.setdefault(name, {}).update(part)
+    return merged
+
+
+def _override(values: dict[str, dict[str, Any]], argument: str) -> None:
+    """Applies one `section.field=value`."""
+    name, equals, text = argument.partition("=")
+    section_name, dot, field = name.partition(".")
+    if not (equals and dot and field):
+        raise BadInput("argument", argument, "overrides have the form section.field=value, after the preset's name")
+    try:
+        value = yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise BadInput(name, text, "not readable as a YAML value; quote it") from error
+    values.setdefault(section_name, {})[field] = value
+
+
+def validate(values: dict[str, Any]) -> Config:
+    """Sections of plain values to a checked Config."""
+    try:
+        return TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"][:2])
+        raise BadInput(name, first["input"], _mend(first["type"], name, first["msg"])) from error
+
+
+def _mend(kind: str, name: str, message: str) -> str:
+    """What to do about a validation error: the nearest field name, or pydantic's own words."""
+    if kind not in ("unexpected_keyword_argument", "extra_forbidden"):
+        return message[0].lower() + message[1:]
+    known = field_names()
+    sections = [part.name for part in fields(Config)]
+    nearest = difflib.get_close_matches(name, known if "." in name else sections, n=1, cutoff=0.0)[0]
+    return f"no such field; nearest: {nearest}"
+
+
+def field_names() -> list[str]:
+    """Every `section.field`."""
+    return [f"{part.name}.{field}" for part in fields(Config) for field in asdict(Config())[part.name]]
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration, reloadable."""
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, so that YAML stays plain."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def help_text() -> str:
+    """Every field with its default and its sentence."""
+    lines = [
+        "usage: torchrun tempflow/train.py [PRESET or FILE.yaml] [section.field=value ...]",
+        f"presets: {', '.join(presets())} (default: digits)",
+    ]
+    defaults = Config()
+    for part in fields(Config):
+        lines.append(f"\n{part.name}")
+        values = getattr(defaults, part.name)
+        assert is_dataclass(values)
+        described = type(values).__pydantic_fields__
+        for name, info in described.items():
+            default = _plain(getattr(values, name))
+            lines.append(f"  {part.name}.{name}={'null' if default is None else default}\n      {info.description}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""The digits benchmark: a tiny text-to-image pipeline with prompts, a reward and a strict judge."""

@@ -1,0 +1,85 @@
+"""Several processes, one run: prompts are shared out whole, gradients are averaged, rewards are seen by all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Parameter
+
+from tempflow.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all. Whole sibling groups, and all seeds of a prompt, stay on one rank."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, total: int) -> range:
+        """This rank's part of `total` items; `size` divides `total`."""
+        part = total // self.size
+        return range(self.rank * part, (self.rank + 1) * part)
+
+    def gather(self, values: Tensor, dim: int) -> Tensor:
+        """The tensors of all ranks, in rank order along `dim`; they stay on the CPU."""
+        if self.size == 1:
+            return values
+        local = values.to(self.device).contiguous()
+        parts = [torch.empty_like(local) for _ in range(self.size)]
+        dist.all_gather(parts, local)
+        return torch.cat(parts, dim).cpu()
+
+    def average_gradients(self, parameters: Iterable[Parameter]) -> None:
+        """Replaces each gradient by its mean over ranks; a rank without one counts as 0."""
+        if self.size == 1:
+            return
+        parameters = list(parameters)
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        dist.all_reduce(flat)
+        flat /= self.size
+        sizes = [parameter.numel() for parameter in parameters]
+        for parameter, part in zip(parameters, flat.split(sizes), strict=True):
+            parameter.grad.copy_(part.view_as(parameter))
+
+    def wait(self) -> None:
+        """All ranks meet here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def start(device: str) -> Ranks:
+    """Joins the processes that torchrun started, if it started several.
+
+    Raises:
+        BadInput: a GPU is asked for and there is none.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("run.device", device, "no GPU is visible to torch; use run.device=cpu")
+    use_gpu = device != "cpu" and torch.cuda.is_available()
+    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(place)
+    if size > 1:
+        dist.init_process_group("nccl" if use_gpu else "gloo")
+    return Ranks(rank, size, place)
+
+
+def stop() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

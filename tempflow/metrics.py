@@ -1,0 +1,137 @@
+"""What a run measures: averages within an iteration, time by phase, and where the figures go."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tempflow_kernels import BranchLossStats
+from torch import Tensor
+
+from tempflow.errors import BadInput
+from tempflow.paths import write_atomically
+
+MAXIMA = ("log_ratio_max", "ratio_max")
+
+
+class LossRecord:
+    """Statistics of the batches of one iteration, kept on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+        self.updates: list[int] = []
+
+    def add(self, stats: BranchLossStats, update: int) -> None:
+        """One batch of the optimizer step number `update` of this iteration."""
+        self.batches.append(torch.stack(tuple(stats)).detach().float())
+        self.updates.append(update)
+
+    def summary(self) -> dict[str, float]:
+        """Means (maxima for *_max) over batches; first_log_ratio_* over the first update alone, where the policy has
+        not moved yet: anything but 0 there is numerical drift between sampling and learning."""
+        if not self.batches:
+            return {}
+        table = torch.stack(self.batches).double().cpu()
+        first = table[torch.tensor(self.updates) == 0]
+        values = _reduce(table)
+        drift = _reduce(first) if len(first) else {}
+        for name in ("log_ratio_mean", "log_ratio_max"):
+            if name in drift:
+                values[f"first_{name}"] = drift[name]
+        return values
+
+
+def _reduce(table: Tensor) -> dict[str, float]:
+    columns = zip(BranchLossStats._fields, table.unbind(1), strict=True)
+    return {name: (column.max() if name in MAXIMA else column.mean()).item() for name, column in columns}
+
+
+class PhaseClock:
+    """Seconds by phase of one iteration."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def read(self) -> dict[str, float]:
+        """The seconds so far, rounded to a tenth of a millisecond; the clock starts anew."""
+        seconds, self.seconds = self.seconds, {}
+        return {phase: round(value, 4) for phase, value in seconds.items()}
+
+
+class MetricsWriter:
+    """metrics.jsonl, one object a line, and the trackers. `keep` lines of an earlier part of the run stay."""
+
+    def __init__(self, folder: Path, trackers: list[str], run_name: str, last_step: int | None):
+        self.path = folder / "metrics.jsonl"
+        kept = [row for row in read_metrics(self.path) if last_step is not None and row["step"] <= last_step]
+        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self.sinks = [TRACKERS[name](folder, run_name) for name in trackers]
+
+    def write(self, row: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        for sink in self.sinks:
+            sink(flat_numbers(row), row["step"])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; none where there is no file; a torn last line is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def flat_numbers(row: dict[str, Any]) -> dict[str, float]:
+    """Numbers of a row under one name each: {"phase_seconds": {"tails": 1.0}} becomes phase_seconds/tails."""
+    flat = {}
+    for name, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}/{key}": number for key, number in value.items()}
+        elif isinstance(value, list):
+            flat |= {f"{name}/{index}": number for index, number in enumerate(value) if isinstance(number, (int, float))}
+        elif isinstance(value, (int, float)):
+            flat[name] = value
+    return flat
+
+
+def _tensorboard(folder: Path, run_name: str):
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def sink(values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return sink
+
+
+def _wandb(folder: Path, run_name: str):
+    try:
+        import wandb
+    except ImportError as error:
+        raise BadInput("run.trackers", "wandb", "is not installed: pip install 'tempflow[wandb]'") from error
+    run = wandb.init(project="tempflow", name=run_name, dir=str(folder), resume="allow")
+    return lambda values, step: run.log(values, step=step)
+
+
+TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}

@@ -1,0 +1,75 @@
+"""What the trainer may ask of a model. Everything else about models lives in `tempflow/models/`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts, one row each: whatever tensors the model family needs, indexed together.
+
+    Example (SD3): {"prompt_embeds": (R, L, C), "pooled": (R, C')}.
+    """
+
+    tensors: dict[str, Tensor]
+    """name -> (R, ...)"""
+
+    def __len__(self) -> int:
+        return len(next(iter(self.tensors.values())))
+
+    def rows(self, index: Tensor | slice) -> Conditioning:
+        """The rows named by a slice or an int64 index, in that order."""
+        return Conditioning({name: tensor[index] for name, tensor in self.tensors.items()})
+
+    def repeat(self, times: int) -> Conditioning:
+        """Each row `times` in succession: the prompt of N initial noises."""
+        return Conditioning({name: tensor.repeat_interleave(times, 0) for name, tensor in self.tensors.items()})
+
+
+class Policy(Protocol):
+    """A flow-matching image model whose velocity is being trained."""
+
+    device: torch.device
+    latent_shape: tuple[int, ...]
+    """shape of one latent, batch excluded"""
+    image_shape: tuple[int, int, int]
+    """(3, height, width) of a decoded image"""
+    network_rows: int
+    """network rows that one velocity costs: 2 with classifier-free guidance, else 1"""
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """(T+1,) float64 from the model's own scheduler at the configured resolution."""
+        ...
+
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        """Encoded prompts, without gradient."""
+        ...
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """Guided velocity `noise - data`: latents (R, D...) fp32, sigma (R,) fp32 -> (R, D...) fp32."""
+        ...
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(R, D...) -> uint8 images (R, 3, height, width)."""
+        ...
+
+    def trainable(self) -> dict[str, Parameter]:
+        """The parameters under training, by name."""
+        ...
+
+    def reference(self) -> AbstractContextManager[None]:
+        """Within this context `velocity` is that of the model before training."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes what was trained in the format of the model's own library."""
+        ...

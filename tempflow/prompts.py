@@ -1,0 +1,60 @@
+"""Prompts with whatever metadata their scorer needs, and which of them an iteration uses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from tempflow.draws import PROMPTS, shuffled
+from tempflow.errors import BadInput
+from tempflow.paths import resolve
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt. Example: Prompt("a red cube", {"include": [{"class": "cube", "count": 1, "color": "red"}]})."""
+
+    text: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(path: str, setting: str) -> list[Prompt]:
+    """Prompts of a text file (one a line) or a .jsonl file (objects with `prompt`; the rest is metadata).
+
+    Args:
+        setting: the name of the field that gave the path, for error messages.
+    Raises:
+        BadInput: no such file, no prompt in it, or a line that is no prompt object.
+    """
+    file = resolve(path)
+    if not file.is_file():
+        raise BadInput(setting, path, "no such file; give a .txt or .jsonl file of prompts")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadInput(setting, path, "not UTF-8 text; give a .txt or .jsonl file of prompts") from error
+    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise BadInput(setting, path, "the file holds no prompt; put one a line")
+    if file.suffix != ".jsonl":
+        return [Prompt(line) for _, line in numbered]
+    return [_parse(line, f"{path}:{number}", setting) for number, line in numbered]
+
+
+def _parse(line: str, place: str, setting: str) -> Prompt:
+    try:
+        values = json.loads(line)
+        return Prompt(str(values.pop("prompt")), values)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise BadInput(setting, place, 'each line must be a JSON object such as {"prompt": "..."}') from error
+
+
+def iteration_prompts(prompts: list[Prompt], count: int, run_seed: int, iteration: int) -> list[Prompt]:
+    """The `count` prompts of an iteration: the file is walked in a new order each time it is through."""
+    chosen = []
+    for position in range(iteration * count, (iteration + 1) * count):
+        turn, place = divmod(position, len(prompts))
+        chosen.append(prompts[shuffled(len(prompts), run_seed, PROMPTS, turn)[place]])
+    return chosen

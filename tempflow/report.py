@@ -1,0 +1,121 @@
+"""report.png: the curves of a run, its process reward against the noise weight, and the same prompts before and after.
+
+`python -m tempflow.report runs/digits` draws it anew from a run's folder.
+"""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from tempflow.errors import BadInput
+from tempflow.metrics import read_metrics
+from tempflow.paths import write_atomically
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # noqa: E402  (after the backend is chosen)
+
+REWARD, GOLD, WEIGHT = "#4269d0", "#d97706", "#6b7280"
+
+
+def save_pictures(folder: Path, step: int, pictures: Tensor) -> None:
+    """(n, 3, H, W) uint8 pictures of an evaluation as one strip, `pictures/step_N.png`."""
+    folder = folder / "pictures"
+    folder.mkdir(exist_ok=True)
+    strip = np.concatenate(list(pictures.permute(0, 2, 3, 1).numpy()), axis=1)
+    buffer = BytesIO()
+    Image.fromarray(strip).save(buffer, format="PNG")
+    write_atomically(folder / f"step_{step:06d}.png", buffer.getvalue())
+
+
+def draw_report(folder: Path) -> Path:
+    """Writes `folder/report.png` from its metrics.jsonl and pictures."""
+    rows = read_metrics(folder / "metrics.jsonl")
+    if not rows:
+        raise BadInput("run.dir", folder, "holds no metrics.jsonl with a line in it; give the folder of a run")
+    strips = sorted((folder / "pictures").glob("step_*.png"))
+    figure = pyplot.figure(figsize=(13, 8.6), constrained_layout=True)
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 0.95))
+    by_step, by_time, by_fork = top.subplots(1, 3)
+    _curves(by_step, rows, "step", 1.0, "iteration")
+    _curves(by_time, rows, "seconds", 1.0, "seconds")
+    _spread(by_fork, rows)
+    if strips:
+        _before_and_after(bottom, strips, rows[0].get("picture_prompts", []))
+    buffer = BytesIO()
+    figure.savefig(buffer, dpi=110)
+    pyplot.close(figure)
+    write_atomically(folder / "report.png", buffer.getvalue())
+    return folder / "report.png"
+
+
+def _curves(axes: Any, rows: list[dict], key: str, unit: float, label: str) -> None:
+    """Training reward, held-out reward and gold score over iterations or seconds."""
+    trained = [row for row in rows if "reward_mean" in row]
+    axes.plot([row[key] / unit for row in trained], [row["reward_mean"] for row in trained], color=REWARD, lw=1,
+              alpha=0.6, label="reward (training branches)")  # fmt: skip
+    for name, color, words in (("reward_test", REWARD, "reward (held-out)"), ("gold", GOLD, "gold (held-out)")):
+        seen = [row for row in rows if name in row]
+        axes.plot([row[key] / unit for row in seen], [row[name] for row in seen], "o-", ms=3, color=color, label=words)
+    axes.set_xlabel(label)
+    axes.set_title(f"reward and gold over {'iterations' if key == 'step' else 'time'}")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+
+
+def _spread(axes: Any, rows: list[dict]) -> None:
+    """Standard deviation among siblings per fork step, early and late in the run, beside the noise weight."""
+    measured = [row["reward_std_per_step"] for row in rows if "reward_std_per_step" in row]
+    weights = rows[0].get("noise_weights", [])
+    axes.set_xlabel("fork step")
+    axes.set_title("reward std among siblings, noise weight")
+    if not measured:
+        return
+    table = np.array(measured, dtype=float)
+    third = max(1, len(table) // 3)
+    steps = np.arange(table.shape[1])
+    for part, alpha, words in ((table[:third], 1.0, "first third"), (table[-third:], 0.45, "last third")):
+        counts = np.maximum((~np.isnan(part)).sum(0), 1)
+        axes.bar(steps + (0.2 if alpha < 1 else -0.2), np.nansum(part, 0) / counts, 0.4, color=REWARD, alpha=alpha,
+                 label=f"reward std, {words}")  # fmt: skip
+    axes.set_xticks(steps)
+    twin = axes.twinx()
+    twin.plot(steps[: len(weights)], weights, "s--", color=WEIGHT, ms=4, label="noise weight std_k / mean(std)")
+    twin.set_ylim(bottom=0)
+    handles = [part.get_legend_handles_labels() for part in (axes, twin)]
+    axes.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], fontsize=8)
+
+
+def _before_and_after(figure: Any, strips: list[Path], prompts: list[str]) -> None:
+    """The first and the last strip of pictures under their prompts."""
+    rows = [(strips[0], "before")] + ([(strips[-1], "after")] if len(strips) > 1 else [])
+    count = max(1, len(prompts))
+    grid = figure.subplots(len(rows), count, squeeze=False)
+    figure.suptitle("the same held-out prompts and initial noises")
+    for line, (path, word) in zip(grid, rows, strict=True):
+        pieces = np.split(np.asarray(Image.open(path)), count, axis=1)
+        label = f"{word}\n(iteration {int(path.stem.split('_')[1])})"
+        line[0].set_ylabel(label)
+        for axes, piece in zip(line, pieces, strict=True):
+            axes.imshow(piece, interpolation="nearest")
+            axes.set_xticks([])
+            axes.set_yticks([])
+    for axes, prompt in zip(grid[0], prompts, strict=False):
+        axes.set_title("\n".join(textwrap.wrap(prompt, 20)), fontsize=8)
+
+
+if __name__ == "__main__":
+    try:
+        print(draw_report(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/digits")))
+    except BadInput as error:
+        print(f"tempflow: {error}", file=sys.stderr)
+        sys.exit(2)

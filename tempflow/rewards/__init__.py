@@ -1,0 +1,80 @@
+"""Scorers: `(images uint8 (B, 3, H, W), prompts) -> B numbers`. One file per scorer; yours by import path."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tempflow.batching import chunks
+from tempflow.errors import BadInput
+from tempflow.prompts import Prompt
+
+SCORERS = {
+    "digits": "tempflow.rewards.digits:DigitsReward",
+    "digits_gold": "tempflow.rewards.digits:DigitsGold",
+}
+"""name -> `module:attribute`; a class is called without arguments to make the scorer."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A scoring function under its name, called with batches of `rows` images, its answers checked."""
+
+    setting: str
+    name: str
+    function: Callable[[Tensor, Sequence[Prompt]], Tensor | Sequence[float]]
+    rows: int
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """(B, 3, H, W) uint8 images and B prompts -> (B,) fp32.
+
+        Raises:
+            BadInput: the function refuses its input, or answers with a wrong number of values or a non-finite one.
+        """
+        parts = [self._score(images[part], prompts[part]) for part in chunks(len(images), self.rows)]
+        return torch.cat(parts)
+
+    def branches(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """(S, R, K, 3, H, W) images of R prompts -> (S, R, K) fp32."""
+        steps, rows, siblings = images.shape[:3]
+        repeated = [prompt for prompt in prompts for _ in range(siblings)] * steps
+        return self(images.flatten(0, 2), repeated).view(steps, rows, siblings)
+
+    def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        try:
+            scores = torch.as_tensor(self.function(images, prompts), dtype=torch.float32).cpu()
+        except ValueError as error:
+            raise BadInput(self.setting, self.name, f"the scorer refuses its input: {error}") from error
+        if scores.shape != (len(images),):
+            mend = f"must return one number per image: expected ({len(images)},), found {tuple(scores.shape)}"
+            raise BadInput(self.setting, self.name, mend)
+        if not torch.isfinite(scores).all():
+            place = int(torch.nonzero(~torch.isfinite(scores))[0, 0])
+            value = scores[place].item()
+            word = "NaN" if math.isnan(value) else "an infinite value"
+            raise BadInput(self.setting, self.name, f'returned {word} for "{prompts[place].text}"; rewards must be finite')
+        return scores
+
+
+def load_scorer(setting: str, name: str, rows: int) -> Scorer:
+    """The scorer called `name` in SCORERS, or at `module:attribute`.
+
+    Args:
+        setting: the field that names it, for error messages.
+    """
+    path = SCORERS.get(name, name)
+    module, colon, attribute = path.partition(":")
+    if not colon:
+        raise BadInput(setting, name, f"no such scorer; choose one of {', '.join(SCORERS)} or give module:attribute")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise BadInput(setting, name, f"cannot be imported ({error})") from error
+    if not callable(found):
+        raise BadInput(setting, name, "is not callable; give a function (images, prompts) -> scores, or a class of one")
+    return Scorer(setting, name, found() if isinstance(found, type) else found, rows)

@@ -1,0 +1,129 @@
+"""Sigmas to coefficient tables: the paper's SDE mathematics, once, in float64 on the host.
+
+Notation: s = sigma_i, s' = sigma_{i+1}, D = s - s' > 0; x = (1 - s) * data + s * noise, velocity v = noise - data.
+Every sampler is `next = x_coef * x + v_coef * v + std * noise` with scalars per step.
+
+Sources: Flow-SDE, Flow-GRPO (arXiv 2505.05470) eq. 8-9; Dance-SDE, DanceGRPO (arXiv 2505.07818); CPS, Flow-CPS
+(arXiv 2509.05952); noise weights, TempFlow-GRPO (arXiv 2508.04324), section "noise-aware weighting".
+Deviation: the released TempFlow-GRPO code multiplies `std` by a constant (2.25, 1.73, 1.53) that is right for one
+schedule each; here the weights are normalised by the mean of the schedule in use.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tempflow.errors import BadInput
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Coefficients of one sampler for every step: `next = x_coef * x + v_coef * v + std * noise`."""
+
+    x_coef: Tensor
+    """(T,) float64"""
+    v_coef: Tensor
+    """(T,) float64"""
+    std: Tensor
+    """(T,) float64, 0 for a deterministic step"""
+
+    def coef(self, step: int, rows: int, device: torch.device | str = "cpu") -> Tensor:
+        """(rows, 3) fp32: the coefficients of `step`, once per row, as the operators take them."""
+        row = torch.stack((self.x_coef[step], self.v_coef[step], self.std[step]))
+        return row.to(device=device, dtype=torch.float32).expand(rows, 3).contiguous()
+
+
+def ode(sigmas: Tensor, level: float = 0.0) -> Transition:
+    """The Euler step of the probability-flow ODE. sigmas: (T+1,) float64; `level` is ignored."""
+    step_size = sigmas[:-1] - sigmas[1:]
+    return Transition(torch.ones_like(step_size), -step_size, torch.zeros_like(step_size))
+
+
+def _langevin(sigmas: Tensor, diffusion: Tensor) -> Transition:
+    """The SDE with the ODE's marginals and diffusion coefficient g: Euler-Maruyama with the score of the flow."""
+    sigma, step_size = sigmas[:-1], sigmas[:-1] - sigmas[1:]
+    half_rate = diffusion.square() / (2 * sigma)
+    x_coef = 1 - half_rate * step_size
+    v_coef = -(1 + half_rate * (1 - sigma)) * step_size
+    return Transition(x_coef, v_coef, diffusion * step_size.sqrt())
+
+
+def flow_sde(sigmas: Tensor, level: float) -> Transition:
+    """Flow-GRPO's SDE, g = level * sqrt(s / (1 - s)); where s = 1 the second sigma of the schedule stands in for s."""
+    sigma = sigmas[:-1]
+    return _langevin(sigmas, level * (sigma / (1 - torch.where(sigma == 1, sigmas[1], sigma))).sqrt())
+
+
+def dance_sde(sigmas: Tensor, level: float) -> Transition:
+    """DanceGRPO's SDE with a constant diffusion coefficient g = level."""
+    return _langevin(sigmas, torch.full_like(sigmas[:-1], level))
+
+
+def cps(sigmas: Tensor, level: float) -> Transition:
+    """Coefficients-preserving sampling: std = s' sin(level pi / 2), the rest of s' keeps the predicted noise.
+
+    Deviation: Flow-CPS drops the variance from its log-probability; here every transition keeps the Gaussian's own.
+    """
+    sigma, following = sigmas[:-1], sigmas[1:]
+    angle = level * math.pi / 2
+    kept_noise = following * math.cos(angle)
+    x_coef = (1 - following) + kept_noise
+    v_coef = kept_noise * (1 - sigma) - sigma * (1 - following)
+    return Transition(x_coef, v_coef, following * math.sin(angle))
+
+
+TRANSITIONS: dict[str, Callable[[Tensor, float], Transition]] = {
+    "flow_sde": flow_sde,
+    "dance_sde": dance_sde,
+    "cps": cps,
+}
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """A sampling schedule of T steps: sigmas, the deterministic steps of trunk and tails, the stochastic steps of forks.
+
+    Example: SD3.5 at 10 steps has sigmas 1, .9601, .9133 ... .0089, 0, and forks at level .7 have std .700, .743, ...
+    """
+
+    sigmas: Tensor
+    """(T+1,) float64, falling from 1 (noise) to 0 (image)"""
+    ode: Transition
+    sde: Transition
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.sigmas) - 1
+
+    def sigma_rows(self, step: int, rows: int, device: torch.device | str = "cpu") -> Tensor:
+        """(rows,) fp32: sigma of `step`, once per row."""
+        return torch.full((rows,), self.sigmas[step].item(), dtype=torch.float32, device=device)
+
+    def step_size(self, step: int) -> float:
+        return (self.sigmas[step] - self.sigmas[step + 1]).item()
+
+    def noise_weights(self, steps: Sequence[int], trained: Sequence[int] | None = None) -> Tensor:
+        """`std_k / mean(std)` for `steps`, the mean taken over the `trained` steps (default: `steps`). (S,) float64."""
+        std = self.sde.std
+        return std[list(steps)] / std[list(trained or steps)].mean()
+
+
+def build_schedule(sigmas: Sequence[float] | Tensor, transition: str, noise_level: float) -> NoiseSchedule:
+    """The schedule of `sigmas` (T+1 values from the model's own scheduler) with the named stochastic transition.
+
+    Raises:
+        BadInput: unknown transition, sigmas that do not fall from at most 1 to 0, or a level without noise.
+    """
+    sigmas = torch.as_tensor(sigmas, dtype=torch.float64).cpu()
+    if transition not in TRANSITIONS:
+        raise BadInput("sample.transition", transition, f"choose one of {', '.join(TRANSITIONS)}")
+    if not (torch.all(sigmas[:-1] > sigmas[1:]) and sigmas[0] <= 1 and sigmas[-1] == 0):
+        raise BadInput("sample.steps", len(sigmas) - 1, f"sigmas must fall from at most 1 to 0, found {sigmas.tolist()}")
+    if noise_level <= 0:
+        raise BadInput("sample.noise_level", noise_level, "siblings differ only by noise; give a level above 0")
+    return NoiseSchedule(sigmas, ode(sigmas), TRANSITIONS[transition](sigmas, noise_level))

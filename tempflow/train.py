@@ -1,0 +1,151 @@
+"""TempFlow-GRPO: explore, credit, learn.
+
+    torchrun tempflow/train.py                                  the preset `digits`, on any machine
+    torchrun tempflow/train.py PRESET section.field=value ...   another preset or YAML file, with overrides
+    torchrun tempflow/train.py --help                           every field
+
+Deviations from the paper and its released code:
+1. The K siblings of a fork share one network row in learning; their gradients add up on its one velocity. Exact.
+2. Noise weights are std_k / mean(std) of the schedule in use, not a constant fitted to one schedule.
+3. Seed groups are an axis of the reward tensor, so they hold at any batch size and number of processes.
+4. Siblings of a fork are never spread over several optimizer steps.
+5. The log-ratio is formed from velocity differences per element, never as a difference of two log-probabilities.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tempflow_kernels import BranchLossStats, branch_loss
+from torch import Tensor
+from tqdm import tqdm
+
+from tempflow import distributed
+from tempflow.advantage import Credit, group_advantages
+from tempflow.branching import TransitionBatch, decode_branches, sample_branches, sample_trunk, updates
+from tempflow.checkpoint import Progress
+from tempflow.config import help_text, load
+from tempflow.errors import BadInput
+from tempflow.metrics import LossRecord
+from tempflow.run import Run, set_up
+
+
+def train_step(run: Run, iteration: int) -> dict[str, Any]:
+    """One iteration; returns its metrics. Axes: S fork steps, R trunks of this rank, K siblings."""
+    learn, clock, plan = run.config.learn, run.clock, run.plan.drawn(run.config.run.seed, iteration)
+    prompts, draw = run.prompts_of(iteration)
+
+    # Explore: an ODE trunk per initial noise; at each fork K siblings take one SDE step, then follow the ODE to an image.
+    with clock("trunk"):
+        conditioning = run.policy.encode([prompt.text for prompt in prompts])
+        trunk = sample_trunk(run.policy, conditioning, run.schedule, plan, draw, learn.rows)
+    with clock("tails"):
+        latents = sample_branches(run.engine, trunk, run.schedule)
+    with clock("decode"):
+        images = decode_branches(run.policy, latents, run.config.branch.decode_rows)
+
+    # Credit: siblings share all but that one step, so the difference of their rewards belongs to it.
+    with clock("reward"):
+        rewards = run.ranks.gather(run.reward.branches(images, prompts), dim=1)  # (S, R of all ranks, K)
+    credit = group_advantages(rewards, run.config.branch.seeds, learn.group, learn.advantage_std, learn.advantage_clip)
+    weights = run.step_weights(plan)[:, None] * credit.informative  # (S, R of all ranks)
+    advantages, weights = run.own_rows(credit.advantages), run.own_rows(weights)
+
+    # Learn: weighted clipped policy gradient; each fork is one network row, its K siblings are K Gaussian terms on it.
+    record, norms = LossRecord(), []
+    with clock("learn"):
+        for number, batches in enumerate(updates(trunk, advantages, weights, learn)):
+            for batch in batches:
+                record.add(backward(run, batch), number)
+            norms.append(run.optimizer_step())
+    return {**describe(rewards, credit, run, plan.steps), **record.summary(), "grad_norm": sum(norms) / len(norms)}
+
+
+def backward(run: Run, batch: TransitionBatch) -> BranchLossStats:
+    """Adds the gradient of one batch of forks and returns what its loss saw."""
+    learn, device, rows = run.config.learn, run.policy.device, len(batch.latents)
+    sigma = run.schedule.sigma_rows(batch.step, rows, device)
+    velocity = run.policy.velocity(batch.latents, sigma, batch.conditioning)
+    velocity_ref = None
+    if learn.kl:
+        with torch.no_grad(), run.policy.reference():
+            velocity_ref = run.policy.velocity(batch.latents, sigma, batch.conditioning)
+    loss, stats = branch_loss(
+        velocity,
+        batch.velocity_old,
+        batch.advantages.to(device),
+        batch.weights.to(device),
+        run.schedule.sde.coef(batch.step, rows, device),
+        key=batch.keys,
+        clip_range=(learn.clip_range, learn.clip_range),
+        kl_coef=learn.kl,
+        velocity_ref=velocity_ref,
+        kl_weights=run.kl_weights(batch.step, rows),
+    )
+    (loss * batch.share).backward()
+    return stats
+
+
+def describe(rewards: Tensor, credit: Credit, run: Run, steps: Sequence[int]) -> dict[str, Any]:
+    """Figures of the (S, R, K) rewards of all ranks; steps without a fork in this iteration have no spread."""
+    spread: list[float | None] = [None] * (run.plan.num_steps - 1)
+    for step, value in zip(steps, rewards.std(2, correction=0).mean(1).tolist(), strict=True):
+        spread[step] = round(value, 6)
+    return {
+        "reward_mean": rewards.mean().item(),
+        "reward_std_per_step": spread,
+        "groups_masked": int((~credit.informative).sum()),
+    }
+
+
+def train(run: Run, progress: Progress) -> None:
+    """The loop: evaluate, step, record, save; from `progress` to the last iteration."""
+    config, start = run.config, time.perf_counter() - progress.seconds
+    total, every, save_every = config.learn.iterations, config.eval.every, config.run.save_every
+    if progress.iteration == 0:
+        run.record({"step": 0, "seconds": 0.0, "rollouts": 0, **run.constants(), **run.evaluate(0)})
+        start = time.perf_counter()
+    bar = tqdm(total=total, initial=progress.iteration, unit="it", disable=not run.ranks.first, dynamic_ncols=True)
+    for iteration in range(progress.iteration, total):
+        began, done = time.perf_counter(), iteration + 1
+        row = train_step(run, iteration)
+        rollouts = run.rollouts_per_iteration
+        rate = rollouts / (time.perf_counter() - began) * 3600
+        if done == total or (every and done % every == 0):
+            row |= run.evaluate(done)
+        progress = Progress(done, time.perf_counter() - start, progress.rollouts + rollouts)
+        run.record({"step": done, "seconds": round(progress.seconds, 3), "rollouts": progress.rollouts,
+                    "rollouts_per_hour": round(rate, 1), **row, "phase_seconds": run.clock.read()})  # fmt: skip
+        if done == total or (save_every and done % save_every == 0):
+            run.save(progress)
+        bar.update()
+        bar.set_postfix(run.shown(row, rate))
+    bar.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 for wrong input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return 0
+    try:
+        run, progress = set_up(load(arguments))
+        if run.config.run.plan_only:
+            return 0
+        train(run, progress)
+        run.finish()
+        return 0
+    except BadInput as error:
+        print(f"tempflow: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Fixtures shared by all tests: a toy policy whose rows are exactly independent, and the shipped pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import pytest
+import torch
+from tempflow.config import ModelConfig, SampleConfig
+from tempflow.models import load_policy
+from tempflow.policy import Conditioning
+from tempflow.schedule import NoiseSchedule, build_schedule
+from torch import Tensor, nn
+
+SD35_SIGMAS = (1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.278, 0.0089, 0.0)
+
+
+class ToyPolicy(nn.Module):
+    """A policy on (2, 3) latents: elementwise, so that a row's velocity cannot depend on the batch it is in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.device = torch.device("cpu")
+        self.latent_shape, self.image_shape, self.network_rows = (2, 3), (3, 2, 3), 1
+        self.scale = nn.Parameter(torch.tensor([0.7, -0.4, 0.2]))
+        self.bias = nn.Parameter(torch.tensor([[0.1], [-0.3]]))
+        self.calls: list[int] = []
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+
+    def encode(self, texts: Sequence[str]) -> Conditioning:
+        return Conditioning({"shift": torch.tensor([float(len(text)) for text in texts]) / 10})
+
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        self.calls.append(len(latents))
+        shift = conditioning.tensors["shift"].view(-1, 1, 1) * sigma.view(-1, 1, 1)
+        return latents * self.scale + self.bias * shift
+
+    def decode(self, latents: Tensor) -> Tensor:
+        grey = (latents.clamp(-2, 2) * 60 + 128).round().to(torch.uint8)
+        return grey.unsqueeze(1).expand(-1, 3, -1, -1)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return dict(self.named_parameters())
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        yield
+
+
+@pytest.fixture
+def toy() -> ToyPolicy:
+    return ToyPolicy()
+
+
+@pytest.fixture
+def schedule() -> NoiseSchedule:
+    """Ten steps in the spacing of SD3.5."""
+    return build_schedule(SD35_SIGMAS, "flow_sde", 0.7)
+
+
+@pytest.fixture(scope="session")
+def cpu() -> torch.device:
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def digits_policy(cpu: torch.device):
+    """The shipped SD3 pipeline with adapters that do something (their output halves are not 0)."""
+    torch.manual_seed(0)
+    policy = load_policy(ModelConfig(text_tokens=16), SampleConfig(), cpu)
+    _disturb(policy.trainable(), 0.05)
+    return policy
+
+
+@pytest.fixture
+def disturb():
+    """Moves every parameter by normal noise of a size: `disturb(parameters, size)`."""
+    return _disturb
+
+
+@torch.no_grad()
+def _disturb(parameters: dict[str, nn.Parameter], size: float) -> None:
+    for parameter in parameters.values():
+        parameter.add_(torch.randn_like(parameter) * size)

@@ -1,0 +1,50 @@
+"""Prompt files, and the order in which iterations use them."""
+
+import pytest
+from tempflow.errors import BadInput
+from tempflow.prompts import Prompt, iteration_prompts, read_prompts
+
+
+def test_text_and_jsonl(tmp_path):
+    (tmp_path / "a.txt").write_text("a cat\n\n  a dog \n")
+    assert read_prompts(str(tmp_path / "a.txt"), "prompts.train") == [Prompt("a cat"), Prompt("a dog")]
+    (tmp_path / "a.jsonl").write_text('{"prompt": "two cats", "include": [{"class": "cat", "count": 2}]}\n')
+    (prompt,) = read_prompts(str(tmp_path / "a.jsonl"), "prompts.train")
+    assert prompt.text == "two cats" and prompt.metadata == {"include": [{"class": "cat", "count": 2}]}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.txt", b"\n \n", "no prompt"),
+        ("empty.jsonl", b"", "no prompt"),
+        ("bad.jsonl", b'{"prompt": "x"}\n{"text": "y"}', ":2"),
+        ("bad.jsonl", b"not json", ":1"),
+        ("bad.jsonl", b'["prompt"]', ":1"),
+        ("bad.txt", b"\xff\xfe\x00", "UTF-8"),
+    ],
+)
+def test_bad_files_name_the_field_and_the_place(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=words) as caught:
+        read_prompts(str(tmp_path / name), "prompts.test")
+    assert caught.value.field == "prompts.test"
+
+
+def test_missing_file():
+    with pytest.raises(BadInput, match="no such file"):
+        read_prompts("nowhere.txt", "prompts.train")
+
+
+def test_every_prompt_is_used_once_before_any_comes_again():
+    prompts = [Prompt(str(number)) for number in range(12)]
+    walked = [prompt for iteration in range(9) for prompt in iteration_prompts(prompts, 4, 5, iteration)]
+    turns = [walked[start : start + 12] for start in (0, 12, 24)]
+    assert all(sorted(turn, key=lambda p: int(p.text)) == prompts for turn in turns)
+    assert turns[0] != turns[1]
+    assert iteration_prompts(prompts, 4, 6, 0) != walked[:4]
+
+
+def test_more_prompts_than_the_file_holds():
+    prompts = [Prompt("a"), Prompt("b")]
+    assert sorted(p.text for p in iteration_prompts(prompts, 5, 0, 0)) in (["a", "a", "a", "b", "b"], ["a", "a", "b", "b", "b"])
