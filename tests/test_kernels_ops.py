@@ -111,6 +111,14 @@ def test_float64_goes_through_the_reference_and_passes_gradcheck():
     torch.autograd.gradcheck(loss, (case.velocity.requires_grad_(), case.velocity_uncond.requires_grad_()))
 
 
+def test_float64_noise_is_the_noise_of_the_float64_step():
+    case = Case(dtype=torch.float64)
+    ode, _ = tk.transition_step(case.latents, case.velocity, case.coef * torch.tensor([1, 1, 0.0]), case.key, 2)
+    drawn, _ = tk.transition_step(case.latents, case.velocity, case.coef, case.key, 2)
+    std = case.coef[:, 2].double().view(-1, 1, 1, 1, 1)
+    assert (drawn - ode - std * tk.normal_like(case.latents, case.key, 2)).abs().max() < 1e-14
+
+
 def test_gradients_in_arguments_the_fused_operators_treat_as_constants():
     latents = CASE.latents.clone().requires_grad_()
     following, log_prob = step_call(latents=latents)

@@ -61,6 +61,12 @@ def test_compiled_for_real_targets(name, target):
         assert figures.wide_stores >= (2 if name in ("normal", "step") else writes)
 
 
+def test_nothing_is_fused_behind_our_back():
+    """This kernel writes no fma: one in its PTX would mean that rounding is left to the compiler."""
+    assert "fma." not in kernel_aot.compile_kernel("log_prob", kernel_aot.TARGETS["sm_90"]).asm["ptx"]
+    assert "fma." in kernel_aot.compile_kernel("normal", kernel_aot.TARGETS["sm_90"]).asm["ptx"]
+
+
 COUNTS = ("rows", "siblings", "elements", "blocks")
 
 

@@ -35,7 +35,7 @@ def normal_like(latents: Tensor, key: Tensor, siblings: int = 1) -> Tensor:
     """The noise that `transition_step` draws.
 
     Args:
-        latents: (R, D...), only its shape and device count.
+        latents: (R, D...), only its shape and device count (float64: drawn by the plain-torch definition).
         key: (R, 2) int64, `(seed, offset)` per row (see `philox`).
         siblings: K.
     Returns:
@@ -46,6 +46,8 @@ def normal_like(latents: Tensor, key: Tensor, siblings: int = 1) -> Tensor:
     check_rows("latents", latents)
     check_key(key, latents)
     check_count("siblings", siblings)
+    if latents.dtype == torch.float64:
+        return reference.normal_like(latents, key, siblings)
     elements = latents.numel() // latents.shape[0]
     return ops.normal(key, siblings, elements).view(latents.shape[0], siblings, *latents.shape[1:])
 
