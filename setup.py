@@ -1,31 +1,38 @@
-"""Packaging of tempflow: two import names, `tempflow` and `tempflow_kernels`.
+"""Packaging of tempflow. `tempflow_kernels` is a distribution of its own, `tempflow-kernels`, in the folder `kernels/`.
+
+tempflow requires it by the path of that folder, so that `pip install -e .` needs no index that carries it, and so
+that the import name has one owner: whoever installed `kernels/` before keeps one copy. For a wheel that leaves this
+machine, set TEMPFLOW_RELEASE=1: the requirement is then the plain version.
 
 The folder `kernels/` deliberately has no `__init__.py`: a package called `kernels` would be mistaken for the one of
 that name which transformers and diffusers look for. Nothing here needs torch at build time.
 """
 
+import os
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-KERNELS = "tempflow_kernels"
-kernel_packages = [KERNELS] + [f"{KERNELS}.{name}" for name in find_packages(f"kernels/{KERNELS}")]
+VERSION = "0.1.0"
+KERNELS_FOLDER = Path(__file__).resolve().parent / "kernels"
+release = os.environ.get("TEMPFLOW_RELEASE") == "1"
+kernels = f"tempflow-kernels=={VERSION}" if release else f"tempflow-kernels @ {KERNELS_FOLDER.as_uri()}"
 
 setup(
     name="tempflow",
-    version="0.1.0",
+    version=VERSION,
     description="TempFlow-GRPO: fast reinforcement learning of flow-matching image models",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
     license_files=["LICENSE"],
     python_requires=">=3.11",
-    packages=find_packages(include=["tempflow", "tempflow.*"]) + kernel_packages,
-    package_dir={"tempflow": "tempflow", KERNELS: f"kernels/{KERNELS}"},
+    packages=find_packages(include=["tempflow", "tempflow.*"]),
     package_data={
         "tempflow": ["presets/*.yaml", "digits/*.safetensors", "digits/prompts/*.jsonl", "digits/pipeline/**/*"],
     },
     install_requires=[
+        kernels,
         "torch>=2.11",
         "diffusers>=0.42",
         "transformers>=4.57",

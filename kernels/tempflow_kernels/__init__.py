@@ -1,20 +1,19 @@
 """Operators for reinforcement learning of flow-matching models: sampler step, log-probability, ratio, loss, noise.
 
-Imports only torch (and triton where it is used). Every operator is defined by its plain-torch form in `reference`.
+Imports only torch (and triton where it is used). Every operator is defined by its plain-torch form in `reference`;
+`ops` checks arguments and hands over to the backend of the device: C++ on CPU, Triton on CUDA and ROCm.
 """
 
+from .info import backend_info
+from .ops import branch_loss, log_ratio, normal_like, transition_log_prob, transition_step
 from .philox import fold_key, philox4x32
-from .reference import (
-    BranchLossStats,
-    branch_loss,
-    log_ratio,
-    normal_like,
-    transition_log_prob,
-    transition_step,
-)
+from .reference import BranchLossStats
+
+__version__ = "0.1.0"
 
 __all__ = [
     "BranchLossStats",
+    "backend_info",
     "branch_loss",
     "fold_key",
     "log_ratio",

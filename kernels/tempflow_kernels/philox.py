@@ -4,7 +4,8 @@ Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3
 The element-to-counter mapping is that of torch's stateless generator (`torch.func._random`), so that one
 specification serves the plain-torch, Triton and C++ implementations:
 
-* a key is `(seed, offset)`: the Philox key is the 64 bits of `seed`, the counter is `offset + i // 4`, the lane `i % 4`;
+* a key is `(seed, offset)`: the Philox key is the 64 bits of `seed`, the counter is `offset + i // 4`, the lane
+  `i % 4`;
 * a 32-bit word r becomes the uniform `fma(float32(r), 2**-32, 2**-33)`, in (0, 1];
 * words (0, 1) and (2, 3) each give a Box-Muller pair `(radius * cos, radius * sin)`.
 
@@ -85,7 +86,7 @@ def normal(key: Tensor, siblings: int, elements: int) -> Tensor:
     zero = torch.zeros((), dtype=torch.int64, device=key.device)
     words = philox4x32((counter_low, counter_high, zero, zero), seed_words)
     lanes = (*_box_muller(words[0], words[1]), *_box_muller(words[2], words[3]))
-    return torch.stack(lanes, dim=-1).view(rows, siblings, quads * 4)[..., :elements]
+    return torch.stack(lanes, dim=-1).view(rows, siblings, quads * 4)[..., :elements].contiguous()
 
 
 def fold_key(seed: Tensor | int, *identity: Tensor | int) -> Tensor:
@@ -103,5 +104,6 @@ def fold_key(seed: Tensor | int, *identity: Tensor | int) -> Tensor:
         raise ValueError(f"identity: at most 4 numbers can be folded into a key, found {len(identity)}")
     numbers = [torch.as_tensor(number, dtype=torch.int64) for number in identity]
     numbers += [torch.zeros((), dtype=torch.int64)] * (4 - len(numbers))
-    words = philox4x32(tuple(number & WORD for number in numbers), split_words(torch.as_tensor(seed, dtype=torch.int64)))
+    parent = split_words(torch.as_tensor(seed, dtype=torch.int64))
+    words = philox4x32(tuple(number & WORD for number in numbers), parent)
     return words[0] | (words[1] << 32)

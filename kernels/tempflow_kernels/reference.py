@@ -48,7 +48,7 @@ def per_row(values: Tensor, like: Tensor) -> Tensor:
 
 
 def guided(velocity: Tensor, velocity_uncond: Tensor | None, guidance: float, dtype: torch.dtype) -> Tensor:
-    """Classifier-free guidance `v_uncond + guidance * (v - v_uncond)`; `velocity` itself when there is no second half."""
+    """Classifier-free guidance `v_uncond + guidance * (v - v_uncond)`; `velocity` itself without a second half."""
     if velocity_uncond is None:
         return velocity.to(dtype)
     uncond = velocity_uncond.to(dtype)
@@ -178,16 +178,20 @@ def branch_loss(
     velocity = guided(velocity, velocity_uncond, guidance, dtype)
     log_ratios = log_ratio(velocity, velocity_old, coef, key, advantages.shape[1], noise)
     low, high = clip_range
-    excess = torch.expm1(log_ratios)
     gain = weights.to(dtype).unsqueeze(1) * advantages.to(dtype)
+    kl = reference_kl(velocity, velocity_ref, coef.to(dtype), kl_weights)
+    stats = branch_stats(log_ratios.detach(), kl.detach(), low, high)
+    return clipped_objective(log_ratios, gain, low, high) + kl_coef * kl, stats
+
+
+def clipped_objective(log_ratios: Tensor, gain: Tensor, low: float, high: float) -> Tensor:
+    """Mean of `max(-gain * ratio, -gain * clip(ratio, 1 - low, 1 + high))`, gain = weight * advantage (R, K)."""
+    excess = torch.expm1(log_ratios)
     surrogate = torch.maximum(-gain * excess, -gain * excess.clamp(-low, high))
-    policy_loss = (surrogate - gain).mean()
-    kl = _reference_kl(velocity, velocity_ref, coef.to(dtype), kl_weights)
-    stats = _branch_stats(log_ratios.detach(), kl.detach(), low, high)
-    return policy_loss + kl_coef * kl, stats
+    return (surrogate - gain).mean()
 
 
-def _reference_kl(velocity: Tensor, velocity_ref: Tensor | None, coef: Tensor, kl_weights: Tensor | None) -> Tensor:
+def reference_kl(velocity: Tensor, velocity_ref: Tensor | None, coef: Tensor, kl_weights: Tensor | None) -> Tensor:
     """Mean over rows of the weighted Gaussian KL to the reference policy; 0 without one, rows with std = 0 give 0."""
     if velocity_ref is None:
         return velocity.new_zeros(())
@@ -199,7 +203,7 @@ def _reference_kl(velocity: Tensor, velocity_ref: Tensor | None, coef: Tensor, k
     return (scale * (velocity - velocity_ref.to(velocity.dtype)).flatten(1).square().mean(1)).mean()
 
 
-def _branch_stats(log_ratios: Tensor, kl: Tensor, low: float, high: float) -> BranchLossStats:
+def branch_stats(log_ratios: Tensor, kl: Tensor, low: float, high: float) -> BranchLossStats:
     """Statistics of (R, K) log-ratios."""
     excess = torch.expm1(log_ratios)
     outside = (excess < -low) | (excess > high)

@@ -1,0 +1,88 @@
+"""Argument checks of the public operators. Every message names the argument, what was found and what was expected.
+
+Checks read shapes, dtypes and devices only. The one check of values (std >= 0) runs where it costs no device
+synchronisation: on CPU tensors outside of compiled code. On a GPU a negative std gives NaN instead of a number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def expect(condition: bool, argument: str, found: object, expected: str) -> None:
+    """Raise a ValueError that names the argument, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{argument}: found {found}, expected {expected}")
+
+
+def check_tensor(name: str, value: object, shape: Sequence[int], device: torch.device, dtypes=FLOATS) -> None:
+    """Shape, dtype and device of one tensor argument."""
+    expect(isinstance(value, Tensor), name, type(value).__name__, f"a tensor of shape {tuple(shape)}")
+    expect(value.shape == tuple(shape), name, f"shape {tuple(value.shape)}", f"shape {tuple(shape)}")
+    expect(value.dtype in dtypes, name, value.dtype, " or ".join(str(dtype) for dtype in dtypes))
+    expect(value.device == device, name, f"device {value.device}", f"device {device}, that of the first argument")
+
+
+def check_rows(name: str, value: object) -> None:
+    """A tensor of R >= 1 rows with at least one element each; it fixes shape and device of the others."""
+    expect(isinstance(value, Tensor), name, type(value).__name__, "a tensor of shape (R, D...)")
+    expect(value.dim() >= 2, name, f"shape {tuple(value.shape)}", "shape (R, D...) with at least one D")
+    expect(value.numel() > 0, name, f"shape {tuple(value.shape)}", "at least one row and one element")
+    expect(value.dtype in FLOATS, name, value.dtype, " or ".join(str(dtype) for dtype in FLOATS))
+
+
+def check_like(first: Tensor, **others: Tensor | None) -> None:
+    """Optional tensors with the shape and device of the first one."""
+    for name, value in others.items():
+        if value is not None:
+            check_tensor(name, value, first.shape, first.device)
+
+
+def check_coef(coef: object, first: Tensor) -> None:
+    """(R, 3) fp32 (or float64 for the oracle), std >= 0."""
+    check_tensor("coef", coef, (first.shape[0], 3), first.device, (torch.float32, torch.float64))
+    if coef.device.type != "cpu" or type(coef) is not Tensor or torch.compiler.is_compiling():
+        return
+    std = coef.detach()[:, 2]
+    expect(not bool((std < 0).any()), "coef", f"std {float(std.min())}", "std (column 2) >= 0")
+
+
+def check_key(key: object, first: Tensor) -> None:
+    """(R, 2) int64."""
+    check_tensor("key", key, (first.shape[0], 2), first.device, (torch.int64,))
+
+
+def check_count(name: str, value: object) -> None:
+    """A positive integer."""
+    is_count = isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+    expect(is_count, name, f"{value!r}", "a positive int")
+    expect(value >= 1, name, value, "a positive int")
+
+
+def check_number(name: str, value: object) -> None:
+    """A Python number: hyperparameters are compiled into the kernels, so a tensor would synchronise."""
+    is_number = isinstance(value, int | float | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
+    expect(is_number, name, type(value).__name__, "a Python number")
+
+
+def check_noise_source(key: object, noise: object, siblings: object, first: Tensor) -> int:
+    """Exactly one of `key` (with `siblings`) and `noise`; returns K."""
+    expect((key is None) != (noise is None), "key, noise", _given(key, noise), "exactly one of the two")
+    if noise is None:
+        check_count("siblings", siblings)
+        check_key(key, first)
+        return siblings
+    expect(isinstance(noise, Tensor), "noise", type(noise).__name__, "a tensor of shape (R, K, D...)")
+    count = noise.shape[1] if noise.dim() > 1 else 0
+    count = count if siblings is None else siblings
+    check_tensor("noise", noise, (first.shape[0], count, *first.shape[1:]), first.device)
+    return count
+
+
+def _given(key: object, noise: object) -> str:
+    return "neither" if key is None and noise is None else "both"

@@ -1,0 +1,73 @@
+/* Shared pieces of the operators: coefficients of a row, position of a block, noise of a sibling. */
+#pragma once
+
+#include <new>
+
+#include "blocks.h"
+#include "parallel.h"
+#include "tempflow_kernels.h"
+
+namespace tempflow {
+
+struct Row {
+    float x_coef, v_coef, std;
+    bool stochastic() const { return std > 0; }
+    double sensitivity() const { return stochastic() ? double(v_coef) / double(std) : 0.0; }
+};
+
+inline Row row_of(const tfk_batch &batch, int64_t row) {
+    const float *coef = batch.coef + 3 * row;
+    return {coef[0], coef[1], coef[2]};
+}
+
+inline int64_t blocks_of(const tfk_batch &batch) { return (batch.elements + kBlock - 1) / kBlock; }
+
+/* Block number `item` of the batch, blocks of a row being neighbours. */
+struct Place {
+    int64_t row, first, count, flat;  // flat: position of the first element in an (R, d) array
+    Place(const tfk_batch &batch, int64_t item) {
+        row = item / blocks_of(batch);
+        first = item % blocks_of(batch) * kBlock;
+        count = std::min(kBlock, batch.elements - first);
+        flat = row * batch.elements + first;
+    }
+    /* Position of the block in an (R, K, d) array. */
+    int64_t sibling(const tfk_batch &batch, int64_t j) const {
+        return (row * batch.siblings + j) * batch.elements + first;
+    }
+};
+
+inline void draw(const tfk_batch &batch, const Place &place, int64_t sibling, float *noise) {
+    const uint64_t seed = uint64_t(batch.key[2 * place.row]), offset = uint64_t(batch.key[2 * place.row + 1]);
+    const uint64_t quads = uint64_t(batch.elements + 3) / 4;
+    ops().normal(noise, place.count, seed, offset + uint64_t(sibling) * quads + uint64_t(place.first) / 4);
+}
+
+inline void load(float *out, tfk_array array, int64_t first, int64_t count) {
+    ops().load(out, array.data, array.type, first, count);
+}
+
+/* Every block of the batch, `siblings` numbers drawn or read per element. */
+template <typename Task>
+int for_each_block(const tfk_batch &batch, const Task &task) noexcept {
+    if (batch.rows < 1 || batch.siblings < 1 || batch.elements < 1) return 1;
+    try {
+        const int64_t items = batch.rows * blocks_of(batch);
+        parallel_for(items, batch.rows * batch.siblings * batch.elements, batch.threads,
+                     [&](int64_t item) { task(item, Place(batch, item)); });
+    } catch (const std::bad_alloc &) {
+        return 1;
+    }
+    return 0;
+}
+
+/* Sum over the blocks of a row of column `column`, in order. */
+inline double sum_blocks(const std::vector<double> &partial, const tfk_batch &batch, int64_t row, int64_t columns,
+                         int64_t column) {
+    double total = 0;
+    const int64_t blocks = blocks_of(batch);
+    for (int64_t block = 0; block < blocks; block++) total += partial[(row * blocks + block) * columns + column];
+    return total;
+}
+
+}  // namespace tempflow

@@ -1,0 +1,124 @@
+"""Operator schemas, their fakes, and the backends behind them, chosen by the dispatcher.
+
+| dispatch key | implementation |
+|---|---|
+| CPU | the C++ twin (`native_ops`) if its library is there, else plain torch (`reference_ops`) |
+| CUDA (also ROCm) | Triton (`triton_ops`); without triton an error, never a silent replacement |
+| any other device | plain torch |
+
+The environment variable TEMPFLOW_KERNELS_BACKEND = reference | native | triton overrules the choice for CPU and CUDA
+(`triton` on CPU tensors works under TRITON_INTERPRET=1 only); it is read once, at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import native
+from ._ops import add_op_namespace_prefix
+
+BACKENDS = ("reference", "native", "triton")
+_GRADIENT_INPUTS = (
+    "Tensor velocity, Tensor velocity_old, Tensor coef, Tensor? key, Tensor? noise, "
+    "Tensor? velocity_ref, Tensor? velocity_uncond, Tensor? kl_weights"
+)
+SCHEMAS = {
+    "normal": "(Tensor key, SymInt siblings, SymInt elements) -> Tensor",
+    "transition_step": (
+        "(Tensor latents, Tensor velocity, Tensor coef, Tensor key, SymInt siblings, Tensor? velocity_uncond, "
+        "float guidance) -> (Tensor, Tensor)"
+    ),
+    "transition_log_prob": "(Tensor next_latents, Tensor latents, Tensor velocity, Tensor coef) -> Tensor",
+    "transition_log_prob_gradient": (
+        "(Tensor slopes, Tensor next_latents, Tensor latents, Tensor velocity, Tensor coef) -> Tensor"
+    ),
+    "log_ratio": (
+        "(Tensor velocity, Tensor velocity_old, Tensor coef, Tensor? key, Tensor? noise, SymInt siblings) -> Tensor"
+    ),
+    "branch_loss": (
+        "(Tensor velocity, Tensor velocity_old, Tensor advantages, Tensor weights, Tensor coef, Tensor? key, "
+        "Tensor? noise, Tensor? velocity_ref, Tensor? velocity_uncond, Tensor? kl_weights, float clip_low, "
+        "float clip_high, float kl_coef, float guidance) -> (Tensor, Tensor, Tensor)"
+    ),
+    "velocity_gradient": (
+        f"(Tensor slopes, Tensor scale, {_GRADIENT_INPUTS}, float kl_coef, float guidance) -> (Tensor, Tensor)"
+    ),
+}
+
+
+def _fp32(like: Tensor, *shape) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _fake_velocity_gradient(slopes, scale, velocity, *rest):
+    uncond = rest[5]
+    empty = _fp32(velocity, 0) if uncond is None else uncond.new_empty(uncond.shape)
+    return velocity.new_empty(velocity.shape), empty
+
+
+FAKES = {
+    "normal": lambda key, siblings, elements: _fp32(key, key.shape[0], siblings, elements),
+    "transition_step": lambda latents, velocity, coef, key, siblings, uncond, guidance: (
+        _fp32(latents, latents.shape[0], siblings, *latents.shape[1:]),
+        _fp32(latents, latents.shape[0], siblings),
+    ),
+    "transition_log_prob": lambda following, latents, velocity, coef: _fp32(latents, *following.shape[:2]),
+    "transition_log_prob_gradient": lambda slopes, following, latents, velocity, coef: (
+        velocity.new_empty(velocity.shape)
+    ),
+    "log_ratio": lambda velocity, old, coef, key, noise, siblings: _fp32(velocity, velocity.shape[0], siblings),
+    "branch_loss": lambda velocity, old, advantages, *rest: (
+        _fp32(velocity),
+        _fp32(velocity, 7),
+        _fp32(velocity, *advantages.shape),
+    ),
+    "velocity_gradient": _fake_velocity_gradient,
+}
+
+
+def _on_first_call(backend: str, name: str) -> Callable:
+    """The operator `name` of a backend module that is imported when it is first used (triton takes its time)."""
+
+    def call(*arguments):
+        module = importlib.import_module(f".{backend}_ops", __package__)
+        return getattr(module, name)(*arguments)
+
+    return call
+
+
+def chosen_backends() -> dict[str, str]:
+    """Backend per dispatch key.
+
+    Raises:
+        ValueError: TEMPFLOW_KERNELS_BACKEND names no backend.
+        RuntimeError: it asks for `native` and the library is not there.
+    """
+    forced = os.environ.get("TEMPFLOW_KERNELS_BACKEND", "")
+    if forced and forced not in BACKENDS:
+        raise ValueError(f"TEMPFLOW_KERNELS_BACKEND: found {forced!r}, expected one of {', '.join(BACKENDS)}")
+    if forced == "native":
+        native.library()
+    cpu = forced or ("native" if native.available() else "reference")
+    cuda = "reference" if forced == "reference" else "triton"
+    return {"CPU": cpu, "CUDA": cuda, "CompositeExplicitAutograd": "reference"}
+
+
+def register() -> torch.library.Library:
+    """Define every operator, its fake and its backends."""
+    library = torch.library.Library(NAMESPACE, "DEF")
+    for name, schema in SCHEMAS.items():
+        library.define(name + schema)
+        torch.library.register_fake(add_op_namespace_prefix(name), FAKES[name], lib=library)
+        for dispatch_key, backend in CHOSEN.items():
+            library.impl(name, _on_first_call(backend, name), dispatch_key)
+    return library
+
+
+NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
+CHOSEN = chosen_backends()
+LIBRARY = register()

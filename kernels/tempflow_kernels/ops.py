@@ -1,0 +1,205 @@
+"""Public operators: argument checks, then the fused operator of the backend that serves the device.
+
+The plain-torch definition in `reference` is used instead when it alone can do the job: for float64 arguments (the
+oracle), and when a gradient is asked for in an argument that the fused operators are not differentiable in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import autograd, reference
+from ._ops import ops
+from .checks import (
+    check_coef,
+    check_count,
+    check_key,
+    check_like,
+    check_noise_source,
+    check_number,
+    check_rows,
+    check_tensor,
+    expect,
+)  # fmt: skip
+from .reference import BranchLossStats, compute_dtype
+
+
+def _only_reference(*tensors: Tensor | None, constants: tuple[Tensor | None, ...] = ()) -> bool:
+    """float64 among the tensors, or a gradient wanted in one that is a constant to the fused operators."""
+    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants)
+    return wants_gradient or compute_dtype(*tensors, *constants) == torch.float64
+
+
+def normal_like(latents: Tensor, key: Tensor, siblings: int = 1) -> Tensor:
+    """The noise that `transition_step` draws.
+
+    Args:
+        latents: (R, D...), only its shape and device count (float64: drawn by the plain-torch definition).
+        key: (R, 2) int64, `(seed, offset)` per row (see `philox`).
+        siblings: K.
+    Returns:
+        (R, K, D...) fp32.
+    Raises:
+        ValueError: an argument of the wrong type, shape, dtype or device.
+    """
+    check_rows("latents", latents)
+    check_key(key, latents)
+    check_count("siblings", siblings)
+    if latents.dtype == torch.float64:
+        return reference.normal_like(latents, key, siblings)
+    elements = latents.numel() // latents.shape[0]
+    return ops.normal(key, siblings, elements).view(latents.shape[0], siblings, *latents.shape[1:])
+
+
+def transition_step(
+    latents: Tensor,
+    velocity: Tensor,
+    coef: Tensor,
+    key: Tensor,
+    siblings: int = 1,
+    velocity_uncond: Tensor | None = None,
+    guidance: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """One sampler step for K siblings of every row: `next = x_coef x + v_coef v + std noise`.
+
+    Args:
+        latents, velocity, velocity_uncond: (R, D...), any float dtype, any strides; with `velocity_uncond` the
+            velocity is `velocity_uncond + guidance (velocity - velocity_uncond)`.
+        coef: (R, 3) fp32 x_coef, v_coef, std; std = 0 is an ODE step.
+        key: (R, 2) int64 noise keys.
+        siblings: K.
+    Returns:
+        next_latents (R, K, D...) and log_prob (R, K), fp32 (float64 if an input is): the mean over the d elements of
+        the Gaussian log-density, as in Flow-GRPO (arXiv 2505.05470); 0 for ODE rows.
+    Raises:
+        ValueError: an argument of the wrong type, shape, dtype or device, or a negative std.
+    """
+    check_rows("latents", latents)
+    check_like(latents, velocity=velocity, velocity_uncond=velocity_uncond)
+    check_coef(coef, latents)
+    check_key(key, latents)
+    check_count("siblings", siblings)
+    check_number("guidance", guidance)
+    if _only_reference(constants=(latents, velocity, coef, velocity_uncond)):
+        return reference.transition_step(latents, velocity, coef, key, siblings, velocity_uncond, guidance)
+    return ops.transition_step(latents, velocity, coef, key, siblings, velocity_uncond, guidance)
+
+
+def transition_log_prob(next_latents: Tensor, latents: Tensor, velocity: Tensor, coef: Tensor) -> Tensor:
+    """Log-density of given next latents, mean over the d elements; differentiable in `velocity`.
+
+    Args:
+        next_latents: (R, K, D...). latents, velocity: (R, D...). coef: (R, 3) fp32.
+    Returns:
+        (R, K) fp32 (float64 if an input is); 0 for rows with std = 0.
+    Raises:
+        ValueError: an argument of the wrong type, shape, dtype or device, or a negative std.
+    """
+    check_rows("latents", latents)
+    check_like(latents, velocity=velocity)
+    check_coef(coef, latents)
+    siblings = next_latents.shape[1] if isinstance(next_latents, Tensor) and next_latents.dim() > 1 else 1
+    check_tensor("next_latents", next_latents, (latents.shape[0], siblings, *latents.shape[1:]), latents.device)
+    if _only_reference(velocity, constants=(next_latents, latents, coef)):
+        return reference.transition_log_prob(next_latents, latents, velocity, coef)
+    return autograd.LogProb.apply(next_latents, latents, velocity, coef)
+
+
+def log_ratio(
+    velocity: Tensor,
+    velocity_old: Tensor,
+    coef: Tensor,
+    key: Tensor | None = None,
+    siblings: int | None = None,
+    noise: Tensor | None = None,
+) -> Tensor:
+    """log(new density / old density) of branches drawn from the old velocity; differentiable in `velocity`.
+
+    The difference of the two densities is formed per element before any sum (see `reference.log_ratio`).
+
+    Args:
+        velocity, velocity_old: (R, D...). coef: (R, 3) fp32.
+        key, siblings: keys (R, 2) and K with which the branches were drawn; or
+        noise: (R, K, D...) = (next_latents - mean_old) / std.
+    Returns:
+        (R, K) fp32 (float64 if an input is); 0 for rows with std = 0.
+    Raises:
+        ValueError: an argument of the wrong type, shape, dtype or device, a negative std, or not exactly one of key
+            and noise.
+    """
+    check_rows("velocity", velocity)
+    check_like(velocity, velocity_old=velocity_old)
+    check_coef(coef, velocity)
+    siblings = check_noise_source(key, noise, siblings, velocity)
+    if _only_reference(velocity, constants=(velocity_old, coef, noise)):
+        return reference.log_ratio(velocity, velocity_old, coef, key, siblings, noise)
+    return autograd.LogRatio.apply(velocity, velocity_old, coef, key, noise, siblings)
+
+
+def branch_loss(
+    velocity: Tensor,
+    velocity_old: Tensor,
+    advantages: Tensor,
+    weights: Tensor,
+    coef: Tensor,
+    key: Tensor | None = None,
+    noise: Tensor | None = None,
+    clip_range: tuple[float, float] = (1e-4, 1e-4),
+    kl_coef: float = 0.0,
+    velocity_ref: Tensor | None = None,
+    velocity_uncond: Tensor | None = None,
+    guidance: float = 1.0,
+    kl_weights: Tensor | None = None,
+) -> tuple[Tensor, BranchLossStats]:
+    """Weighted clipped policy-gradient loss of K siblings that share one velocity, plus the KL to a reference policy.
+
+    Formula and sources: `reference.branch_loss`. Differentiable in `velocity` and `velocity_uncond`.
+
+    Args:
+        velocity, velocity_old, velocity_ref, velocity_uncond: (R, D...), any float dtype, any strides.
+        advantages: (R, K). weights: (R,). coef: (R, 3) fp32. kl_weights: (R,), default 1.
+        key: (R, 2) int64 or noise: (R, K, D...), exactly one of them.
+        clip_range: (low, high), kl_coef and guidance: Python numbers.
+    Returns:
+        loss () fp32 (float64 if an input is) and its statistics.
+    Raises:
+        ValueError: an argument of the wrong type, shape, dtype or device, a negative std, or not exactly one of key
+            and noise.
+    """
+    _check_branch_loss(velocity, velocity_old, advantages, weights, coef, velocity_ref, velocity_uncond, kl_weights)
+    _check_numbers(clip_range, kl_coef, guidance)
+    check_noise_source(key, noise, advantages.shape[1], velocity)
+    constants = (velocity_old, advantages, coef, noise, weights.float(), velocity_ref, kl_weights)
+    if _only_reference(velocity, velocity_uncond, constants=constants):
+        return reference.branch_loss(
+            velocity, velocity_old, advantages, weights, coef, key, noise, clip_range, kl_coef, velocity_ref,
+            velocity_uncond, guidance, kl_weights,
+        )  # fmt: skip
+    loss, stats = autograd.BranchLoss.apply(
+        velocity, velocity_uncond, velocity_old, advantages, weights, coef, key, noise, velocity_ref, kl_weights,
+        clip_range, kl_coef, guidance,
+    )  # fmt: skip
+    return loss, BranchLossStats(*stats.unbind())
+
+
+def _check_branch_loss(velocity, velocity_old, advantages, weights, coef, velocity_ref, velocity_uncond, kl_weights):
+    """Shapes of everything but the source of noise."""
+    check_rows("velocity", velocity)
+    rows, device = velocity.shape[0], velocity.device
+    check_like(velocity, velocity_old=velocity_old, velocity_ref=velocity_ref, velocity_uncond=velocity_uncond)
+    check_coef(coef, velocity)
+    siblings = advantages.shape[1] if isinstance(advantages, Tensor) and advantages.dim() == 2 else 1
+    check_tensor("advantages", advantages, (rows, max(siblings, 1)), device)
+    check_tensor("weights", weights, (rows,), device)
+    if kl_weights is not None:
+        check_tensor("kl_weights", kl_weights, (rows,), device)
+
+
+def _check_numbers(clip_range, kl_coef, guidance) -> None:
+    is_pair = isinstance(clip_range, tuple | list) and len(clip_range) == 2
+    expect(is_pair, "clip_range", f"{clip_range!r}", "a pair (low, high)")
+    for name, value in (("clip_range", clip_range[0]), ("clip_range", clip_range[1]), ("kl_coef", kl_coef)):
+        check_number(name, value)
+        expect(value >= 0, name, value, "a number >= 0")
+    check_number("guidance", guidance)

@@ -1,0 +1,145 @@
+"""What every backend must fulfil: its error against the float64 oracle is at most twice that of plain torch of the
+same dtypes, plus a few ulp. Run by the tests of the C++ twin, of Triton in the interpreter, and of Triton on a GPU.
+"""
+
+import torch
+from kernel_cases import (
+    Case,
+    oracle_log_prob,
+    oracle_log_ratio,
+    oracle_loss,
+    oracle_noise,
+    oracle_step,
+    oracle_velocity,
+)
+from tempflow_kernels import reference, reference_ops
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [
+    Case(),
+    Case(stored_noise=True),
+    Case(shape=(2049,), siblings=1, optional=()),
+    Case(shape=(1,), siblings=2),
+    Case(shape=(16, 16, 8), siblings=6, optional=("velocity_uncond",)),
+    Case(shape=(5, 13), dtype=torch.bfloat16),
+    Case(shape=(33, 32), dtype=torch.bfloat16, stored_noise=True),
+    Case(shape=(64,), dtype=torch.float16, optional=("velocity_ref",)),
+    Case(shape=(1023,), rows=5, dtype=torch.float16, stored_noise=True),
+    Case(shape=(40,), distance=3.0, clip_range=(0.2, 0.3)),
+]
+ULP = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float64: 2.0**-52}
+
+
+def assert_close_as_torch(name, found, plain, oracle, ulps=4):
+    """|found - oracle| <= 2 max |plain - oracle| + ulps of the largest value."""
+    if oracle is None:
+        assert found.numel() == 0
+        return
+    assert found.shape == oracle.shape and found.dtype == plain.dtype, name
+    scale = max(float(oracle.abs().max()), 2.0**-14 if found.dtype == torch.float16 else 0.0)
+    allowed = 2 * float((plain.double() - oracle).abs().max()) + ulps * ULP[found.dtype] * scale
+    error = float((found.double() - oracle).abs().max())
+    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def check_noise(module, case):
+    found = module.normal(case.key, case.siblings, case.elements)
+    oracle = oracle_noise(case).flatten(2)
+    assert_close_as_torch("normal", found, reference_ops.normal(case.key, case.siblings, case.elements), oracle)
+
+
+def check_step(module, case):
+    noise = oracle_noise(case)
+    arguments = (
+        case.latents, case.velocity, case.coef, case.key, case.siblings, case.velocity_uncond, case.guidance
+    )  # fmt: skip
+    found, plain = (source.transition_step(*arguments) for source in (module, reference))
+    oracle = oracle_step(case, noise)
+    for name, *values in zip(("next_latents", "log_prob"), found, plain, oracle, strict=True):
+        assert_close_as_torch(name, *values)
+    assert torch.equal(found[1][1], torch.zeros_like(found[1][1])), "an ODE row has log_prob 0"
+    assert torch.equal(found[0][1], found[0][1][:1].expand_as(found[0][1])), "siblings of an ODE row are equal"
+
+
+def check_log_prob(module, case):
+    following = oracle_step(case, oracle_noise(case))[0].float()
+    velocity = case.velocity.double().clone().requires_grad_()
+    columns = [c.view(-1, 1, *[1] * len(case.shape)) for c in case.coef.double().unbind(1)]
+    mean = columns[0] * case.latents.double()[:, None] + columns[1] * velocity[:, None]
+    oracle = oracle_log_prob(following.double(), mean, columns[2])
+    slopes = case.advantages
+    (oracle * slopes.double()).sum().backward()
+    arguments = (following, case.latents, case.velocity, case.coef)
+    leaf = case.velocity.clone().requires_grad_()
+    plain = reference.transition_log_prob(following, case.latents, leaf, case.coef)
+    (plain * slopes).sum().backward()
+    assert_close_as_torch("log_prob", module.transition_log_prob(*arguments), plain.detach(), oracle.detach())
+    gradient = module.transition_log_prob_gradient(slopes, *arguments)
+    assert_close_as_torch("log_prob gradient", gradient, leaf.grad, velocity.grad)
+
+
+def check_log_ratio(module, case):
+    noise = oracle_noise(case)
+    velocity, _, _ = oracle_velocity(Case(**{**_settings(case), "optional": ()}))
+    oracle = oracle_log_ratio(case, noise, velocity.unsqueeze(1))
+    slopes = case.advantages
+    (oracle * slopes.double()).sum().backward()
+    leaf = case.velocity.clone().requires_grad_()
+    plain = reference.log_ratio(leaf, case.velocity_old, case.coef, case.key, case.siblings, case.noise)
+    (plain * slopes).sum().backward()
+    found = module.log_ratio(case.velocity, case.velocity_old, case.coef, case.key, case.noise, case.siblings)
+    assert_close_as_torch("log_ratio", found, plain.detach(), oracle.detach())
+    one = torch.ones((), device=case.device)
+    inputs = (case.velocity, case.velocity_old, case.coef, case.key, case.noise, None, None, None, 0.0, 1.0)
+    gradient, empty = module.velocity_gradient(slopes, one, *inputs)
+    assert_close_as_torch("log_ratio gradient", gradient, leaf.grad, velocity.grad)
+    assert empty.numel() == 0
+
+
+def check_loss(module, case, scale=1.0):
+    noise = oracle_noise(case)
+    loss, stats, gradient, uncond_gradient = oracle_loss(case, noise)
+    plain_loss, plain_stats, plain_gradients = plain_branch_loss(case, scale)
+    found_loss, found_stats, slopes = module.branch_loss(*case.loss_arguments())
+    assert_close_as_torch("loss", found_loss, plain_loss, loss)
+    for name, *values in zip(reference.BranchLossStats._fields, found_stats, plain_stats, stats, strict=True):
+        assert_close_as_torch(name, *values)
+    upstream = torch.tensor(scale, device=case.device)
+    found = module.velocity_gradient(slopes, upstream, *case.gradient_arguments())
+    assert_close_as_torch("gradient", found[0], plain_gradients[0], scale * gradient)
+    uncond_oracle = None if uncond_gradient is None else scale * uncond_gradient
+    assert_close_as_torch("uncond gradient", found[1], plain_gradients[1], uncond_oracle)
+
+
+def check_nan(module, case):
+    """A NaN anywhere in the velocity must show in the loss: nothing may clip it away."""
+    case.tensors["velocity"] = case.velocity.clone()
+    case.tensors["velocity"][2].view(-1)[-1] = float("nan")
+    loss, stats, _ = module.branch_loss(*case.loss_arguments())
+    assert torch.isnan(loss) and torch.isnan(stats[1])
+
+
+def plain_branch_loss(case, scale):
+    """loss, stats and gradients of the plain-torch definition in the dtypes of the case."""
+    leaf = case.velocity.clone().requires_grad_()
+    uncond = None if case.velocity_uncond is None else case.velocity_uncond.clone().requires_grad_()
+    loss, stats = reference.branch_loss(
+        leaf, case.velocity_old, case.advantages, case.weights, case.coef, case.key, case.noise, case.clip_range,
+        case.kl_coef, case.velocity_ref, uncond, case.guidance, case.kl_weights,
+    )  # fmt: skip
+    (scale * loss).backward()
+    return loss.detach(), torch.stack(stats), (leaf.grad, None if uncond is None else uncond.grad)
+
+
+def _settings(case):
+    return {name: value for name, value in vars(case).items() if name != "tensors"}
+
+
+def on_device(case, device):
+    """The same case on another device."""
+    return Case(**{**_settings(case), "device": device})
+
+
+def unnumbered(case):
+    """The same case with noise drawn from keys."""
+    return Case(**{**_settings(case), "stored_noise": False})
