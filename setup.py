@@ -35,7 +35,7 @@ setup(
         kernels,
         "torch>=2.11",
         "diffusers>=0.42",
-        "transformers>=4.57",
+        "transformers>=5.0",
         "peft>=0.18",
         "safetensors>=0.5",
         "pydantic>=2.11",
@@ -47,7 +47,12 @@ setup(
         "tqdm",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6", "scikit-learn>=1.5", "triton>=3.6; platform_system == 'Linux'"],
+        "test": [
+            "pytest>=8",
+            "pytest-benchmark>=5",
+            "scikit-learn>=1.5",
+            "triton>=3.6; platform_system == 'Linux'",
+        ],
         "digits": ["scikit-learn>=1.5"],
         "gpu": ["bitsandbytes>=0.49", "flash-attn>=2.8"],
         "rewards": [],

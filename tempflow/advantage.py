@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 GROUP_AXES = {"seed": (3,), "prompt": (2, 3), "batch": (1, 2, 3)}
-"""Axes of (S steps, P prompts, N seeds, K siblings) that a group spans. Steps are never mixed: each has its own credit."""
+"""Axes of (S steps, P prompts, N seeds, K siblings) that a group spans. Steps are never mixed."""
 
 STD_EPSILON = 1e-4
 """Added to the standard deviation, as in the released code."""
@@ -28,6 +28,10 @@ class Credit:
     """(S, R, K) fp32; 0 in a masked group"""
     informative: Tensor
     """(S, R) bool; False where the group's rewards do not differ"""
+    groups: int
+    """how many groups there are"""
+    masked: int
+    """how many of them are not informative"""
 
 
 def group_advantages(rewards: Tensor, seeds: int, group: str, std: str = "group", clip: float = 5.0) -> Credit:
@@ -46,6 +50,8 @@ def group_advantages(rewards: Tensor, seeds: int, group: str, std: str = "group"
     centred = grouped - grouped.mean(axes, keepdim=True)
     scale = grouped.std(axes, keepdim=True, correction=0) if std == "group" else grouped.std(correction=0)
     spread = grouped.amax(axes, keepdim=True) - grouped.amin(axes, keepdim=True)
-    informative = (spread > MIN_SPREAD).expand(steps, rows // seeds, seeds, 1)
+    differs = spread > MIN_SPREAD
+    informative = differs.expand(steps, rows // seeds, seeds, 1)
     advantages = (centred / (scale + STD_EPSILON)).clamp(-clip, clip) * informative
-    return Credit(advantages.reshape(steps, rows, siblings), informative.reshape(steps, rows))
+    masked = int((~differs).sum())
+    return Credit(advantages.reshape(steps, rows, siblings), informative.reshape(steps, rows), differs.numel(), masked)

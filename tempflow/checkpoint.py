@@ -93,6 +93,9 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor] | dict[str, Param
     if source.keys() != target.keys():
         raise KeyError(f"{len(source.keys() ^ target.keys())} parameters differ from the model's")
     for name, tensor in target.items():
+        if source[name].shape != tensor.shape:
+            raise ValueError(f"{name} has shape {tuple(source[name].shape)}, the model's has {tuple(tensor.shape)}")
+    for name, tensor in target.items():
         tensor.copy_(source[name])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,7 +36,7 @@ def section(cls: type) -> type:
 class ModelConfig:
     path: str = "tempflow:digits/pipeline"
     """Folder of a diffusers pipeline, or a hub id; `tempflow:...` is a folder shipped with the package."""
-    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    dtype: Literal["fp32", "bf16"] = "fp32"
     """Precision of the network; latents, log-probabilities and trained parameters are always fp32."""
     text_tokens: Count = 256
     """Length of the T5 text sequence (`max_sequence_length` of the diffusers pipeline)."""
@@ -46,7 +46,7 @@ class ModelConfig:
     """Rank of the adapters."""
     lora_alpha: Positive = 64.0
     """Scale of the adapters: their output is multiplied by lora_alpha / lora_rank."""
-    lora_targets: list[str] | None = None
+    lora_targets: Annotated[list[str], Field(min_length=1)] | None = None
     """Names of the layers that get adapters; null takes the attention projections of the model's family."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward per training row."""
@@ -86,9 +86,9 @@ class BranchConfig:
 
 @section
 class LearnConfig:
-    iterations: Whole = 100
+    iterations: Count = 100
     """Iterations of explore, credit, learn."""
-    rows: Count = 8
+    rows: Count = 4
     """Trunks in one network call of trunk and training; each training row carries the K siblings of its fork."""
     updates: Count = 1
     """Optimizer steps per inner epoch; each takes an equal share of the trunks."""
@@ -158,7 +158,7 @@ class EvalConfig:
 class RunConfig:
     dir: str = "runs/digits"
     """Folder of everything the run writes."""
-    seed: Whole = 42
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """The one number that every random choice of the run is a function of."""
     resume: bool = False
     """Continue the run in run.dir from its last checkpoint."""
@@ -205,21 +205,32 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for path in sorted((PACKAGE / "presets").glob("*.yaml"))}
 
 
-def read_values(source: str) -> dict[str, dict[str, Any]]:
-    """The sections of a preset or YAML file, on top of those it `extends`."""
-    path = presets().get(source, Path(source))
+def read_values(source: str, seen: tuple[Path, ...] = ()) -> dict[str, dict[str, Any]]:
+    """The sections of a preset or YAML file, on top of those it `extends`; `seen` are the files that extend it."""
+    path = presets().get(source, Path(source).expanduser())
     if not path.is_file():
         raise BadInput("preset", source, f"no such preset or YAML file; presets: {', '.join(presets())}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise BadInput("preset", source, f"not readable as YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(values, dict) or not all(isinstance(part, dict) for key, part in values.items() if key != "extends"):
+    parts = [part for key, part in values.items() if key != "extends"] if isinstance(values, dict) else [values]
+    if not all(isinstance(part, dict) for part in parts):
         raise BadInput("preset", source, "a preset is sections of fields, such as `learn: {lr: 1e-4}`")
-    merged = read_values(values.pop("extends")) if "extends" in values else {}
+    merged = _parent(values.pop("extends"), path, seen) if "extends" in values else {}
     for name, part in values.items():
         merged.setdefault(name, {}).update(part)
     return merged
+
+
+def _parent(name: object, path: Path, seen: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
+    """The sections of the preset or file that `path` extends; a relative file is sought beside it."""
+    if not isinstance(name, str):
+        raise BadInput("extends", name, f"in {path}: give the name of one preset or YAML file")
+    if path.resolve() in seen:
+        raise BadInput("extends", name, f"in {path}: presets extend each other in a circle")
+    source = name if name in presets() else str(path.parent / Path(name).expanduser())
+    return read_values(source, (*seen, path.resolve()))
 
 
 def _override(values: dict[str, dict[str, Any]], argument: str) -> None:
@@ -261,30 +272,14 @@ def field_names() -> list[str]:
 
 
 def to_yaml(config: Config) -> str:
-    """The whole configuration, reloadable."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False)
+    """The whole configuration, from which a new run can be started."""
+    values = asdict(config)
+    values["run"]["resume"] = False
+    return yaml.safe_dump(plain(values), sort_keys=False)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Tuples as lists, so that YAML stays plain."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     return list(value) if isinstance(value, tuple) else value
-
-
-def help_text() -> str:
-    """Every field with its default and its sentence."""
-    lines = [
-        "usage: torchrun tempflow/train.py [PRESET or FILE.yaml] [section.field=value ...]",
-        f"presets: {', '.join(presets())} (default: digits)",
-    ]
-    defaults = Config()
-    for part in fields(Config):
-        lines.append(f"\n{part.name}")
-        values = getattr(defaults, part.name)
-        assert is_dataclass(values)
-        described = type(values).__pydantic_fields__
-        for name, info in described.items():
-            default = _plain(getattr(values, name))
-            lines.append(f"  {part.name}.{name}={'null' if default is None else default}\n      {info.description}")
-    return "\n".join(lines)

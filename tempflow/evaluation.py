@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tempflow.batching import chunks
 from tempflow.branching import decode_branches
 from tempflow.distributed import Ranks
 from tempflow.draws import EVALUATION, Draw
@@ -59,15 +60,23 @@ class Evaluator:
             name: self.ranks.gather(scorer(images, prompts), 0)[: len(self.prompts)].mean().item()
             for name, scorer in self.scorers.items()
         }
-        everything = self.ranks.gather(images, 0)
-        return Evaluation(scores, everything[self.pictured])
+        return Evaluation(scores, self._pictures(images, slots))
+
+    def _pictures(self, images: Tensor, slots: range) -> Tensor:
+        """The pictured images; each rank contributes those it holds, and zeros for the others."""
+        own = torch.zeros(1, len(self.pictured), *self.policy.image_shape, dtype=torch.uint8)
+        for place, slot in enumerate(self.pictured):
+            if slot in slots:
+                own[0, place] = images[slot - slots.start]
+        return self.ranks.gather(own, 0).amax(0)
 
     def _sample(self, slots: range, prompts: Sequence[Prompt]) -> Tensor:
         """(len(slots), 3, H, W) uint8 images from the noises of the slots."""
         draw = Draw.grid(self.run_seed, EVALUATION, slots, 1)
         latents = draw.initial_noise(self.policy.latent_shape, self.policy.device)
-        conditioning = self.policy.encode([prompt.text for prompt in prompts])
-        rows = torch.arange(len(latents), device=latents.device)
-        for step in range(self.schedule.num_steps):
-            self.engine.advance(latents, step, conditioning, rows)
+        for part in chunks(len(latents), self.decode_rows):
+            conditioning = self.policy.encode([prompt.text for prompt in prompts[part]])
+            rows = torch.arange(len(latents[part]), device=latents.device)
+            for step in range(self.schedule.num_steps):
+                self.engine.advance(latents[part], step, conditioning, rows)
         return decode_branches(self.policy, latents, self.decode_rows)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ class PhaseClock:
 
 
 class MetricsWriter:
-    """metrics.jsonl, one object a line, and the trackers. `keep` lines of an earlier part of the run stay."""
+    """metrics.jsonl, one object a line, and the trackers. Of an earlier part of the run, lines to `last_step` stay."""
 
     def __init__(self, folder: Path, trackers: list[str], run_name: str, last_step: int | None):
         self.path = folder / "metrics.jsonl"
@@ -122,10 +123,20 @@ def flat_numbers(row: dict[str, Any]) -> dict[str, float]:
         if isinstance(value, dict):
             flat |= {f"{name}/{key}": number for key, number in value.items()}
         elif isinstance(value, list):
-            flat |= {f"{name}/{index}": number for index, number in enumerate(value) if isinstance(number, (int, float))}
-        elif isinstance(value, (int, float)):
+            flat |= {f"{name}/{index}": number for index, number in enumerate(value) if isinstance(number, int | float)}
+        elif isinstance(value, int | float):
             flat[name] = value
     return flat
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuses a tracker whose package is absent.
+
+    Raises:
+        BadInput: with the command that installs it.
+    """
+    if "wandb" in names and importlib.util.find_spec("wandb") is None:
+        raise BadInput("run.trackers", "wandb", "is not installed: pip install 'tempflow[wandb]'")
 
 
 def _tensorboard(folder: Path, run_name: str):
@@ -142,10 +153,8 @@ def _tensorboard(folder: Path, run_name: str):
 
 
 def _wandb(folder: Path, run_name: str):
-    try:
-        import wandb
-    except ImportError as error:
-        raise BadInput("run.trackers", "wandb", "is not installed: pip install 'tempflow[wandb]'") from error
+    import wandb
+
     run = wandb.init(project="tempflow", name=run_name, dir=str(folder), resume="allow")
     return lambda values, step: run.log(values, step=step)
 

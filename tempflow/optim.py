@@ -22,9 +22,10 @@ def make_optimizer(learn: LearnConfig, parameters: list[Parameter]) -> torch.opt
 
 
 class MovingAverage:
-    """Exponential moving average of parameters, decay min((1 + n) / (10 + n), limit) after n updates.
+    """Exponential moving average of parameters, updated every few optimizer steps.
 
-    A limit of 0 keeps the average equal to the parameters.
+    Its decay warms up as min((1 + n) / (10 + n), limit), n counting optimizer steps from 0, as in Flow-GRPO's code. A
+    limit of 0 keeps the average equal to the parameters.
     """
 
     def __init__(self, parameters: dict[str, Parameter], limit: float, every: int):
@@ -38,7 +39,7 @@ class MovingAverage:
         self.optimizer_steps += 1
         if self.limit and self.optimizer_steps % self.every:
             return
-        count = self.optimizer_steps // self.every
+        count = self.optimizer_steps - 1
         decay = min((1 + count) / (10 + count), self.limit)
         averages, current = list(self.average.values()), list(self.parameters.values())
         torch._foreach_lerp_(averages, current, 1 - decay)

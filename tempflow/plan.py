@@ -47,7 +47,8 @@ class BranchPlan:
             count = len(pool)
         outside = [step for step in pool if step not in every]
         if outside or not pool:
-            raise BadInput("branch.steps", spec, f"fork steps lie in 0 .. {num_steps - 2} when sample.steps={num_steps}")
+            mend = f"fork steps lie in 0 .. {num_steps - 2} when sample.steps={num_steps}"
+            raise BadInput("branch.steps", spec, mend)
         return BranchPlan(num_steps, siblings, pool, pool[:count])
 
     def drawn(self, run_seed: int, iteration: int) -> BranchPlan:
@@ -81,14 +82,17 @@ class BranchCost:
     trunk_rows: int
     tail_rows: int
     learn_rows: int
-    """training rows per inner epoch; each carries K siblings"""
+    """training rows, each of which carries K siblings: once per inner epoch, twice where KL needs the reference"""
     images: int
     latent_bytes: int
     """trunk states and velocities, living branches, decoded images, on the rank that holds `rows` trunks"""
 
     @staticmethod
-    def of(plan: BranchPlan, rows: int, latent_elements: int, image_bytes: int) -> BranchCost:
-        """The cost of `plan` over `rows` trunks with latents of `latent_elements` fp32 numbers."""
+    def of(plan: BranchPlan, rows: int, latent_elements: int, image_bytes: int, passes: int = 1) -> BranchCost:
+        """The cost of `plan` over `rows` trunks with latents of `latent_elements` fp32 numbers.
+
+        `passes` are the network calls per fork in learning: inner epochs, times 2 with a KL term.
+        """
         last = plan.num_steps - 1
         dearest = plan.pool[: len(plan.steps)]
         forks, images = len(plan.steps), rows * len(plan.steps) * plan.siblings
@@ -97,7 +101,7 @@ class BranchCost:
             rows=rows,
             trunk_rows=rows * (plan.pool[-1] + 1),
             tail_rows=rows * plan.siblings * sum(last - step for step in dearest),
-            learn_rows=rows * forks,
+            learn_rows=rows * forks * passes,
             images=images,
             latent_bytes=latents + images * image_bytes,
         )

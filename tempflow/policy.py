@@ -17,7 +17,7 @@ from torch.nn import Parameter
 class Conditioning:
     """Encoded prompts, one row each: whatever tensors the model family needs, indexed together.
 
-    Example (SD3): {"prompt_embeds": (R, L, C), "pooled": (R, C')}.
+    Example (SD3): {"embeds": (R, L, C), "pooled": (R, C')}.
     """
 
     tensors: dict[str, Tensor]

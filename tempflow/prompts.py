@@ -33,11 +33,13 @@ def read_prompts(path: str, setting: str) -> list[Prompt]:
         raise BadInput(setting, path, "no such file; give a .txt or .jsonl file of prompts")
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise BadInput(setting, path, "not UTF-8 text; give a .txt or .jsonl file of prompts") from error
+    except (UnicodeDecodeError, OSError) as error:
+        raise BadInput(setting, path, f"not readable as UTF-8 text ({error})") from error
     numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise BadInput(setting, path, "the file holds no prompt; put one a line")
+    if file.suffix == ".json":
+        raise BadInput(setting, path, "give JSON objects one a line, in a .jsonl file")
     if file.suffix != ".jsonl":
         return [Prompt(line) for _, line in numbered]
     return [_parse(line, f"{path}:{number}", setting) for number, line in numbered]
@@ -46,15 +48,16 @@ def read_prompts(path: str, setting: str) -> list[Prompt]:
 def _parse(line: str, place: str, setting: str) -> Prompt:
     try:
         values = json.loads(line)
-        return Prompt(str(values.pop("prompt")), values)
+        text = values.pop("prompt")
+        if not isinstance(text, str):
+            raise TypeError(text)
+        return Prompt(text, values)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise BadInput(setting, place, 'each line must be a JSON object such as {"prompt": "..."}') from error
 
 
 def iteration_prompts(prompts: list[Prompt], count: int, run_seed: int, iteration: int) -> list[Prompt]:
     """The `count` prompts of an iteration: the file is walked in a new order each time it is through."""
-    chosen = []
-    for position in range(iteration * count, (iteration + 1) * count):
-        turn, place = divmod(position, len(prompts))
-        chosen.append(prompts[shuffled(len(prompts), run_seed, PROMPTS, turn)[place]])
-    return chosen
+    places = [divmod(position, len(prompts)) for position in range(iteration * count, (iteration + 1) * count)]
+    orders = {turn: shuffled(len(prompts), run_seed, PROMPTS, turn) for turn in {turn for turn, _ in places}}
+    return [prompts[orders[turn][place]] for turn, place in places]

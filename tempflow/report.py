@@ -21,7 +21,7 @@ from tempflow.metrics import read_metrics
 from tempflow.paths import write_atomically
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402  (after the backend is chosen)
+from matplotlib import pyplot
 
 REWARD, GOLD, WEIGHT = "#4269d0", "#d97706", "#6b7280"
 

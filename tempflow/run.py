@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tempflow_kernels import backend_info
 from torch import Tensor
 
 from tempflow import checkpoint, distributed
@@ -15,8 +16,9 @@ from tempflow.checkpoint import Progress
 from tempflow.config import Config
 from tempflow.distributed import Ranks
 from tempflow.draws import Draw
+from tempflow.errors import BadInput
 from tempflow.evaluation import Evaluator
-from tempflow.metrics import MetricsWriter, PhaseClock
+from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers
 from tempflow.models import load_policy
 from tempflow.optim import MovingAverage, make_optimizer
 from tempflow.plan import BranchCost, BranchPlan
@@ -24,7 +26,7 @@ from tempflow.policy import Policy
 from tempflow.prompts import Prompt, iteration_prompts, read_prompts
 from tempflow.report import draw_report, save_pictures
 from tempflow.rewards import Scorer, load_scorer
-from tempflow.run_folder import check_consistency, open_folder
+from tempflow.run_folder import check_consistency, check_folder, group_size, write_settings
 from tempflow.schedule import NoiseSchedule, build_schedule
 from tempflow.tail_engine import EagerEngine, TailEngine
 
@@ -79,15 +81,22 @@ class Run:
             return None
         return torch.full((rows,), self.schedule.step_size(step), device=self.policy.device)
 
-    def optimizer_step(self) -> float:
+    def optimizer_step(self, idle: bool) -> float:
         """Averages gradients over ranks, clips, steps; returns the norm before clipping.
 
+        Args:
+            idle: this rank had nothing to learn; where that is so on all ranks, no parameter moves.
         Raises:
-            RuntimeError: the norm is not finite; nothing has been changed then.
+            BadInput: the norm is not finite; no parameter has been changed then.
         """
+        if self.ranks.gather(torch.tensor([int(idle)]), 0).all():
+            return 0.0
         parameters = list(self.policy.trainable().values())
         self.ranks.average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.learn.max_grad_norm, error_if_nonfinite=True)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.learn.max_grad_norm)
+        if not torch.isfinite(norm):
+            mend = f"the gradient is {norm.item()} and nothing was changed; lower it and go on with run.resume=true"
+            raise BadInput("learn.lr", self.config.learn.lr, mend)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update()
@@ -147,10 +156,13 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     """A run ready to go, and how far it has come already. Prints the plan.
 
     Raises:
-        BadInput: anything in the configuration that cannot work; nothing has been written then.
+        BadInput: anything in the configuration that cannot work; no file has been changed then.
     """
     ranks = distributed.start(config.run.device)
     check_consistency(config, ranks.size)
+    check_trackers(config.run.trackers)
+    if not config.run.plan_only:
+        check_folder(config)
     torch.manual_seed(config.run.seed)
     prompts = read_prompts(config.prompts.train, "prompts.train")
     reward = load_scorer("reward.name", config.reward.name, config.branch.decode_rows)
@@ -163,10 +175,10 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     average = MovingAverage(parameters, config.learn.ema_decay, config.learn.ema_every)
     if ranks.first:
         print(_explain(config, policy, schedule, plan, ranks), file=sys.stderr)
-    folder, progress, writer = Path(config.run.dir), Progress(), None
+    folder, progress, writer = Path(config.run.dir).expanduser(), Progress(), None
     if not config.run.plan_only:
-        folder = open_folder(config, ranks)
         progress = checkpoint.restore(folder / "checkpoints", parameters, optimizer, average)
+        write_settings(config, ranks)
         last = progress.iteration if progress.iteration else None
         writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
     engine = EagerEngine(policy, schedule, config.branch.rows)
@@ -196,20 +208,20 @@ def _explain(config: Config, policy: Policy, schedule: NoiseSchedule, plan: Bran
     branch, learn = config.branch, config.learn
     rows = branch.prompts * branch.seeds // ranks.size
     elements = torch.Size(policy.latent_shape).numel()
-    cost = BranchCost.of(plan, rows, elements, torch.Size(policy.image_shape).numel())
+    passes = learn.inner_epochs * (2 if learn.kl else 1)
+    cost = BranchCost.of(plan, rows, elements, torch.Size(policy.image_shape).numel(), passes)
     parameters = sum(parameter.numel() for parameter in policy.trainable().values())
     weights = schedule.noise_weights(plan.pool).tolist()
     forks = ", ".join(f"{step}: {weight:.2f}" for step, weight in zip(plan.pool, weights, strict=True))
     drawn = f" ({len(plan.steps)} of them drawn each iteration)" if len(plan.steps) < len(plan.pool) else ""
-    group = {"seed": plan.siblings, "prompt": branch.seeds * plan.siblings}.get(
-        learn.group, branch.prompts * branch.seeds * plan.siblings
-    )
+    rows_per_update = rows * len(plan.steps) // learn.updates
     return "\n".join((
         f"tempflow: {config.model.path} on {ranks.size} x {policy.device.type}, {parameters:,} trained parameters "
-        f"({config.model.train}), latents {tuple(policy.latent_shape)}",
+        f"({config.model.train}), latents {tuple(policy.latent_shape)}; operators: "
+        f"{backend_info()['cuda' if policy.device.type == 'cuda' else 'cpu']}",
         f"groups: {branch.prompts} prompts x {branch.seeds} seeds, each trunk forks into {plan.siblings} siblings; "
-        f"advantages among {group} branches (group={learn.group}); {rows * len(plan.steps) // learn.updates} network "
-        f"rows per optimizer step and process, {learn.updates * learn.inner_epochs} optimizer steps an iteration",
+        f"advantages among {group_size(config)} branches (group={learn.group}); {rows_per_update} network rows per "
+        f"optimizer step and process, {learn.updates * learn.inner_epochs} optimizer steps an iteration",
         f"forks at steps (step: noise weight){drawn}: {forks}",
         f"cost per process: {cost.describe(plan, policy.network_rows)}",
     ))  # fmt: skip

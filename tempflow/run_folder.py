@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 
-import yaml
+import torch
 
-from tempflow.config import Config, to_yaml, validate
+from tempflow.config import Config, read_values, to_yaml, validate
 from tempflow.distributed import Ranks
 from tempflow.errors import BadInput
 from tempflow.paths import write_atomically
@@ -17,6 +18,13 @@ MAY_CHANGE = {"run.resume", "run.dir", "run.save_every", "run.keep_checkpoints",
 """Settings that may differ when a run is resumed: none of them changes what the run learns from."""
 
 
+def group_size(config: Config) -> int:
+    """Branches whose rewards are compared with one another."""
+    branch = config.branch
+    trunks = {"seed": 1, "prompt": branch.seeds, "batch": branch.seeds * branch.prompts}[config.learn.group]
+    return branch.siblings * trunks
+
+
 def check_consistency(config: Config, ranks: int) -> None:
     """Arithmetic across settings.
 
@@ -24,8 +32,8 @@ def check_consistency(config: Config, ranks: int) -> None:
         BadInput: siblings that cannot be compared, or batches that would be cut unevenly.
     """
     branch, learn = config.branch, config.learn
-    if branch.siblings < 2 and learn.group == "seed":
-        mend = "a seed group compares siblings, so it needs at least 2; or use learn.group=prompt"
+    if group_size(config) < 2:
+        mend = f"a {learn.group} group compares branches, so it needs at least 2; or choose a wider learn.group"
         raise BadInput("branch.siblings", branch.siblings, mend)
     if branch.prompts % ranks:
         raise BadInput("branch.prompts", branch.prompts, f"must be a multiple of the {ranks} processes")
@@ -33,40 +41,66 @@ def check_consistency(config: Config, ranks: int) -> None:
     if trunks % learn.rows:
         mend = f"must divide the {trunks} trunks of a process (prompts x seeds / processes), or a batch would be cut"
         raise BadInput("learn.rows", learn.rows, mend)
-    if (trunks // learn.rows) % learn.updates:
-        mend = f"must divide the {trunks // learn.rows} batches of a step (trunks / learn.rows): an update takes whole forks with all their siblings"  # fmt: skip
+    batches = trunks // learn.rows
+    if batches % learn.updates:
+        mend = f"must divide the {batches} batches (trunks / learn.rows): an update takes whole forks with all siblings"
         raise BadInput("learn.updates", learn.updates, mend)
+    if learn.kl_divisor == "diffusion" and config.sample.transition == "cps":
+        raise BadInput("learn.kl_divisor", "diffusion", "cps has no diffusion coefficient; use learn.kl_divisor=std")
 
 
-def open_folder(config: Config, ranks: Ranks) -> Path:
-    """Makes the folder of a new run and writes its config.yaml, or checks that of the run to resume.
+def check_folder(config: Config) -> None:
+    """The folder is free for a new run, or holds the run to resume. Changes nothing.
 
     Raises:
-        BadInput: a run is there already, there is none to resume, its settings differ, or the folder is not writable.
+        BadInput: a run is there already, there is none to resume, its settings differ, or the folder is out of reach.
     """
     folder = Path(config.run.dir).expanduser()
-    if not ranks.first:
-        ranks.wait()
-        return folder
-    saved = folder / "config.yaml"
-    if config.run.resume:
-        _check_same_run(config, saved)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        mend = "exists already; continue it with run.resume=true or choose another run.dir"
-        raise BadInput("run.dir", config.run.dir, mend)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(saved, to_yaml(config).encode())
+        if config.run.resume:
+            _check_same_run(config, folder)
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            mend = "exists already; continue it with run.resume=true or choose another run.dir"
+            raise BadInput("run.dir", config.run.dir, mend)
+        elif not _can_be_made(folder):
+            raise BadInput("run.dir", config.run.dir, "cannot be written; choose another folder")
     except OSError as error:
-        raise BadInput("run.dir", config.run.dir, f"cannot be written ({error.strerror}); choose another folder") from error
-    ranks.wait()
-    return folder
+        mend = f"cannot be used ({error.strerror}); choose another folder"
+        raise BadInput("run.dir", config.run.dir, mend) from error
 
 
-def _check_same_run(config: Config, saved: Path) -> None:
+def _can_be_made(folder: Path) -> bool:
+    """Whether the nearest folder that exists may be written to."""
+    existing = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+def write_settings(config: Config, ranks: Ranks) -> None:
+    """Makes the folder and writes config.yaml, with which a new run like this one can be started.
+
+    Raises:
+        BadInput: on every rank, if the first cannot write.
+    """
+    folder, problem = Path(config.run.dir).expanduser(), ""
+    if ranks.first:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "config.yaml", to_yaml(config).encode())
+        except OSError as error:
+            problem = error.strerror or str(error)
+    failed = ranks.gather(torch.tensor([int(bool(problem))]), 0).any()
+    if failed:
+        raise BadInput("run.dir", config.run.dir, f"cannot be written ({problem}); choose another folder")
+
+
+def _check_same_run(config: Config, folder: Path) -> None:
+    """The settings saved in the folder agree with `config`, unless nothing has been learnt there yet."""
+    saved = folder / "config.yaml"
     if not saved.is_file():
         raise BadInput("run.resume", "true", f"there is no run in {config.run.dir} (no config.yaml)")
-    before = asdict(validate(yaml.safe_load(saved.read_text(encoding="utf-8"))))
+    if not any((folder / "checkpoints").glob("step_*")):
+        return
+    before = asdict(validate(read_values(str(saved))))
     for section, values in asdict(config).items():
         for field, value in values.items():
             name = f"{section}.{field}"

@@ -86,7 +86,7 @@ TRANSITIONS: dict[str, Callable[[Tensor, float], Transition]] = {
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """A sampling schedule of T steps: sigmas, the deterministic steps of trunk and tails, the stochastic steps of forks.
+    """A sampling schedule of T steps: sigmas, the deterministic steps of trunk and tails, the stochastic ones of forks.
 
     Example: SD3.5 at 10 steps has sigmas 1, .9601, .9133 ... .0089, 0, and forks at level .7 have std .700, .743, ...
     """
@@ -123,7 +123,10 @@ def build_schedule(sigmas: Sequence[float] | Tensor, transition: str, noise_leve
     if transition not in TRANSITIONS:
         raise BadInput("sample.transition", transition, f"choose one of {', '.join(TRANSITIONS)}")
     if not (torch.all(sigmas[:-1] > sigmas[1:]) and sigmas[0] <= 1 and sigmas[-1] == 0):
-        raise BadInput("sample.steps", len(sigmas) - 1, f"sigmas must fall from at most 1 to 0, found {sigmas.tolist()}")
+        found = sigmas.tolist()
+        raise BadInput("sample.steps", len(sigmas) - 1, f"sigmas must fall from at most 1 to 0, found {found}")
     if noise_level <= 0:
         raise BadInput("sample.noise_level", noise_level, "siblings differ only by noise; give a level above 0")
+    if transition == "cps" and noise_level > 1:
+        raise BadInput("sample.noise_level", noise_level, "cps replaces at most all of the noise; give a level up to 1")
     return NoiseSchedule(sigmas, ode(sigmas), TRANSITIONS[transition](sigmas, noise_level))

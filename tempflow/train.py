@@ -28,10 +28,11 @@ from tempflow import distributed
 from tempflow.advantage import Credit, group_advantages
 from tempflow.branching import TransitionBatch, decode_branches, sample_branches, sample_trunk, updates
 from tempflow.checkpoint import Progress
-from tempflow.config import help_text, load
+from tempflow.config import load
 from tempflow.errors import BadInput
 from tempflow.metrics import LossRecord, loss_figures
 from tempflow.run import Run, set_up
+from tempflow.usage import help_text
 
 
 def train_step(run: Run, iteration: int) -> dict[str, Any]:
@@ -39,9 +40,10 @@ def train_step(run: Run, iteration: int) -> dict[str, Any]:
     learn, clock, plan = run.config.learn, run.clock, run.plan.drawn(run.config.run.seed, iteration)
     prompts, draw = run.prompts_of(iteration)
 
-    # Explore: an ODE trunk per initial noise; at each fork K siblings take one SDE step, then follow the ODE to an image.
+    # Explore: an ODE trunk per initial noise; at each fork K siblings take one SDE step, then the ODE to an image.
     with clock("trunk"):
-        conditioning = run.policy.encode([prompt.text for prompt in prompts])
+        seeds = run.config.branch.seeds
+        conditioning = run.policy.encode([prompt.text for prompt in prompts[::seeds]]).repeat(seeds)
         trunk = sample_trunk(run.policy, conditioning, run.schedule, plan, draw, learn.rows)
     with clock("tails"):
         latents = sample_branches(run.engine, trunk, run.schedule)
@@ -61,7 +63,7 @@ def train_step(run: Run, iteration: int) -> dict[str, Any]:
         for number, batches in enumerate(updates(trunk, advantages, weights, learn)):
             for batch in batches:
                 record.add(backward(run, batch), number)
-            norms.append(run.optimizer_step())
+            norms.append(run.optimizer_step(idle=not batches))
     figures = loss_figures(run.ranks.gather(record.totals(), dim=0))
     return {**describe(rewards, credit, run, plan.steps), **figures, "grad_norm": sum(norms) / len(norms)}
 
@@ -99,7 +101,7 @@ def describe(rewards: Tensor, credit: Credit, run: Run, steps: Sequence[int]) ->
     return {
         "reward_mean": rewards.mean().item(),
         "reward_std_per_step": spread,
-        "groups_masked": int((~credit.informative).sum()),
+        "groups_masked": credit.masked,
     }
 
 
@@ -136,26 +138,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "--help" in arguments or "-h" in arguments:
         print(help_text())
         return 0
+    speak = distributed.is_first()  # before the loop every rank meets the same mistake
     try:
         run, progress = set_up(load(arguments))
-    except BadInput as error:
-        return refuse(error, speak=distributed.is_first())
-    try:
+        speak = True
         if not run.config.run.plan_only:
             train(run, progress)
             run.finish()
         return 0
     except BadInput as error:
-        return refuse(error, speak=True)
+        if speak:
+            print(f"tempflow: {error}", file=sys.stderr)
+        return 2
     finally:
         distributed.stop()
-
-
-def refuse(error: BadInput, speak: bool) -> int:
-    """Says what is wrong in one line and returns the exit code; before the loop every rank meets the same mistake."""
-    if speak:
-        print(f"tempflow: {error}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

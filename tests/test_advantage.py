@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tempflow.advantage import group_advantages
 
 
@@ -45,9 +46,11 @@ def test_groups_without_spread_are_masked():
     rewards[1, 2] = 0.3
     credit = group_advantages(rewards, 2, "seed")
     assert not credit.informative[1, 2] and credit.informative.sum() == 7
+    assert (credit.groups, credit.masked) == (8, 1)
     assert not credit.advantages[1, 2].any()
     assert group_advantages(rewards, 2, "prompt").informative.all()
-    assert not group_advantages(torch.ones(2, 4, 3), 2, "batch").informative.any()
+    equal = group_advantages(torch.ones(2, 4, 3), 2, "batch")
+    assert not equal.informative.any() and (equal.groups, equal.masked) == (2, 2)
 
 
 def test_rounding_noise_is_no_spread():

@@ -15,7 +15,7 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 LAYERS = [
     {"errors", "batching", "paths"},
     {"config", "draws"},
-    {"schedule", "policy", "plan", "prompts"},
+    {"schedule", "policy", "plan", "prompts", "usage"},
     {"advantage", "tail_engine", "optim", "distributed", "digits"},
     {"branching", "rewards", "models", "checkpoint", "metrics"},
     {"evaluation", "report", "run_folder", "digits maker"},
@@ -42,7 +42,7 @@ def imports(path: Path) -> set[str]:
 def unit(path: Path) -> str:
     """The module or sub-package of tempflow that a file belongs to."""
     name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "digits maker" if name == "digits" and path.stem in ("make", "figures", "generator") else name
+    return "digits maker" if name == "digits" and path.stem in ("make", "figures", "generator", "networks") else name
 
 
 def own_imports(path: Path) -> set[str]:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from tempflow import checkpoint
 from tempflow.checkpoint import Progress
 from tempflow.errors import BadInput
@@ -49,8 +50,11 @@ def test_nothing_to_restore_is_a_fresh_start(tmp_path):
 
 def test_another_model_is_refused_and_left_alone(tmp_path):
     checkpoint.save(tmp_path, Progress(1), *state(size=3), keep=1)
+    other = state(size=4)
+    before = other[0]["w"].detach().clone()
     with pytest.raises(BadInput) as caught:
-        checkpoint.restore(tmp_path, *state(size=4))
+        checkpoint.restore(tmp_path, *other)
+    assert torch.equal(other[0]["w"], before)
     assert caught.value.field == "run.resume" and "step_000001" in str(caught.value)
 
 

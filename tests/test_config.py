@@ -1,8 +1,11 @@
 """The command line contract: presets, YAML, `section.field=value`, and what is refused."""
 
 import pytest
-from tempflow.config import Config, field_names, help_text, load, presets, to_yaml
+
+from tempflow.config import Config, field_names, load, presets, to_yaml
 from tempflow.errors import BadInput
+from tempflow.run_folder import check_consistency
+from tempflow.usage import help_text
 
 
 def test_default_is_the_digits_preset():
@@ -26,7 +29,7 @@ def test_configuration_reloads_from_what_a_run_writes(tmp_path):
 def test_a_preset_may_extend_another(tmp_path):
     base, child = tmp_path / "base.yaml", tmp_path / "child.yaml"
     base.write_text("learn: {lr: 0.5, kl: 0.25}\n")
-    child.write_text(f"extends: {base}\nlearn: {{kl: 0.75}}\n")
+    child.write_text("extends: base.yaml\nlearn: {kl: 0.75}\n")  # beside the file that names it
     config = load([str(child)])
     assert (config.learn.lr, config.learn.kl) == (0.5, 0.75)
 
@@ -55,7 +58,10 @@ def test_wrong_arguments_are_refused_with_the_nearest_name(arguments, field, wor
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", ["learn: {lr: [}", "- a\n- b\n", "learn: 3\n", "learn: {lr: 1}\nextra: {x: 1}\n"])
+@pytest.mark.parametrize(
+    "content",
+    ["learn: {lr: [}", "- a\n- b\n", "learn: 3\n", "learn: {lr: 1}\nextra: {x: 1}\n", "extends: [x]\n"],
+)
 def test_broken_files_are_refused(tmp_path, content):
     path = tmp_path / "broken.yaml"
     path.write_text(content)
@@ -66,7 +72,7 @@ def test_broken_files_are_refused(tmp_path, content):
 def test_help_has_a_sentence_for_every_field():
     text = help_text()
     for name in field_names():
-        line, sentence = text.split(f"  {name}=")[1].split("\n")[:2]
+        sentence = text.split(f"  {name}=")[1].split("\n")[1]
         assert sentence.strip() not in ("", "None"), name
     assert all(preset in text for preset in presets())
 
@@ -74,6 +80,19 @@ def test_help_has_a_sentence_for_every_field():
 def test_presets_are_valid():
     for name in presets():
         assert isinstance(load([name]), Config)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_default_run_works_with_several_processes(processes):
+    check_consistency(load([]), processes)
+    check_consistency(Config(), processes)
+
+
+def test_presets_that_extend_each_other_in_a_circle_are_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("extends: a.yaml\n")
+    with pytest.raises(BadInput, match="circle"):
+        load([str(tmp_path / "a.yaml")])
 
 
 def test_configuration_is_frozen():

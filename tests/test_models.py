@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
 from tempflow.config import ModelConfig, SampleConfig
 from tempflow.draws import Draw
 from tempflow.errors import BadInput
@@ -125,6 +126,11 @@ def test_dynamic_shift_is_the_schedulers_own(digits_policy):
     assert digits_policy.sigmas(5).tolist() == pytest.approx(seen)
 
 
+def test_shipped_pipeline_names_no_folder_of_its_maker():
+    for path in PIPELINE.rglob("*.json"):
+        assert "_name_or_path" not in path.read_text(encoding="utf-8"), path
+
+
 @pytest.mark.parametrize(
     ("model", "sample", "field"),
     [
@@ -133,6 +139,7 @@ def test_dynamic_shift_is_the_schedulers_own(digits_policy):
         ({"lora_targets": ["attn.to_q", "attn.to_z"]}, {}, "model.lora_targets"),
         ({}, {"height": 18}, "sample.height"),
         ({}, {"width": 7}, "sample.width"),
+        ({}, {"width": 32}, "sample.width"),
     ],
 )
 def test_wrong_models_are_refused(cpu, model, sample, field):
@@ -143,7 +150,7 @@ def test_wrong_models_are_refused(cpu, model, sample, field):
 
 @pytest.mark.parametrize(
     ("index", "words"),
-    [('{"_class_name": "StableDiffusionPipeline"}', "supported are StableDiffusion3Pipeline"), ("{", "no pipeline class"),
+    [('{"_class_name": "FluxPipeline"}', "supported are StableDiffusion3Pipeline"), ("{", "no pipeline class"),
      (json.dumps({"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "AutoencoderKL"]}), "does not load")],
 )  # fmt: skip
 def test_wrong_pipelines_are_refused(cpu, tmp_path, index, words):

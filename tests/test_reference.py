@@ -160,7 +160,7 @@ def test_siblings_sharing_a_forward_have_the_gradient_of_copies(clip):
 
 
 def test_weight_zero_removes_the_gradient_but_counts_in_the_mean():
-    latents, old, new, coef, keys, siblings = random_case(rows=2)
+    _, old, new, coef, keys, siblings = random_case(rows=2)
     advantages = torch.randn(2, siblings).double()
 
     def gradient(weights):

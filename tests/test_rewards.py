@@ -1,9 +1,11 @@
 """Scorers are found by name or import path, and their answers are checked."""
 
+import subprocess
 import sys
 
 import pytest
 import torch
+
 from tempflow.errors import BadInput
 from tempflow.prompts import Prompt
 from tempflow.rewards import Scorer, load_scorer
@@ -43,6 +45,7 @@ def test_scorer_by_import_path(tmp_path, monkeypatch):
         (lambda images, prompts: torch.full((len(images),), float("nan")), "NaN"),
         (lambda images, prompts: torch.tensor([0.0, float("inf")])[: len(images)], "infinite"),
         (lambda images, prompts: ["high"] * len(images), "refuses"),
+        (lambda images, prompts: None, "refuses"),
     ],
 )
 def test_wrong_answers_are_refused(answer, words):
@@ -51,7 +54,21 @@ def test_wrong_answers_are_refused(answer, words):
     assert caught.value.field == "reward.name"
 
 
-@pytest.mark.parametrize("name", ["pickscoer", "no_such_module:score", "math:no_such_function", "math:pi"])
+def test_scores_carry_no_gradient():
+    """A neural scorer need not say no_grad itself."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    scorer = Scorer("reward.name", "neural", lambda images, prompts: images.float().mean((1, 2, 3)) * weight, 2)
+    assert not scorer(IMAGES, PROMPTS).requires_grad
+
+
+def test_scorer_of_the_working_folder_is_found_by_the_script(tmp_path):
+    """`torchrun tempflow/train.py` has the script's folder on its path, not the user's."""
+    (tmp_path / "scorers_here.py").write_text("def half(images, prompts):\n    return [0.5] * len(images)\n")
+    code = "import sys; sys.path.pop(0); import tempflow.rewards as r; r.load_scorer('r', 'scorers_here:half', 1)"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", [":x", ".a:x", "pickscoer", "no_such_module:score", "math:no_function", "math:pi"])
 def test_unknown_scorers_are_refused(name):
     with pytest.raises(BadInput) as caught:
         load_scorer("reward.gold", name, 2)

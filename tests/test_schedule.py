@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+
 from tempflow.errors import BadInput
 from tempflow.schedule import TRANSITIONS, build_schedule, cps, dance_sde, flow_sde, ode
 
@@ -119,6 +120,7 @@ def test_coef_rows_are_what_operators_take(schedule):
     [
         (((1, 0.5, 0), "langevin", 0.7), "sample.transition"),
         (((1, 0.5, 0), "flow_sde", 0.0), "sample.noise_level"),
+        (((1, 0.5, 0), "cps", 1.5), "sample.noise_level"),
         (((1, 0.5, 0.6, 0), "flow_sde", 0.7), "sample.steps"),
         (((1, 0.5, 0.1), "flow_sde", 0.7), "sample.steps"),
     ],

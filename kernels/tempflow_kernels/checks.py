@@ -64,6 +64,12 @@ def check_count(name: str, value: object) -> None:
     expect(value >= 1, name, value, "a positive int")
 
 
+def check_guidance(guidance: float, velocity_uncond: Tensor | None) -> None:
+    """A number, and 1 where there is no second velocity to guide with."""
+    check_number("guidance", guidance)
+    expect(velocity_uncond is not None or guidance == 1, "velocity_uncond", None, "a velocity where guidance is not 1")
+
+
 def check_number(name: str, value: object) -> None:
     """A Python number: hyperparameters are compiled into the kernels, so a tensor would synchronise."""
     is_number = isinstance(value, int | float | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)

@@ -14,6 +14,7 @@ from ._ops import ops
 from .checks import (
     check_coef,
     check_count,
+    check_guidance,
     check_key,
     check_like,
     check_noise_source,
@@ -80,7 +81,7 @@ def transition_step(
     check_coef(coef, latents)
     check_key(key, latents)
     check_count("siblings", siblings)
-    check_number("guidance", guidance)
+    check_guidance(guidance, velocity_uncond)
     if _only_reference(constants=(latents, velocity, coef, velocity_uncond)):
         return reference.transition_step(latents, velocity, coef, key, siblings, velocity_uncond, guidance)
     return ops.transition_step(latents, velocity, coef, key, siblings, velocity_uncond, guidance)
@@ -168,7 +169,9 @@ def branch_loss(
             and noise.
     """
     _check_branch_loss(velocity, velocity_old, advantages, weights, coef, velocity_ref, velocity_uncond, kl_weights)
-    _check_numbers(clip_range, kl_coef, guidance)
+    _check_numbers(clip_range, kl_coef)
+    expect(velocity_ref is not None or kl_coef == 0, "velocity_ref", None, "a reference velocity where kl_coef > 0")
+    check_guidance(guidance, velocity_uncond)
     check_noise_source(key, noise, advantages.shape[1], velocity)
     constants = (velocity_old, advantages, coef, noise, weights.float(), velocity_ref, kl_weights)
     if _only_reference(velocity, velocity_uncond, constants=constants):
@@ -196,10 +199,9 @@ def _check_branch_loss(velocity, velocity_old, advantages, weights, coef, veloci
         check_tensor("kl_weights", kl_weights, (rows,), device)
 
 
-def _check_numbers(clip_range, kl_coef, guidance) -> None:
+def _check_numbers(clip_range, kl_coef) -> None:
     is_pair = isinstance(clip_range, tuple | list) and len(clip_range) == 2
     expect(is_pair, "clip_range", f"{clip_range!r}", "a pair (low, high)")
     for name, value in (("clip_range", clip_range[0]), ("clip_range", clip_range[1]), ("kl_coef", kl_coef)):
         check_number(name, value)
         expect(value >= 0, name, value, "a number >= 0")
-    check_number("guidance", guidance)

@@ -92,7 +92,8 @@ def noise_block(noise, key, row, sibling, siblings, elements, block, BLOCK: tl.c
         return tl.load(start + index, mask=index < elements, other=0.0).to(tl.float32)
     seed, offset = tl.load(key + row * 2), tl.load(key + row * 2 + 1)
     quads = (elements + 3) // 4
-    return normal_block(seed, offset + sibling * quads + block * (BLOCK // 4), BLOCK)
+    first = tl.cast(sibling, tl.int64) * quads  # K d / 4 may pass 2**31
+    return normal_block(seed, offset + first + block * (BLOCK // 4), BLOCK)
 
 
 @triton.jit

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
 from transformers.utils import logging as transformers_logging
 
 from tempflow.config import ModelConfig, SampleConfig

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tempflow.config import ModelConfig
 from tempflow.errors import BadInput
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class TrainedNetwork:

@@ -66,10 +66,13 @@ class SD3Policy:
     def _image_size(self, sample: SampleConfig) -> tuple[int, int]:
         default = self.pipeline.default_sample_size * self.pipeline.vae_scale_factor
         multiple = self.pipeline.vae_scale_factor * self.pipeline.patch_size
+        largest = multiple * self.pipeline.transformer.config.pos_embed_max_size
         sizes = (sample.height or default, sample.width or default)
         for field, size in zip(("sample.height", "sample.width"), sizes, strict=True):
             if size % multiple:
                 raise BadInput(field, size, f"this model takes multiples of {multiple} pixels")
+            if size > largest:
+                raise BadInput(field, size, f"this model has positions for at most {largest} pixels")
         return sizes
 
     def sigmas(self, num_steps: int) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,9 +49,11 @@ class Scorer:
 
     def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         try:
-            scores = torch.as_tensor(self.function(images, prompts), dtype=torch.float32).cpu()
-        except ValueError as error:
-            raise BadInput(self.setting, self.name, f"the scorer refuses its input: {error}") from error
+            with torch.no_grad():
+                scores = torch.as_tensor(self.function(images, prompts), dtype=torch.float32).cpu()
+        except (ValueError, TypeError) as error:
+            mend = f"the scorer refuses its input or answers with no numbers: {error}"
+            raise BadInput(self.setting, self.name, mend) from error
         if scores.shape != (len(images),):
             mend = f"must return one number per image: expected ({len(images)},), found {tuple(scores.shape)}"
             raise BadInput(self.setting, self.name, mend)
@@ -57,7 +61,8 @@ class Scorer:
             place = int(torch.nonzero(~torch.isfinite(scores))[0, 0])
             value = scores[place].item()
             word = "NaN" if math.isnan(value) else "an infinite value"
-            raise BadInput(self.setting, self.name, f'returned {word} for "{prompts[place].text}"; rewards must be finite')
+            mend = f'returned {word} for "{prompts[place].text}"; rewards must be finite'
+            raise BadInput(self.setting, self.name, mend)
         return scores
 
 
@@ -69,11 +74,13 @@ def load_scorer(setting: str, name: str, rows: int) -> Scorer:
     """
     path = SCORERS.get(name, name)
     module, colon, attribute = path.partition(":")
-    if not colon:
+    if not (module and colon and attribute):
         raise BadInput(setting, name, f"no such scorer; choose one of {', '.join(SCORERS)} or give module:attribute")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a script's own folder is on the path, the user's working folder is not
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, SyntaxError) as error:
         raise BadInput(setting, name, f"cannot be imported ({error})") from error
     if not callable(found):
         raise BadInput(setting, name, "is not callable; give a function (images, prompts) -> scores, or a class of one")

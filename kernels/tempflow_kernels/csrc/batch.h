@@ -47,15 +47,28 @@ inline void load(float *out, tfk_array array, int64_t first, int64_t count) {
     ops().load(out, array.data, array.type, first, count);
 }
 
+inline bool valid(const tfk_batch &batch) { return batch.rows >= 1 && batch.siblings >= 1 && batch.elements >= 1; }
+
+/* `columns` sums for every block of a valid batch, all 0; false if the batch is not valid or memory is short. */
+inline bool allocate(std::vector<double> &partial, const tfk_batch &batch, int64_t columns) noexcept {
+    if (!valid(batch)) return false;
+    try {
+        partial.assign(size_t(batch.rows * blocks_of(batch) * columns), 0.0);
+    } catch (const std::exception &) {
+        return false;
+    }
+    return true;
+}
+
 /* Every block of the batch, `siblings` numbers drawn or read per element. */
 template <typename Task>
 int for_each_block(const tfk_batch &batch, const Task &task) noexcept {
-    if (batch.rows < 1 || batch.siblings < 1 || batch.elements < 1) return 1;
+    if (!valid(batch)) return 1;
     try {
         const int64_t items = batch.rows * blocks_of(batch);
         parallel_for(items, batch.rows * batch.siblings * batch.elements, batch.threads,
                      [&](int64_t item) { task(item, Place(batch, item)); });
-    } catch (const std::bad_alloc &) {
+    } catch (const std::exception &) {
         return 1;
     }
     return 0;

@@ -32,7 +32,7 @@ void load_noise(const tfk_batch &batch, const tfk_branches &in, const Place &pla
 /* Pass 1: per block the sums of delta^2, (v - v_ref)^2 and delta noise_j. */
 int moments(const tfk_batch &batch, const tfk_branches &in, std::vector<double> &partial) {
     const int64_t columns = batch.siblings + 2;
-    partial.assign(size_t(batch.rows * blocks_of(batch) * columns), 0.0);
+    if (!allocate(partial, batch, columns)) return 1;
     return for_each_block(batch, [&](int64_t item, const Place &place) {
         double *sums = partial.data() + item * columns;
         Buffer v, delta, other;

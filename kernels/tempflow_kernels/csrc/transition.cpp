@@ -85,7 +85,8 @@ int tfk_normal(const tfk_batch *batch, float *noise) {
 
 int tfk_transition_step(const tfk_batch *batch, tfk_array latents, tfk_array velocity, tfk_array velocity_uncond,
                         double guidance, float *next, float *log_prob) {
-    std::vector<double> partial(size_t(batch->rows * blocks_of(*batch) * batch->siblings));
+    std::vector<double> partial;
+    if (!allocate(partial, *batch, batch->siblings)) return 1;
     const int status = for_each_block(*batch, [&](int64_t item, const Place &place) {
         const Row coef = row_of(*batch, place.row);
         Buffer v, base, mean, noise;
@@ -112,7 +113,8 @@ int tfk_transition_step(const tfk_batch *batch, tfk_array latents, tfk_array vel
 
 int tfk_transition_log_prob(const tfk_batch *batch, tfk_array next, tfk_array latents, tfk_array velocity,
                             float *log_prob) {
-    std::vector<double> partial(size_t(batch->rows * blocks_of(*batch) * batch->siblings));
+    std::vector<double> partial;
+    if (!allocate(partial, *batch, batch->siblings)) return 1;
     const int status = for_each_block(*batch, [&](int64_t item, const Place &place) {
         const Row coef = row_of(*batch, place.row);
         Buffer v, mean, following;
