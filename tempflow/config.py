@@ -98,6 +98,8 @@ class LearnConfig:
     """Optimizer of the trained parameters."""
     lr: Positive = 3e-4
     """Learning rate."""
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    """Keep the learning rate, or let it fall in a straight line to 0 at learn.iterations."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """AdamW's decay rates of first and second moment."""
     eps: Positive = 1e-8

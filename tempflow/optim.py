@@ -21,6 +21,13 @@ def make_optimizer(learn: LearnConfig, parameters: list[Parameter]) -> torch.opt
     )
 
 
+def set_learning_rate(optimizer: torch.optim.Optimizer, learn: LearnConfig, iteration: int) -> None:
+    """The learning rate of an iteration, a function of its number alone, so that resume needs no state for it."""
+    left = {"constant": 1.0, "linear": 1 - iteration / learn.iterations}[learn.lr_schedule]
+    for group in optimizer.param_groups:
+        group["lr"] = learn.lr * left
+
+
 class MovingAverage:
     """Exponential moving average of parameters, updated every few optimizer steps.
 

@@ -31,6 +31,7 @@ from tempflow.checkpoint import Progress
 from tempflow.config import load
 from tempflow.errors import BadInput
 from tempflow.metrics import LossRecord, loss_figures
+from tempflow.optim import set_learning_rate
 from tempflow.run import Run, set_up
 from tempflow.usage import help_text
 
@@ -58,6 +59,7 @@ def train_step(run: Run, iteration: int) -> dict[str, Any]:
     advantages, weights = run.own_rows(credit.advantages), run.own_rows(weights)
 
     # Learn: weighted clipped policy gradient; each fork is one network row, its K siblings are K Gaussian terms on it.
+    set_learning_rate(run.optimizer, learn, iteration)
     record, norms = LossRecord(), []
     with clock("learn"):
         for number, batches in enumerate(updates(trunk, advantages, weights, learn)):

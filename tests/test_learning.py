@@ -8,7 +8,7 @@ from tempflow.branching import sample_trunk, updates
 from tempflow.config import LearnConfig
 from tempflow.draws import Draw
 from tempflow.metrics import LossRecord, loss_figures
-from tempflow.optim import MovingAverage, make_optimizer
+from tempflow.optim import MovingAverage, make_optimizer, set_learning_rate
 from tempflow.plan import BranchPlan
 
 TEXTS = ("a two at the top left", "three fours", "a one above a nine")
@@ -111,6 +111,17 @@ def test_moving_average_turned_off_is_the_parameters_themselves():
     parameters["w"].data.fill_(2.0)
     average.update()
     assert torch.equal(average.average["w"], torch.full((3,), 2.0))
+
+
+def test_learning_rate_is_a_function_of_the_iteration():
+    optimizer = make_optimizer(LearnConfig(), [torch.nn.Parameter(torch.ones(1))])
+    seen = []
+    for schedule in ("constant", "linear"):
+        learn = LearnConfig(lr=0.5, lr_schedule=schedule, iterations=4)
+        for iteration in range(4):
+            set_learning_rate(optimizer, learn, iteration)
+            seen.append(optimizer.param_groups[0]["lr"])
+    assert seen == [0.5, 0.5, 0.5, 0.5, 0.5, 0.375, 0.25, 0.125]
 
 
 def test_optimizer_takes_its_settings_from_the_configuration():

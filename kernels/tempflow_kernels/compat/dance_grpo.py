@@ -3,8 +3,9 @@
 Same signature and returned tuples as the function of that name in XueZeyue/DanceGRPO,
 `fastvideo/train_grpo_flux.py`.
 
-What differs: the noise comes from keys drawn from torch's default generator. The original drops the two constant
-terms of the log-density (they stand on a line of their own there), which cancels in every ratio; so does this.
+What differs: the noise comes from keys drawn from torch's default generator. Some versions of the original drop the
+two constant terms of the log-density (they stand on a line of their own there), some keep them; this drops them. They
+cancel in every ratio.
 """
 
 from __future__ import annotations

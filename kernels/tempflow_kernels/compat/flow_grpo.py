@@ -6,7 +6,7 @@ yifan123/flow_grpo, `flow_grpo/diffusers_patch/sd3_sde_with_logprob.py` (kinds `
 What differs: without `prev_sample` the noise comes from one 64-bit key drawn from `generator` (on its device) per row
 instead of from `torch.randn`, so a seeded run draws other, equally distributed noise; and with `prev_sample` the
 sampler's log-density is computed by the fused operator. Gradients reach `model_output` through `log_prob` and
-`prev_sample_mean`, as in the original.
+`prev_sample_mean`; a drawn `prev_sample` carries none, in the original it does.
 """
 
 from __future__ import annotations
