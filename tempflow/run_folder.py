@@ -15,7 +15,7 @@ from tempflow.paths import write_atomically
 
 MAY_CHANGE = {"run.resume", "run.dir", "run.save_every", "run.keep_checkpoints", "run.trackers", "run.plan_only",
               "run.device", "learn.iterations", "eval.every", "branch.rows", "branch.decode_rows"}  # fmt: skip
-"""Settings that may differ when a run is resumed: none of them changes what the run learns from."""
+"""Settings that may differ when a run is resumed: none of them changes what was learnt so far."""
 
 
 def group_size(config: Config) -> int:

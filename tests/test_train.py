@@ -15,8 +15,8 @@ from tempflow.metrics import read_metrics
 from tempflow.train import main
 
 SMALL = ["digits", "branch.prompts=2", "branch.seeds=2", "branch.siblings=3", "branch.steps=[0,3]", "sample.steps=5",
-         "learn.lr=3e-4", "learn.rows=2", "eval.prompts=6", "eval.steps=4", "eval.pictures=3", "eval.every=2",
-         "learn.ema_every=1", "learn.iterations=4", "run.save_every=2"]  # fmt: skip
+         "learn.lr=3e-4", "learn.lr_schedule=constant", "learn.rows=2", "eval.prompts=6", "eval.steps=4",
+         "eval.pictures=3", "eval.every=2", "learn.ema_every=1", "learn.iterations=4", "run.save_every=2"]  # fmt: skip
 
 
 def train(folder: Path, *overrides: str) -> int:
@@ -89,7 +89,8 @@ def test_full_training_and_other_settings_run(tmp_path):
     folder = tmp_path / "full"
     overrides = ["model.train=full", "learn.kl=0.001", "learn.kl_divisor=diffusion", "branch.steps=random:2",
                  "learn.inner_epochs=2", "learn.group=prompt", "learn.advantage_std=global", "run.trackers=[]",
-                 "prompts.test=null", "learn.weighting=uniform", "sample.transition=dance_sde", "learn.lr=1e-5"]  # fmt: skip
+                 "prompts.test=null", "learn.weighting=uniform", "sample.transition=dance_sde",
+                 "learn.lr=1e-5"]  # fmt: skip
     assert train(folder, *overrides) == 0
     rows = read_metrics(folder / "metrics.jsonl")
     assert "gold" not in rows[-1] and (folder / "transformer" / "config.json").is_file()
