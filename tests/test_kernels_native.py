@@ -153,7 +153,7 @@ def test_instruction_sets_agree_to_two_ulp(build, tmp_path):
     for name in ("avx512", "avx2", "generic"):
         environment = os.environ | {"TEMPFLOW_KERNELS_INSTRUCTION_SET": name, "PYTHONPATH": os.pathsep.join(sys.path)}
         subprocess.run([sys.executable, "-c", program, tmp_path / name], check=True, env=environment)
-        description, noise = torch.load(tmp_path / name)
+        description, noise = torch.load(tmp_path / name, weights_only=True)
         draws[description.split(",")[0]] = noise
     fused = [noise for name, noise in draws.items() if name != "generic"]
     assert all(torch.equal(fused[0], noise) for noise in fused[1:])
