@@ -6,7 +6,8 @@ then follow the ODE to an image; the difference of their rewards belongs to that
 
 Deviations from the released code, none of which changes a number: the trunk runs first and alone, in the numerics of
 training; living branches of all forks share sigma and advance together in chunks of one size (the last may be
-shorter) instead of fork by fork; a trunk's velocity is at once its ODE step, the mean of the K stochastic steps and the old policy's velocity.
+shorter) instead of fork by fork; a trunk's velocity is at once its ODE step, the mean of the K stochastic steps and
+the old policy's velocity.
 
 Axes: S fork steps, R rows (trunks), K siblings, D... one latent. Fork steps lead, so that the branches alive at a step
 are a contiguous prefix.
