@@ -23,11 +23,11 @@ from tempflow_kernels import transition_step
 from torch import Tensor
 
 from tempflow.batching import chunks
-from tempflow.config import LearnConfig
 from tempflow.draws import Draw
 from tempflow.plan import BranchPlan
 from tempflow.policy import Conditioning, Policy
 from tempflow.schedule import NoiseSchedule
+from tempflow.settings import LearnConfig
 from tempflow.tail_engine import TailEngine
 
 

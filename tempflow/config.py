@@ -1,7 +1,7 @@
-"""All settings of a run: frozen dataclasses with a sentence under each field, presets that state only differences.
+"""Reading a configuration: presets that state only differences, YAML files, overrides.
 
-`load(["sd35_pickscore", "learn.lr=1e-4"])`: a preset name or YAML file, then `section.field=value` overrides. pydantic
-does the typing; an unknown or ill-typed field is refused with the nearest name.
+`load(["sd35_pickscore", "learn.lr=1e-4"])`: a preset name or YAML file, then `section.field=value` overrides. An
+unknown or ill-typed field is refused with the nearest name. The fields themselves stand in `settings.py`.
 """
 
 from __future__ import annotations
@@ -10,182 +10,14 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass
+from pydantic import TypeAdapter, ValidationError
 
 from tempflow.errors import BadInput
 from tempflow.paths import PACKAGE
-
-STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, coerce_numbers_to_str=True, allow_inf_nan=False)
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-
-
-def section(cls: type) -> type:
-    """A frozen, keyword-only, checked dataclass whose field descriptions are the sentences under the fields."""
-    return dataclass(cls, frozen=True, kw_only=True, config=STRICT)
-
-
-@section
-class ModelConfig:
-    path: str = "tempflow:digits/pipeline"
-    """Folder of a diffusers pipeline, or a hub id; `tempflow:...` is a folder shipped with the package."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the network; latents, log-probabilities and trained parameters are always fp32."""
-    text_tokens: Count = 256
-    """Length of the T5 text sequence (`max_sequence_length` of the diffusers pipeline)."""
-    train: Literal["lora", "full"] = "lora"
-    """Train low-rank adapters, or all parameters of the transformer."""
-    lora_rank: Count = 32
-    """Rank of the adapters."""
-    lora_alpha: Positive = 64.0
-    """Scale of the adapters: their output is multiplied by lora_alpha / lora_rank."""
-    lora_targets: Annotated[list[str], Field(min_length=1)] | None = None
-    """Names of the layers that get adapters; null takes the attention projections of the model's family."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, one more forward per training row."""
-
-
-@section
-class SampleConfig:
-    steps: Annotated[int, Field(ge=2)] = 10
-    """Denoising steps of a trajectory during training."""
-    height: Count | None = None
-    """Image height in pixels; null takes the model's default."""
-    width: Count | None = None
-    """Image width in pixels; null takes the model's default."""
-    guidance: NonNegative = 1.0
-    """Classifier-free guidance scale, in sampling and in training; at most 1 means none."""
-    transition: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
-    """The stochastic step that siblings take: Flow-GRPO's SDE, DanceGRPO's, or coefficients-preserving sampling."""
-    noise_level: Positive = 0.7
-    """Noise of the stochastic step: a of Flow-SDE and CPS, eta of Dance-SDE."""
-
-
-@section
-class BranchConfig:
-    steps: str | list[int] = "all"
-    """Where trunks fork: all (but the last step), a list such as [0,2,4], first:n, or random:n anew each iteration."""
-    prompts: Count = 6
-    """Prompts of one iteration, over all processes."""
-    seeds: Count = 4
-    """Initial noises (trunks) per prompt, N."""
-    siblings: Count = 6
-    """Branches that leave one fork, K."""
-    rows: Count = 128
-    """Branches that advance in one network call, per process."""
-    decode_rows: Count = 128
-    """Images decoded and scored in one call."""
-
-
-@section
-class LearnConfig:
-    iterations: Count = 100
-    """Iterations of explore, credit, learn."""
-    rows: Count = 4
-    """Trunks in one network call of trunk and training; each training row carries the K siblings of its fork."""
-    updates: Count = 1
-    """Optimizer steps per inner epoch; each takes an equal share of the trunks."""
-    inner_epochs: Count = 1
-    """Passes over one iteration's branches, with the true importance ratio from the second update on."""
-    optimizer: Literal["adamw"] = "adamw"
-    """Optimizer of the trained parameters."""
-    lr: Positive = 3e-4
-    """Learning rate."""
-    lr_schedule: Literal["constant", "linear"] = "constant"
-    """Keep the learning rate, or let it fall in a straight line to 0 at learn.iterations."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
-    """AdamW's decay rates of first and second moment."""
-    eps: Positive = 1e-8
-    """AdamW's epsilon."""
-    weight_decay: NonNegative = 1e-4
-    """Decoupled weight decay."""
-    max_grad_norm: Positive = 1.0
-    """Gradients are scaled down to this norm."""
-    clip_range: Positive = 1e-4
-    """Ratios are clipped to 1 +- clip_range; the log-ratio is a mean over latent elements, so this is small."""
-    weighting: Literal["noise", "uniform"] = "noise"
-    """Scale each step's policy loss by std_k / mean(std), or leave all steps alike."""
-    group: Literal["seed", "prompt", "batch"] = "seed"
-    """Branches among which advantages are normalised, always within one step."""
-    advantage_std: Literal["group", "global"] = "group"
-    """Divide by the standard deviation of the group, or of all rewards of the iteration."""
-    advantage_clip: Positive = 5.0
-    """Advantages are limited to +- this."""
-    kl: NonNegative = 0.0
-    """Weight of the KL divergence to the model before training."""
-    kl_divisor: Literal["std", "diffusion"] = "std"
-    """KL divides by 2 std^2 = 2 g^2 dt (TempFlow-GRPO), or by 2 g^2 (newest Flow-GRPO), smaller by the step size."""
-    ema_decay: Fraction = 0.9
-    """Limit of the moving average's decay, which warms up as (1 + n) / (10 + n); 0 turns the average off."""
-    ema_every: Count = 8
-    """Optimizer steps between two updates of the moving average."""
-
-
-@section
-class PromptConfig:
-    train: str = "tempflow:digits/prompts/train.jsonl"
-    """Prompts to train on: a text file with one a line, or JSONL with `prompt` and any metadata for the scorer."""
-    test: str | None = "tempflow:digits/prompts/test.jsonl"
-    """Held-out prompts for evaluation; null evaluates nothing."""
-
-
-@section
-class RewardConfig:
-    name: str = "digits"
-    """What is optimised: a scorer of tempflow.rewards, or `module:attribute` of a callable of your own."""
-    gold: str | None = "digits_gold"
-    """A second opinion that is only watched at evaluation, never optimised."""
-
-
-@section
-class EvalConfig:
-    every: Whole = 10
-    """Iterations between evaluations; 0 evaluates only before and after."""
-    prompts: Count = 128
-    """Held-out prompts per evaluation, spread evenly over the file."""
-    steps: Count = 10
-    """Denoising steps, ODE only, from fixed noises."""
-    pictures: Count = 8
-    """Prompts whose pictures the report shows before and after."""
-
-
-@section
-class RunConfig:
-    dir: str = "runs/digits"
-    """Folder of everything the run writes."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
-    """The one number that every random choice of the run is a function of."""
-    resume: bool = False
-    """Continue the run in run.dir from its last checkpoint."""
-    save_every: Whole = 50
-    """Iterations between checkpoints; 0 saves only at the end."""
-    keep_checkpoints: Count = 2
-    """Checkpoints that stay on disk, the newest."""
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
-    """Where metrics go besides metrics.jsonl."""
-    plan_only: bool = False
-    """Print the plan and its cost, then stop."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to run; auto takes a GPU if there is one."""
-
-
-@section
-class Config:
-    model: ModelConfig = Field(default_factory=ModelConfig)
-    sample: SampleConfig = Field(default_factory=SampleConfig)
-    branch: BranchConfig = Field(default_factory=BranchConfig)
-    learn: LearnConfig = Field(default_factory=LearnConfig)
-    prompts: PromptConfig = Field(default_factory=PromptConfig)
-    reward: RewardConfig = Field(default_factory=RewardConfig)
-    eval: EvalConfig = Field(default_factory=EvalConfig)
-    run: RunConfig = Field(default_factory=RunConfig)
+from tempflow.settings import Config
 
 
 def load(arguments: Sequence[str]) -> Config:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tempflow.config import LearnConfig
+from tempflow.settings import LearnConfig
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW}
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from tempflow import checkpoint, distributed
 from tempflow.checkpoint import Progress
-from tempflow.config import Config
 from tempflow.distributed import Ranks
 from tempflow.draws import Draw
 from tempflow.errors import BadInput
@@ -28,6 +27,7 @@ from tempflow.report import draw_report, save_pictures
 from tempflow.rewards import Scorer, load_scorer
 from tempflow.run_folder import check_consistency, check_folder, group_size, write_settings
 from tempflow.schedule import NoiseSchedule, build_schedule
+from tempflow.settings import Config
 from tempflow.tail_engine import EagerEngine, TailEngine
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import torch
 
-from tempflow.config import Config, read_values, to_yaml, validate
+from tempflow.config import read_values, to_yaml, validate
 from tempflow.distributed import Ranks
 from tempflow.errors import BadInput
 from tempflow.paths import write_atomically
+from tempflow.settings import Config
 
 MAY_CHANGE = {"run.resume", "run.dir", "run.save_every", "run.keep_checkpoints", "run.trackers", "run.plan_only",
               "run.device", "learn.iterations", "eval.every", "branch.rows", "branch.decode_rows"}  # fmt: skip

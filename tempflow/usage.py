@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from tempflow.config import Config, plain, presets
+from tempflow.config import plain, presets
+from tempflow.settings import Config
 
 
 def help_text() -> str:

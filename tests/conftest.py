@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tempflow.config import ModelConfig, SampleConfig
 from tempflow.models import load_policy
 from tempflow.policy import Conditioning
 from tempflow.schedule import NoiseSchedule, build_schedule
+from tempflow.settings import ModelConfig, SampleConfig
 
 SD35_SIGMAS = (1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.278, 0.0089, 0.0)
 

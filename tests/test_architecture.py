@@ -13,7 +13,7 @@ KERNELS = ROOT / "kernels" / "tempflow_kernels"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
 LAYERS = [
-    {"errors", "batching", "paths"},
+    {"errors", "batching", "paths", "settings"},
     {"config", "draws"},
     {"schedule", "policy", "plan", "prompts", "usage"},
     {"advantage", "tail_engine", "optim", "distributed", "digits"},

@@ -2,9 +2,10 @@
 
 import pytest
 
-from tempflow.config import Config, field_names, load, presets, to_yaml
+from tempflow.config import field_names, load, presets, to_yaml
 from tempflow.errors import BadInput
 from tempflow.run_folder import check_consistency
+from tempflow.settings import Config
 from tempflow.usage import help_text
 
 

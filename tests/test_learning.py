@@ -5,11 +5,11 @@ import torch
 from tempflow_kernels import BranchLossStats, branch_loss
 
 from tempflow.branching import sample_trunk, updates
-from tempflow.config import LearnConfig
 from tempflow.draws import Draw
 from tempflow.metrics import LossRecord, loss_figures
 from tempflow.optim import MovingAverage, make_optimizer, set_learning_rate
 from tempflow.plan import BranchPlan
+from tempflow.settings import LearnConfig
 
 TEXTS = ("a two at the top left", "three fours", "a one above a nine")
 

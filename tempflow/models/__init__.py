@@ -10,11 +10,11 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers.utils import logging as transformers_logging
 
-from tempflow.config import ModelConfig, SampleConfig
 from tempflow.errors import BadInput
 from tempflow.models.sd3 import SD3Policy
 from tempflow.paths import resolve
 from tempflow.policy import Policy
+from tempflow.settings import ModelConfig, SampleConfig
 
 transformers_logging.disable_progress_bar()
 FAMILIES = {"StableDiffusion3Pipeline": SD3Policy}

@@ -11,8 +11,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from tempflow.config import ModelConfig
 from tempflow.errors import BadInput
+from tempflow.settings import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -12,11 +12,11 @@ from diffusers import StableDiffusion3Pipeline
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor, nn
 
-from tempflow.config import ModelConfig, SampleConfig
 from tempflow.errors import BadInput
 from tempflow.models.network import DTYPES, TrainedNetwork
 from tempflow.paths import resolve
 from tempflow.policy import Conditioning
+from tempflow.settings import ModelConfig, SampleConfig
 
 LORA_TARGETS = (
     "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
