@@ -1,16 +1,16 @@
-"""Trajectory branching: one deterministic trunk per initial noise, then all its branches as one wavefront.
+"""Trajectory branching: one deterministic trunk per initial noise, then all its branches in chunks.
 
 At each fork step k the K siblings of a trunk take one stochastic step from the same state x_k with the same velocity,
 then follow the ODE to an image; the difference of their rewards belongs to that one step (TempFlow-GRPO, section
 "trajectory branching").
 
 Deviations from the released code, none of which changes a number: the trunk runs first and alone, in the numerics of
-training; living branches of all forks share sigma and advance together in chunks of one size (the last may be
-shorter) instead of fork by fork; a trunk's velocity is at once its ODE step, the mean of the K stochastic steps and
-the old policy's velocity.
+training; the branches of all trunks and forks travel in chunks of one size (the last may be shorter), each chunk from
+its fork to the image at once, so that decoding and scoring it can go on beside the next; a trunk's velocity is at once
+its ODE step, the mean of the K stochastic steps and the old policy's velocity.
 
-Axes: S fork steps, R rows (trunks), K siblings, D... one latent. Fork steps lead, so that the branches alive at a step
-are a contiguous prefix.
+Axes: S fork steps, R rows (trunks), K siblings, D... one latent. Fork steps lead, so that the branches of a chunk share
+their fork step, except where one fork's branches end and the next one's begin.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tempflow.plan import BranchPlan
 from tempflow.policy import Conditioning, Policy
 from tempflow.schedule import NoiseSchedule
 from tempflow.settings import LearnConfig
-from tempflow.tail_engine import TailEngine
+from tempflow.tail_engine import TailEngine, ode_step
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,13 @@ class Trunk:
 
 
 @dataclass(frozen=True)
-class BranchRollout:
-    """What one iteration explored."""
+class FinishedBranches:
+    """B branches at the end of their tails, consecutive in the order (S, R, K)."""
 
-    trunk: Trunk
     latents: Tensor
-    """(S, R, K, D...) fp32: finished branches"""
-    images: Tensor
-    """(S, R, K, 3, H, W) uint8 on the CPU"""
+    """(B, D...) fp32"""
+    trunks: list[int]
+    """B rows: the trunk that each left"""
 
 
 @dataclass(frozen=True)
@@ -99,31 +98,27 @@ def sample_trunk(
     return Trunk(latents, velocities, keys, conditioning, plan)
 
 
-def ode_step(latents: Tensor, velocity: Tensor, schedule: NoiseSchedule, step: int) -> Tensor:
-    """One deterministic step of (R, D...) latents."""
-    coef = schedule.ode.coef(step, len(latents), latents.device)
-    no_noise = torch.zeros(len(latents), 2, dtype=torch.int64, device=latents.device)
-    return transition_step(latents, velocity, coef, no_noise)[0][:, 0]
+def fork_siblings(trunk: Trunk, schedule: NoiseSchedule) -> Tensor:
+    """The stochastic step of all K siblings at every fork: (S, R, K, D...) fp32."""
+    plan, (forks, rows, *latent_shape) = trunk.plan, trunk.latents.shape
+    coef = torch.cat([schedule.sde.coef(step, rows, trunk.latents.device) for step in plan.steps])
+    forked, _ = transition_step(
+        trunk.latents.flatten(0, 1), trunk.velocity.flatten(0, 1), coef, trunk.keys.flatten(0, 1), plan.siblings
+    )
+    return forked.view(forks, rows, plan.siblings, *latent_shape)
 
 
 @torch.no_grad()
-def sample_branches(engine: TailEngine, trunk: Trunk, schedule: NoiseSchedule) -> Tensor:
-    """Forks every trunk at every step of its plan and carries all branches to the end: (S, R, K, D...) fp32."""
-    plan, (_, rows, *latent_shape) = trunk.plan, trunk.latents.shape
-    branches = trunk.latents.new_empty(len(plan.steps), rows, plan.siblings, *latent_shape)
-    row_of_branch = torch.arange(rows, device=branches.device).repeat_interleave(plan.siblings).repeat(len(plan.steps))
-    for step in range(plan.steps[0], plan.num_steps):
-        alive = sum(born < step for born in plan.steps)
-        if alive:
-            living = branches[:alive].view(-1, *latent_shape)
-            engine.advance(living, step, trunk.conditioning, row_of_branch[: len(living)])
-        if step in plan.steps:
-            coef = schedule.sde.coef(step, rows, branches.device)
-            forked = transition_step(
-                trunk.latents[alive], trunk.velocity[alive], coef, trunk.keys[alive], plan.siblings
-            )
-            branches[alive] = forked[0]
-    return branches
+def sample_branches(engine: TailEngine, trunk: Trunk, schedule: NoiseSchedule) -> Iterator[FinishedBranches]:
+    """Forks every trunk at every step of its plan and carries the branches to the end, chunk by chunk."""
+    plan, (forks, rows, *latent_shape) = trunk.plan, trunk.latents.shape
+    branches = fork_siblings(trunk, schedule).view(-1, *latent_shape)
+    first_steps = [step + 1 for step in plan.steps for _ in range(rows * plan.siblings)]
+    trunks = torch.arange(rows).repeat_interleave(plan.siblings).repeat(forks)
+    for part in chunks(len(branches), engine.rows):
+        conditioning = trunk.conditioning.rows(trunks[part].to(branches.device))
+        engine.finish(branches[part], first_steps[part], conditioning, schedule)
+        yield FinishedBranches(branches[part], trunks[part].tolist())
 
 
 @torch.no_grad()

@@ -74,9 +74,7 @@ class Evaluator:
         """(len(slots), 3, H, W) uint8 images from the noises of the slots."""
         draw = Draw.grid(self.run_seed, EVALUATION, slots, 1)
         latents = draw.initial_noise(self.policy.latent_shape, self.policy.device)
-        for part in chunks(len(latents), self.decode_rows):
+        for part in chunks(len(latents), self.engine.rows):
             conditioning = self.policy.encode([prompt.text for prompt in prompts[part]])
-            rows = torch.arange(len(latents[part]), device=latents.device)
-            for step in range(self.schedule.num_steps):
-                self.engine.advance(latents[part], step, conditioning, rows)
+            self.engine.finish(latents[part], [0] * len(latents[part]), conditioning, self.schedule)
         return decode_branches(self.policy, latents, self.decode_rows)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tempflow_kernels import BranchLossStats
@@ -17,6 +17,7 @@ from torch import Tensor
 from tempflow.errors import BadInput
 from tempflow.paths import write_atomically
 
+Item = TypeVar("Item")
 MAXIMA = ("log_ratio_max", "ratio_max")
 
 
@@ -69,7 +70,7 @@ def _average(totals: Tensor) -> dict[str, float]:
 
 
 class PhaseClock:
-    """Seconds by phase of one iteration."""
+    """Seconds by phase of one iteration. Phases that run beside each other each count their own time."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -80,8 +81,18 @@ class PhaseClock:
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def over(self, phase: str, items: Iterable[Item]) -> Iterator[Item]:
+        """The items, the time it takes to make each counted as `phase`; what is done with them between is not."""
+        iterator, done = iter(items), object()
+        while True:
+            with self(phase):
+                item = next(iterator, done)
+            if item is done:
+                return
+            yield item
 
     def read(self) -> dict[str, float]:
         """The seconds so far, rounded to a tenth of a millisecond; the clock starts anew."""

@@ -27,6 +27,7 @@ from tempflow.report import draw_report, save_pictures
 from tempflow.rewards import Scorer, load_scorer
 from tempflow.run_folder import check_consistency, check_folder, group_size, write_settings
 from tempflow.schedule import NoiseSchedule, build_schedule
+from tempflow.scoring import ScoreQueue
 from tempflow.settings import Config
 from tempflow.tail_engine import EagerEngine, TailEngine
 
@@ -43,7 +44,7 @@ class Run:
     plan: BranchPlan
     engine: TailEngine
     prompts: list[Prompt]
-    reward: Scorer
+    scores: ScoreQueue
     evaluator: Evaluator | None
     optimizer: torch.optim.Optimizer
     average: MovingAverage
@@ -181,9 +182,10 @@ def set_up(config: Config) -> tuple[Run, Progress]:
         write_settings(config, ranks)
         last = progress.iteration if progress.iteration else None
         writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
-    engine = EagerEngine(policy, schedule, config.branch.rows)
-    run = Run(config, folder, ranks, policy, schedule, plan, engine, prompts, reward, evaluator, optimizer, average,
-              PhaseClock(ranks.device), writer)  # fmt: skip
+    engine, clock = EagerEngine(policy, config.branch.rows), PhaseClock(ranks.device)
+    scores = ScoreQueue(policy, reward, config.branch.decode_rows, clock, config.branch.overlap)
+    run = Run(config, folder, ranks, policy, schedule, plan, engine, prompts, scores, evaluator, optimizer, average,
+              clock, writer)  # fmt: skip
     return run, progress
 
 
@@ -198,7 +200,7 @@ def _evaluator(config: Config, policy: Policy, reward: Scorer, ranks: Ranks) -> 
     if config.reward.gold is not None:
         scorers["gold"] = load_scorer("reward.gold", config.reward.gold, config.branch.decode_rows)
     schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
-    engine = EagerEngine(policy, schedule, config.branch.rows)
+    engine = EagerEngine(policy, config.branch.rows)
     return Evaluator(policy, engine, schedule, prompts, scorers, ranks, config.run.seed, config.branch.decode_rows,
                      config.eval.pictures)  # fmt: skip
 

@@ -70,9 +70,11 @@ class BranchConfig:
     siblings: Count = 6
     """Branches that leave one fork, K."""
     rows: Count = 128
-    """Branches that advance in one network call, per process."""
+    """Branches that travel together, in one network call a step, per process."""
     decode_rows: Count = 128
     """Images decoded and scored in one call."""
+    overlap: bool = True
+    """Decode and score a chunk while the next one is sampled: on a GPU, and with a scorer on another machine."""
 
 
 @section

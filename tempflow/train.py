@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from tempflow import distributed
 from tempflow.advantage import Credit, group_advantages
-from tempflow.branching import TransitionBatch, decode_branches, sample_branches, sample_trunk, updates
+from tempflow.branching import TransitionBatch, sample_branches, sample_trunk, updates
 from tempflow.checkpoint import Progress
 from tempflow.config import load
 from tempflow.errors import BadInput
@@ -46,14 +46,13 @@ def train_step(run: Run, iteration: int) -> dict[str, Any]:
         seeds = run.config.branch.seeds
         conditioning = run.policy.encode([prompt.text for prompt in prompts[::seeds]]).repeat(seeds)
         trunk = sample_trunk(run.policy, conditioning, run.schedule, plan, draw, learn.rows)
-    with clock("tails"):
-        latents = sample_branches(run.engine, trunk, run.schedule)
-    with clock("decode"):
-        images = decode_branches(run.policy, latents, run.config.branch.decode_rows)
+    for chunk in clock.over("tails", sample_branches(run.engine, trunk, run.schedule)):
+        run.scores.submit(chunk.latents, [prompts[row] for row in chunk.trunks])  # decoded and scored meanwhile
+    with clock("wait"):
+        rewards = run.scores.collect().view(len(plan.steps), len(prompts), plan.siblings)
+        rewards = run.ranks.gather(rewards, dim=1)  # (S, R of all ranks, K)
 
     # Credit: siblings share all but that one step, so the difference of their rewards belongs to it.
-    with clock("reward"):
-        rewards = run.ranks.gather(run.reward.branches(images, prompts), dim=1)  # (S, R of all ranks, K)
     credit = group_advantages(rewards, run.config.branch.seeds, learn.group, learn.advantage_std, learn.advantage_clip)
     weights = run.step_weights(plan)[:, None] * credit.informative  # (S, R of all ranks)
     advantages, weights = run.own_rows(credit.advantages), run.own_rows(weights)

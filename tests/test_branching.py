@@ -1,4 +1,4 @@
-"""The wavefront against the straightforward nested loops, and what forks and siblings share."""
+"""Chunks of branches against the straightforward nested loops, and what forks and siblings share."""
 
 import pytest
 import torch
@@ -18,7 +18,14 @@ def explore(policy, schedule, plan, trunk_rows=4, tail_rows=5, seeds=2, texts=TE
     draw = Draw.grid(7, 3, range(len(texts)), seeds)
     conditioning = policy.encode(texts).repeat(seeds)
     trunk = sample_trunk(policy, conditioning, schedule, plan, draw, trunk_rows)
-    return trunk, sample_branches(EagerEngine(policy, schedule, tail_rows), trunk, schedule)
+    chunks = list(sample_branches(EagerEngine(policy, tail_rows), trunk, schedule))
+    assert [row for chunk in chunks for row in chunk.trunks] == trunks_in_order(plan, len(texts) * seeds)
+    finished = torch.cat([chunk.latents for chunk in chunks])
+    return trunk, finished.view(len(plan.steps), len(texts) * seeds, plan.siblings, *policy.latent_shape)
+
+
+def trunks_in_order(plan, rows):
+    return [row for _ in plan.steps for row in range(rows) for _ in range(plan.siblings)]
 
 
 @torch.no_grad()
@@ -46,13 +53,13 @@ def nested_loops(policy, schedule, plan, seeds=2, texts=TEXTS):
 
 
 @pytest.mark.parametrize("steps", ["all", [0, 3, 8], "first:2", [8]])
-def test_wavefront_equals_nested_loops(toy, schedule, steps):
+def test_chunks_equal_nested_loops(toy, schedule, steps):
     plan = BranchPlan.parse(steps, 10, 3)
     _, branches = explore(toy, schedule, plan)
     assert torch.equal(branches, nested_loops(toy, schedule, plan))
 
 
-def test_wavefront_equals_nested_loops_on_the_sd3_pipeline(digits_policy, schedule):
+def test_chunks_equal_nested_loops_on_the_sd3_pipeline(digits_policy, schedule):
     plan = BranchPlan.parse([1, 6], 10, 2)
     texts = ("a two at the top left", "three fours")
     _, branches = explore(digits_policy, schedule, plan, texts=texts)

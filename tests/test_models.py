@@ -27,9 +27,7 @@ def plain_pipeline() -> StableDiffusion3Pipeline:
 def our_latents(policy, noise, steps):
     schedule = build_schedule(policy.sigmas(steps), "flow_sde", 0.7)
     latents, conditioning = noise.clone(), policy.encode(TEXTS)
-    engine = EagerEngine(policy, schedule, rows=len(TEXTS))
-    for step in range(steps):
-        engine.advance(latents, step, conditioning, torch.arange(len(TEXTS)))
+    EagerEngine(policy, rows=len(TEXTS)).finish(latents, [0] * len(TEXTS), conditioning, schedule)
     return latents
 
 

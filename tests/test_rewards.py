@@ -19,14 +19,6 @@ def agreement(images, prompts):
     return [float(image[0, 0, 0] == int(prompt.text)) for image, prompt in zip(images, prompts, strict=True)]
 
 
-def test_branches_meet_their_own_prompt():
-    scorer = Scorer("reward.name", "agreement", agreement, rows=4)
-    images = torch.tensor([3, 1]).view(1, 2, 1, 1, 1, 1).expand(4, 2, 6, 3, 4, 4)
-    rewards = scorer.branches(images, [PROMPTS[3], PROMPTS[1]])
-    assert rewards.shape == (4, 2, 6) and rewards.all()
-    assert not scorer.branches(images, [PROMPTS[1], PROMPTS[3]]).any()
-
-
 def test_scorer_by_import_path(tmp_path, monkeypatch):
     (tmp_path / "my_scorers.py").write_text(
         "class Bright:\n    def __call__(self, images, prompts):\n        return images.float().mean((1, 2, 3))\n"

@@ -31,6 +31,8 @@ class Scorer:
     name: str
     function: Callable[[Tensor, Sequence[Prompt]], Tensor | Sequence[float]]
     rows: int
+    parallel: int = 0
+    """calls that may wait for another machine at once; 0 for a scorer that computes here"""
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """(B, 3, H, W) uint8 images and B prompts -> (B,) fp32.
@@ -40,12 +42,6 @@ class Scorer:
         """
         parts = [self._score(images[part], prompts[part]) for part in chunks(len(images), self.rows)]
         return torch.cat(parts)
-
-    def branches(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-        """(S, R, K, 3, H, W) images of R prompts -> (S, R, K) fp32."""
-        steps, rows, siblings = images.shape[:3]
-        repeated = [prompt for prompt in prompts for _ in range(siblings)] * steps
-        return self(images.flatten(0, 2), repeated).view(steps, rows, siblings)
 
     def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         try:

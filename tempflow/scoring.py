@@ -1,0 +1,78 @@
+"""Finished branches to rewards: decoded and scored beside the sampling of the next ones, where that is faster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tempflow.branching import decode_branches
+from tempflow.metrics import PhaseClock
+from tempflow.policy import Policy
+from tempflow.prompts import Prompt
+from tempflow.rewards import Scorer
+
+
+class InTurn(Executor):
+    """An executor that does the work at once, in the caller's thread."""
+
+    def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future:
+        done: Future = Future()
+        done.set_result(function(*arguments, **named))
+        return done
+
+
+class ScoreQueue:
+    """Takes finished latents chunk by chunk and gives their rewards in the same order.
+
+    With `overlap`, decoding runs in a thread of its own (on a GPU in a stream of its own) and scoring in others: the
+    sampler goes on meanwhile. It helps where the scorer waits for another machine, or where kernels of a GPU can
+    fill each other's gaps; on a CPU alone it would only divide the cores, so there the work is done in turn.
+    """
+
+    def __init__(self, policy: Policy, reward: Scorer, rows: int, clock: PhaseClock, overlap: bool):
+        self.policy, self.reward, self.rows, self.clock = policy, reward, rows, clock
+        on_gpu = policy.device.type == "cuda"
+        self.overlap = overlap and (on_gpu or reward.parallel > 0)
+        self.decoder: Executor = ThreadPoolExecutor(1, "decode") if self.overlap else InTurn()
+        self.judge: Executor = ThreadPoolExecutor(max(1, reward.parallel), "score") if self.overlap else InTurn()
+        self.stream = torch.cuda.Stream(policy.device) if self.overlap and on_gpu else None
+        self.pending: list[Future] = []
+
+    def submit(self, latents: Tensor, prompts: Sequence[Prompt]) -> None:
+        """B finished latents (B, D...), not written to before `collect`, and their prompts."""
+        ready = torch.cuda.current_stream().record_event() if self.stream is not None else None
+        images = self.decoder.submit(self._decode, latents, ready)
+        self.pending.append(self.judge.submit(self._score, images, prompts))
+
+    def collect(self) -> Tensor:
+        """Rewards fp32 of all branches since the last `collect`, (..., B of all chunks).
+
+        Raises:
+            BadInput: what a scorer raised; the queue is empty then, too.
+        """
+        pending, self.pending = self.pending, []
+        try:
+            return torch.cat([future.result() for future in pending], dim=-1)
+        finally:
+            for future in pending:
+                future.cancel()
+
+    def _decode(self, latents: Tensor, ready: torch.cuda.Event | None) -> Tensor:
+        with self._beside(), self.clock("decode"):
+            if ready is not None:
+                ready.wait()
+            return decode_branches(self.policy, latents, self.rows)
+
+    def _score(self, images: Future, prompts: Sequence[Prompt]) -> Tensor:
+        decoded = images.result()
+        with self._beside(), self.clock("reward"):
+            return self.reward(decoded, prompts)
+
+    def _beside(self) -> AbstractContextManager[Any]:
+        """The queue's own stream, where it has one."""
+        return torch.cuda.stream(self.stream) if self.stream is not None else nullcontext()
