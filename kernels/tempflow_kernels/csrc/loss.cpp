@@ -28,8 +28,8 @@ class Kept {
   public:
     Kept(const tfk_batch &batch, const tfk_branches &in) : siblings(batch.siblings), rows(batch.rows) {
         const int64_t row = blocks_of(batch) * siblings * kPadded;
-        if (in.noise.data || row > kNumbers) return;
-        rows = std::min(batch.rows, kNumbers / row);
+        if (in.noise.data || row > kMost) return;
+        rows = std::max(int64_t(1), std::min(batch.rows, kUsual / row));
         data.reset(new float[size_t(rows * row)]);
     }
     /* How many rows one turn of both passes takes: all of them where nothing is kept. */
@@ -40,7 +40,7 @@ class Kept {
     }
 
   private:
-    static constexpr int64_t kNumbers = 1 << 21;  // 8 MiB
+    static constexpr int64_t kUsual = 1 << 19, kMost = 1 << 21;  // 2 MiB a turn, 8 MiB where one row needs it
     int64_t siblings, rows;
     std::unique_ptr<float[]> data;
 };
