@@ -119,7 +119,8 @@ def check_loss_gradient(module, case, expected, gradient, uncond_gradient):
         torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6 * float(other.abs().max()))
     oracle = gradient if uncond_gradient is None else gradient + uncond_gradient
     error, scale = float((at_once.double() - oracle).abs().max()), float(oracle.abs().max())
-    assert at_once.dtype == torch.float32 and error <= 1e-5 * scale, f"gradient at once: error {error:.3g} of {scale:.3g}"
+    assert at_once.dtype == torch.float32
+    assert error <= 1e-5 * scale, f"gradient at once: error {error:.3g} of {scale:.3g}"
 
 
 def check_nan(module, case):

@@ -1,9 +1,9 @@
 """The autograd formula of each differentiable operator: one for all backends.
 
-Two ways for the loss. On GPUs the forward operator returns `slopes`, the (R, K) derivatives of the loss with respect to the
-log-ratios, and the gradient operator turns them into the velocity gradient in the backward pass, where it folds in the
-incoming scalar and writes the gradient once, in its final dtype: a finished gradient stored in the forward would cost
-8 bytes more of traffic per element. On CPUs drawing the noise costs more than memory: the forward finishes the
+Two ways for the loss. On GPUs the forward operator returns `slopes`, the (R, K) derivatives of the loss with respect to
+the log-ratios, and the gradient operator turns them into the velocity gradient in the backward pass, where it folds in
+the incoming scalar and writes the gradient once, in its final dtype: a finished gradient stored in the forward would
+cost 8 bytes more of traffic per element. On CPUs drawing the noise costs more than memory: the forward finishes the
 gradient, in fp32, so that each noise is drawn once instead of twice.
 """
 
