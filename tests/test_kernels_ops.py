@@ -168,6 +168,7 @@ def op_arguments(case):
         "transition_log_prob_gradient": (slopes, following, *step),
         "log_ratio": (*ratio, case.siblings),
         "branch_loss": tuple(case.loss_arguments()),
+        "branch_loss_gradient": tuple(case.loss_arguments()),
         "velocity_gradient": (slopes, one, *case.gradient_arguments()),
     }
 
