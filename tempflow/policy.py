@@ -10,14 +10,14 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 
 @dataclass(frozen=True)
 class Conditioning:
     """Encoded prompts, one row each: whatever tensors the model family needs, indexed together.
 
-    Example (SD3): {"embeds": (R, L, C), "pooled": (R, C')}.
+    Shapes are the same for every text of a run. Example (SD3): {"embeds": (R, L, C), "pooled": (R, C')}.
     """
 
     tensors: dict[str, Tensor]
@@ -68,6 +68,33 @@ class Policy(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Within this context `velocity` is that of the model before training."""
+        ...
+
+    def merged(self) -> AbstractContextManager[None]:
+        """Within this context `velocity`, without gradient, uses a second copy of the weights with adapters merged in.
+
+        The copy is made at the first use and is as old as the last `refresh_merged`.
+        """
+        ...
+
+    def refresh_merged(self) -> None:
+        """Brings that copy, if there is one, up to the trained parameters, in place: its storage never moves."""
+        ...
+
+    def quantise_merged(self) -> str:
+        """Turns large linear layers of that copy to 8-bit floating point, before its first use; says which.
+
+        Raises:
+            BadInput: this device or precision does not allow it.
+        """
+        ...
+
+    def blocks(self) -> list[Module]:
+        """The repeated blocks of the network that `velocity` uses in the present context, for compilation."""
+        ...
+
+    def prepare_decoder(self, compiled: bool) -> None:
+        """Puts the decoder's weights into the layout that is fastest here; compiles it where asked for."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -1,0 +1,80 @@
+"""A second copy of a network's weights, for sampling that needs no gradient: adapters merged in, reduced precision.
+
+Sampling with merged weights costs no adapter products. The copy's storage never moves, so that captured CUDA graphs
+keep reading the right weights after `refresh`.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from tempflow.models.adapters import NAME, adapted_layers
+from tempflow.models.float8 import Float8Linear, takes_float8, told
+
+
+class MergedNetwork:
+    """A network computing what `module` computes with its adapters, of which it has none.
+
+    All weights that training leaves alone are shared with `module`. With full training every parameter is copied in
+    `dtype`, unless it has that precision already: then it is shared as well.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype):
+        shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+        self.module = copy.deepcopy(module, shared)
+        self.adapted = adapted_layers(module)
+        self.cast: dict[str, Parameter] = {}
+        self.float8: dict[str, Float8Linear] = {}
+        for name, layer in self.adapted.items():
+            self._take_adapter_off(name, layer.get_base_layer())
+        if not self.adapted:
+            self.cast = {name: p for name, p in module.named_parameters() if p.dtype != dtype}
+            for name, source in self.cast.items():
+                self._put(name, Parameter(source.detach().to(dtype), requires_grad=False))
+        self.refresh()
+
+    def _take_adapter_off(self, name: str, base: nn.Module) -> None:
+        """Replaces an adapted layer of the copy by a plain one with a weight of its own."""
+        plain = copy.deepcopy(base, {id(tensor): tensor for tensor in base.parameters()})
+        plain.weight = Parameter(base.weight.detach().clone(), requires_grad=False)
+        self._put(name, plain)
+
+    def _put(self, name: str, part: nn.Module | Parameter) -> None:
+        parent, _, child = name.rpartition(".")
+        setattr(self.module.get_submodule(parent), child, part)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Takes over the trained weights, in place: W + scale B A in fp32, then rounded to the copy's precision."""
+        for name, layer in self.adapted.items():
+            self._store(name, "weight", layer.get_base_layer().weight.float() + layer.get_delta_weight(NAME).float())
+        for name, source in self.cast.items():
+            self._store(*name.rpartition(".")[::2], source)
+
+    def _store(self, name: str, parameter: str, value: Tensor) -> None:
+        """Puts a value into a parameter of the layer `name`, wherever that layer keeps it."""
+        if name in self.float8 and parameter == "weight":
+            self.float8[name].refresh(value)
+        else:
+            getattr(self.module.get_submodule(name), parameter).copy_(value)
+
+    def quantise(self, smallest: int) -> str:
+        """Turns the linear layers of the repeated blocks with sides of at least `smallest` to fp8; says which.
+
+        Once, before the copy is first used; weights are rounded from fp32 sums at every refresh.
+        """
+        linear = {name: part for name, part in self.module.named_modules() if type(part) is nn.Linear}
+        inside = {name: part for name, part in linear.items() if self._in_a_block(name)}
+        for name, part in inside.items():
+            if takes_float8(name, part, smallest):
+                self.float8[name] = Float8Linear(part.weight, part.bias)
+                self._put(name, self.float8[name])
+        self.refresh()
+        return told(self.float8, inside.keys() - self.float8.keys())
+
+    def _in_a_block(self, name: str) -> bool:
+        return isinstance(getattr(self.module, name.split(".")[0], None), nn.ModuleList)
