@@ -24,7 +24,7 @@ from tempflow.plan import BranchCost, BranchPlan
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, iteration_prompts, read_prompts
 from tempflow.report import draw_report, save_pictures
-from tempflow.rewards import Scorer, load_scorer
+from tempflow.rewards import Scorer, check_options, load_scorer
 from tempflow.run_folder import check_consistency, check_folder, group_size, write_settings
 from tempflow.schedule import NoiseSchedule, build_schedule
 from tempflow.scoring import ScoreQueue
@@ -166,7 +166,8 @@ def set_up(config: Config) -> tuple[Run, Progress]:
         check_folder(config)
     torch.manual_seed(config.run.seed)
     prompts = read_prompts(config.prompts.train, "prompts.train")
-    reward = load_scorer("reward.name", config.reward.name, config.branch.decode_rows)
+    check_options(config.reward.options, (config.reward.name, config.reward.gold))
+    reward = _scorer(config, "name", ranks)
     policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
     schedule = build_schedule(policy.sigmas(config.sample.steps), config.sample.transition, config.sample.noise_level)
     plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)
@@ -189,6 +190,13 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     return run, progress
 
 
+def _scorer(config: Config, field: str, ranks: Ranks) -> Scorer:
+    """The scorer that `reward.field` names, with its options, on this rank's device."""
+    name = getattr(config.reward, field)
+    options = config.reward.options.get(name)
+    return load_scorer(f"reward.{field}", name, config.branch.decode_rows, options, ranks.device)
+
+
 def _evaluator(config: Config, policy: Policy, reward: Scorer, ranks: Ranks) -> Evaluator | None:
     """Held-out evaluation, or None where there are no held-out prompts."""
     if config.prompts.test is None:
@@ -198,7 +206,7 @@ def _evaluator(config: Config, policy: Policy, reward: Scorer, ranks: Ranks) -> 
     prompts = [prompts[place * len(prompts) // count] for place in range(count)]
     scorers = {"reward_test": reward}
     if config.reward.gold is not None:
-        scorers["gold"] = load_scorer("reward.gold", config.reward.gold, config.branch.decode_rows)
+        scorers["gold"] = _scorer(config, "gold", ranks)
     schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
     engine = EagerEngine(policy, config.branch.rows)
     return Evaluator(policy, engine, schedule, prompts, scorers, ranks, config.run.seed, config.branch.decode_rows,

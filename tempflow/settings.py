@@ -5,7 +5,7 @@ pydantic does the typing. `config.py` reads them from presets, YAML files and co
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -135,6 +135,8 @@ class RewardConfig:
     """What is optimised: a scorer of tempflow.rewards, or `module:attribute` of a callable of your own."""
     gold: str | None = "digits_gold"
     """A second opinion that is only watched at evaluation, never optimised."""
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What scorers are made with, by name, such as {pickscore: {path: /models/pickscore, dtype: bf16}}."""
 
 
 @section
