@@ -18,7 +18,7 @@ LAYERS = [
     {"schedule", "policy", "plan", "prompts", "usage"},
     {"advantage", "tail_engine", "optim", "distributed", "digits"},
     {"branching", "rewards", "models", "checkpoint", "metrics"},
-    {"scoring", "evaluation", "report", "run_folder", "digits maker"},
+    {"scoring", "evaluation", "hacking", "report", "run_folder", "digits maker"},
     {"run"},
     {"train"},
 ]

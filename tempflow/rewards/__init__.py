@@ -50,6 +50,8 @@ class Scorer:
         try:
             with torch.no_grad():
                 scores = torch.as_tensor(self.function(images, prompts), dtype=torch.float32).cpu()
+        except BadInput:
+            raise  # it says already what is wrong
         except (ValueError, TypeError) as error:
             mend = f"the scorer refuses its input or answers with no numbers: {error}"
             raise BadInput(self.setting, self.name, mend) from error
