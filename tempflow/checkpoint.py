@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,6 +32,8 @@ class Progress:
     """wall-clock time of the loop"""
     rollouts: int = 0
     """branches explored"""
+    owed: dict[str, Any] = field(default_factory=dict)
+    """metrics of the last iteration, not written yet because its evaluation failed; else empty"""
 
 
 def save(

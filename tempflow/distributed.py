@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from tempflow.errors import BadInput
+from tempflow.errors import BadInput, Unscored
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,21 @@ class Ranks:
         parts = [torch.empty_like(local) for _ in range(self.size)]
         dist.all_gather(parts, local)
         return torch.cat(parts, dim).cpu()
+
+    def agree(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns; where it fails on any rank, all of them stop instead of waiting for one another.
+
+        Raises:
+            BadInput: of this rank, or one that says that another rank failed.
+        """
+        result, problem = None, None
+        try:
+            result = work()
+        except BadInput as error:
+            problem = error
+        if self.gather(torch.tensor([int(problem is not None)]), 0).any():
+            raise problem or Unscored("reward", f"rank {self.rank}", "another process could not go on and says why")
+        return result
 
     def average_gradients(self, parameters: Iterable[Parameter]) -> None:
         """Replaces each gradient by its mean over ranks; a rank without one counts as 0."""

@@ -17,8 +17,9 @@ from tempflow.checkpoint import Progress
 from tempflow.compiled import CompiledBlocks
 from tempflow.distributed import Ranks
 from tempflow.draws import Draw
-from tempflow.errors import BadInput
+from tempflow.errors import BadInput, Unscored
 from tempflow.evaluation import Evaluator
+from tempflow.hacking import falls, keep_scores, read_scores
 from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, read_metrics
 from tempflow.models import load_policy
 from tempflow.optim import MovingAverage, make_optimizer
@@ -26,7 +27,7 @@ from tempflow.plan import BranchCost, BranchPlan
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, iteration_prompts, read_prompts
 from tempflow.report import draw_report, save_pictures
-from tempflow.rewards import Scorer, load_scorer
+from tempflow.rewards.panel import Panel, load_panels
 from tempflow.run_folder import check_consistency, check_folder, group_size, write_settings
 from tempflow.schedule import NoiseSchedule, build_schedule
 from tempflow.scoring import ScoreQueue
@@ -50,6 +51,7 @@ class Run:
     numerics: Numerics
     """the context of trunk and learning, alike: compiled blocks, or nothing"""
     prompts: list[Prompt]
+    rewards: Panel
     scores: ScoreQueue
     evaluator: Evaluator | None
     optimizer: torch.optim.Optimizer
@@ -70,6 +72,23 @@ class Run:
         slots = self.ranks.share(branch.prompts)
         draw = Draw.grid(seed, iteration, slots, branch.seeds)
         return [everyone[slot] for slot in slots for _ in range(branch.seeds)], draw
+
+    def collect(self, forks: int, siblings: int) -> Tensor:
+        """(M, S, R of all ranks, K) fp32 rewards of the branches submitted since; NaN where a scorer has no opinion.
+
+        Raises:
+            Unscored: on all ranks, where a scorer failed on one of them, or has no opinion at all.
+        """
+        try:
+            own = self.ranks.agree(self.scores.collect)
+        except BadInput as error:
+            raise Unscored(error.field, error.value, error.mend) from error
+        rewards = self.ranks.gather(own.view(len(own), forks, -1, siblings), dim=2)
+        self.rewards.check_opinions(rewards)
+        if self.config.reward.combine == "sum" and self.rewards.total(rewards).isnan().all():
+            mend = "no image has all of these rewards, so there is no sum of them; use reward.combine=advantages"
+            raise Unscored("reward.name", self.config.reward.name, mend)
+        return rewards
 
     def own_rows(self, values: Tensor) -> Tensor:
         """This rank's part of an (S, R of all ranks, ...) tensor."""
@@ -109,15 +128,28 @@ class Run:
         self.average.update()
         return norm.item()
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Held-out scores of the averaged parameters; saves the pictures."""
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """Mean held-out scores of the averaged parameters, and which gold fell; saves pictures and scores.
+
+        Raises:
+            Unscored: on all ranks, where a scorer failed on one of them, or has no opinion at all.
+        """
         if self.evaluator is None:
             return {}
-        with self.clock("evaluate"), self.average.applied():
-            result = self.evaluator.evaluate()
+        try:
+            with self.clock("evaluate"), self.average.applied():
+                result = self.evaluator.evaluate()
+        except BadInput as error:
+            raise Unscored(error.field, error.value, error.mend) from error
+        history, threshold = read_scores(self.folder, step), self.config.reward.hacking_drop
+        fallen = falls(history, result.scores, self.evaluator.golds, threshold)
         if self.ranks.first:
             save_pictures(self.folder, step, result.pictures)
-        return result.scores
+            keep_scores(self.folder, step, result.scores)
+            for name, fall in fallen.items():
+                print(f"tempflow: warning: iteration {step}: {name} is {fall:.4g} below its best while the reward "
+                      "rose; the model may please the scorer only: look at the pictures", file=sys.stderr)  # fmt: skip
+        return result.figures() | ({"gold_fall": fallen} if fallen else {})
 
     def constants(self) -> dict[str, Any]:
         """What the first line of metrics.jsonl holds besides the scores before training."""
@@ -139,10 +171,9 @@ class Run:
     @staticmethod
     def shown(row: dict[str, Any], rate: float) -> dict[str, str]:
         """What the progress bar says."""
-        shown = {"reward": f"{row['reward_mean']:.3f}"}
-        if "gold" in row:
-            shown["gold"] = f"{row['gold']:.3f}"
-        return shown | {"rollouts/h": f"{rate:,.0f}"}
+        words = {"reward": row["reward_mean"], "gold": row.get("gold")}
+        known = {name: f"{value:.3f}" for name, value in words.items() if value is not None}
+        return known | {"rollouts/h": f"{rate:,.0f}"}
 
     def save(self, progress: Progress) -> None:
         """A checkpoint, the trained weights (averaged) in the model library's own format, and the report so far."""
@@ -154,10 +185,11 @@ class Run:
             draw_report(self.folder)
         self.ranks.wait()
 
-    def finish(self) -> None:
+    def finish(self, stopped: bool) -> None:
         """The closing words."""
+        word = "stopped, as reward.hacking_stop asks" if stopped else "done"
         if self.ranks.first:
-            print(f"tempflow: done; figures and pictures in {self.folder / 'report.png'}", file=sys.stderr)
+            print(f"tempflow: {word}; figures and pictures in {self.folder / 'report.png'}", file=sys.stderr)
 
 
 def set_up(config: Config) -> tuple[Run, Progress]:
@@ -173,17 +205,18 @@ def set_up(config: Config) -> tuple[Run, Progress]:
         check_folder(config)
     torch.manual_seed(config.run.seed)
     prompts = read_prompts(config.prompts.train, "prompts.train")
-    reward = load_scorer("reward.name", config.reward.name, config.branch.decode_rows)
+    rewards, gold = load_panels(config.reward, config.branch.decode_rows, ranks.device)
     policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
     schedule = build_schedule(policy.sigmas(config.sample.steps), config.sample.transition, config.sample.noise_level)
     plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)
     engines = _engines(config, policy, schedule, plan, prompts, ranks)
-    evaluator = _evaluator(config, policy, reward, ranks, engines.evaluate)
+    evaluator = _evaluator(config, policy, rewards, gold, ranks, engines.evaluate)
     parameters = policy.trainable()
     optimizer = make_optimizer(config.learn, list(parameters.values()))
     average = MovingAverage(parameters, config.learn.ema_decay, config.learn.ema_every)
     if ranks.first:
-        print(_explain(config, policy, schedule, plan, ranks), file=sys.stderr)
+        print(_explain(config, policy, schedule, plan, ranks), rewards.describe("rewards"), gold.describe("gold"),
+              sep="\n", file=sys.stderr)  # fmt: skip
     folder, progress, writer = Path(config.run.dir).expanduser(), Progress(), None
     if not config.run.plan_only:
         progress = checkpoint.restore(folder / "checkpoints", parameters, optimizer, average)
@@ -191,9 +224,9 @@ def set_up(config: Config) -> tuple[Run, Progress]:
         last = progress.iteration if progress.iteration else None
         writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
     clock, numerics = PhaseClock(ranks.device), CompiledBlocks(policy.blocks()) if config.learn.compile else nullcontext
-    scores = ScoreQueue(policy, reward, config.branch.decode_rows, clock, config.branch.overlap)
-    run = Run(config, folder, ranks, policy, schedule, plan, engines.explore, numerics, prompts, scores, evaluator,
-              optimizer, average, clock, writer)  # fmt: skip
+    scores = ScoreQueue(policy, rewards, config.branch.decode_rows, clock, config.branch.overlap)
+    run = Run(config, folder, ranks, policy, schedule, plan, engines.explore, numerics, prompts, rewards, scores,
+              evaluator, optimizer, average, clock, writer)  # fmt: skip
     return run, progress
 
 
@@ -215,7 +248,7 @@ def _engines(
 
 
 def _evaluator(
-    config: Config, policy: Policy, reward: Scorer, ranks: Ranks, engine: TailEngine
+    config: Config, policy: Policy, rewards: Panel, gold: Panel, ranks: Ranks, engine: TailEngine
 ) -> Evaluator | None:
     """Held-out evaluation, or None where there are no held-out prompts."""
     if config.prompts.test is None:
@@ -223,12 +256,9 @@ def _evaluator(
     prompts = read_prompts(config.prompts.test, "prompts.test")
     count = min(config.eval.prompts, len(prompts))
     prompts = [prompts[place * len(prompts) // count] for place in range(count)]
-    scorers = {"reward_test": reward}
-    if config.reward.gold is not None:
-        scorers["gold"] = load_scorer("reward.gold", config.reward.gold, config.branch.decode_rows)
     schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
-    return Evaluator(policy, engine, schedule, prompts, scorers, ranks, config.run.seed, config.branch.decode_rows,
-                     config.eval.pictures)  # fmt: skip
+    return Evaluator(policy, engine, schedule, prompts, rewards, gold, ranks, config.run.seed,
+                     config.branch.decode_rows, config.eval.pictures)  # fmt: skip
 
 
 def _explain(config: Config, policy: Policy, schedule: NoiseSchedule, plan: BranchPlan, ranks: Ranks) -> str:

@@ -19,7 +19,7 @@ LAYERS = [
     {"tail_solver"},
     {"advantage", "tail_engine", "optim", "distributed", "digits"},
     {"branching", "rewards", "models", "checkpoint", "metrics", "tail_levels", "chunk_planner"},
-    {"scoring", "evaluation", "report", "run_folder", "digits maker", "tail_setup"},
+    {"scoring", "evaluation", "hacking", "report", "run_folder", "digits maker", "tail_setup"},
     {"run"},
     {"tails_check"},
     {"train"},
@@ -84,7 +84,7 @@ def test_only_models_know_diffusers_and_few_know_ranks():
     for path in tempflow_files():
         roots = {name.split(".")[0] for name in imports(path)}
         if roots & {"diffusers", "peft", "transformers"}:
-            assert unit(path) in DIFFUSERS, path.name
+            assert unit(path) in DIFFUSERS or (unit(path) == "rewards" and not roots & {"diffusers", "peft"}), path.name
         if any(name.startswith(("tempflow.distributed", "torch.distributed")) for name in imports(path)):
             assert unit(path) in RANKS, path.name
 
