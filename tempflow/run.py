@@ -15,7 +15,6 @@ from tempflow import checkpoint, distributed
 from tempflow.checkpoint import Progress
 from tempflow.distributed import Ranks
 from tempflow.draws import Draw
-from tempflow.errors import BadInput
 from tempflow.evaluation import Evaluator
 from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers
 from tempflow.models import load_policy
@@ -29,6 +28,7 @@ from tempflow.run_folder import check_consistency, check_folder, group_size, wri
 from tempflow.schedule import NoiseSchedule, build_schedule
 from tempflow.scoring import ScoreQueue
 from tempflow.settings import Config
+from tempflow.stepping import LossScale, Stepper
 from tempflow.tail_engine import EagerEngine, TailEngine
 
 
@@ -46,8 +46,7 @@ class Run:
     prompts: list[Prompt]
     scores: ScoreQueue
     evaluator: Evaluator | None
-    optimizer: torch.optim.Optimizer
-    average: MovingAverage
+    stepper: Stepper
     clock: PhaseClock
     writer: MetricsWriter | None
 
@@ -82,32 +81,32 @@ class Run:
             return None
         return torch.full((rows,), self.schedule.step_size(step), device=self.policy.device)
 
-    def optimizer_step(self, idle: bool) -> float:
-        """Averages gradients over ranks, clips, steps; returns the norm before clipping.
+    def idle_updates(self, weights: Tensor) -> list[bool]:
+        """For each optimizer step of an inner epoch, whether no rank has anything to learn in it.
 
         Args:
-            idle: this rank had nothing to learn; where that is so on all ranks, no parameter moves.
-        Raises:
-            BadInput: the norm is not finite; no parameter has been changed then.
+            weights: (S, R of all ranks); every rank holds them all, so that this needs no word between ranks.
         """
-        if self.ranks.gather(torch.tensor([int(idle)]), 0).all():
-            return 0.0
-        parameters = list(self.policy.trainable().values())
-        self.ranks.average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.learn.max_grad_norm)
-        if not torch.isfinite(norm):
-            mend = f"the gradient is {norm.item()} and nothing was changed; lower it and go on with run.resume=true"
-            raise BadInput("learn.lr", self.config.learn.lr, mend)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update()
-        return norm.item()
+        learn = self.config.learn
+        by_update = weights.ne(0).view(len(weights), self.ranks.size, learn.updates, -1).transpose(1, 2)
+        return [not learn.kl and not by_update[:, update].any() for update in range(learn.updates)]
+
+    def optimizer_step(self, idle: bool) -> None:
+        """Averages gradients over ranks, clips and steps, without waiting for the device (see `tempflow.stepping`).
+
+        Args:
+            idle: no rank had anything to learn; then no parameter moves.
+        """
+        if idle:
+            return self.stepper.idle()
+        self.ranks.average_gradients(self.stepper.parameters.values())
+        self.stepper.step()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out scores of the averaged parameters; saves the pictures."""
         if self.evaluator is None:
             return {}
-        with self.clock("evaluate"), self.average.applied():
+        with self.clock("evaluate"), self.stepper.average.applied():
             result = self.evaluator.evaluate()
         if self.ranks.first:
             save_pictures(self.folder, step, result.pictures)
@@ -140,9 +139,8 @@ class Run:
     def save(self, progress: Progress) -> None:
         """A checkpoint, the trained weights (averaged) in the model library's own format, and the report so far."""
         if self.ranks.first:
-            parameters, keep = self.policy.trainable(), self.config.run.keep_checkpoints
-            checkpoint.save(self.folder / "checkpoints", progress, parameters, self.optimizer, self.average, keep)
-            with self.average.applied():
+            checkpoint.save(self.folder / "checkpoints", progress, self.stepper, self.config.run.keep_checkpoints)
+            with self.stepper.average.applied():
                 self.policy.save(self.folder)
             draw_report(self.folder)
         self.ranks.wait()
@@ -171,22 +169,29 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     schedule = build_schedule(policy.sigmas(config.sample.steps), config.sample.transition, config.sample.noise_level)
     plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)
     evaluator = _evaluator(config, policy, reward, ranks)
-    parameters = policy.trainable()
-    optimizer = make_optimizer(config.learn, list(parameters.values()))
-    average = MovingAverage(parameters, config.learn.ema_decay, config.learn.ema_every)
+    stepper = _stepper(config, policy)
     if ranks.first:
         print(_explain(config, policy, schedule, plan, ranks), file=sys.stderr)
     folder, progress, writer = Path(config.run.dir).expanduser(), Progress(), None
     if not config.run.plan_only:
-        progress = checkpoint.restore(folder / "checkpoints", parameters, optimizer, average)
+        progress = checkpoint.restore(folder / "checkpoints", stepper)
         write_settings(config, ranks)
         last = progress.iteration if progress.iteration else None
         writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
     engine, clock = EagerEngine(policy, config.branch.rows), PhaseClock(ranks.device)
     scores = ScoreQueue(policy, reward, config.branch.decode_rows, clock, config.branch.overlap)
-    run = Run(config, folder, ranks, policy, schedule, plan, engine, prompts, scores, evaluator, optimizer, average,
-              clock, writer)  # fmt: skip
+    run = Run(config, folder, ranks, policy, schedule, plan, engine, prompts, scores, evaluator, stepper, clock,
+              writer)  # fmt: skip
     return run, progress
+
+
+def _stepper(config: Config, policy: Policy) -> Stepper:
+    """The optimizer and what goes with it."""
+    parameters, learn = policy.trainable(), config.learn
+    optimizer = make_optimizer(learn, list(parameters.values()))
+    average = MovingAverage(parameters, learn.ema_decay, learn.ema_every)
+    scale = LossScale(policy.device) if config.model.dtype == "fp16" else None
+    return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale)
 
 
 def _evaluator(config: Config, policy: Policy, reward: Scorer, ranks: Ranks) -> Evaluator | None:

@@ -15,8 +15,8 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 LAYERS = [
     {"errors", "batching", "paths", "settings"},
     {"config", "draws"},
-    {"schedule", "policy", "plan", "prompts", "usage"},
-    {"advantage", "tail_engine", "optim", "distributed", "digits"},
+    {"schedule", "policy", "plan", "prompts", "usage", "optim"},
+    {"advantage", "tail_engine", "stepping", "distributed", "digits"},
     {"branching", "rewards", "models", "checkpoint", "metrics"},
     {"scoring", "evaluation", "report", "run_folder", "digits maker"},
     {"run"},
