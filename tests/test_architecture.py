@@ -16,7 +16,7 @@ LAYERS = [
     {"errors", "batching", "paths", "settings"},
     {"config", "draws"},
     {"schedule", "policy", "plan", "prompts", "usage", "optim"},
-    {"advantage", "tail_engine", "stepping", "distributed", "digits"},
+    {"advantage", "tail_engine", "stepping", "geneval_prompts", "distributed", "digits"},
     {"branching", "rewards", "models", "checkpoint", "metrics"},
     {"scoring", "evaluation", "report", "run_folder", "digits maker"},
     {"run"},
