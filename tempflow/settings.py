@@ -16,6 +16,7 @@ Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def section(cls: type) -> type:
@@ -27,10 +28,24 @@ def section(cls: type) -> type:
 class ModelConfig:
     path: str = "tempflow:digits/pipeline"
     """Folder of a diffusers pipeline, or a hub id; `tempflow:...` is a folder shipped with the package."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the network; latents, log-probabilities and trained parameters are always fp32."""
+    dtype: Precision = "fp32"
+    """Precision of the transformer; latents, log-probabilities and trained parameters are always fp32."""
+    text_dtype: Precision | None = None
+    """Precision of the text encoders; null takes model.dtype."""
+    vae_dtype: Precision | None = None
+    """Precision of the image decoder; null takes model.dtype. Where it overflows in fp16 (black images), take bf16."""
     text_tokens: Count = 256
-    """Length of the T5 text sequence (`max_sequence_length` of the diffusers pipeline)."""
+    """Length of the text sequence (`max_sequence_length` of the diffusers pipeline); longer texts are cut there."""
+    text_cache: str | None = None
+    """Folder in which encoded texts are kept from run to run; null keeps them in memory only."""
+    offload_text: bool = False
+    """Keep the text encoders in main memory except while new texts are encoded."""
+    attention: str = "auto"
+    """Attention backend, by its name in diffusers; auto measures on a GPU which is fastest, and is native on a CPU."""
+    vae_slicing: bool = False
+    """Decode one image at a time: less memory."""
+    vae_tiling: bool = False
+    """Decode large images in tiles that overlap: less memory, not exactly the same images."""
     train: Literal["lora", "full"] = "lora"
     """Train low-rank adapters, or all parameters of the transformer."""
     lora_rank: Count = 32
@@ -38,7 +53,9 @@ class ModelConfig:
     lora_alpha: Positive = 64.0
     """Scale of the adapters: their output is multiplied by lora_alpha / lora_rank."""
     lora_targets: Annotated[list[str], Field(min_length=1)] | None = None
-    """Names of the layers that get adapters; null takes the attention projections of the model's family."""
+    """Names of the layers that get adapters, or ends of names; null takes those usual for the model's family."""
+    lora: str | None = None
+    """A LoRA file or folder to start from, of the rank, alpha and layers set here; null starts from the base model."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward per training row."""
 
@@ -48,11 +65,11 @@ class SampleConfig:
     steps: Annotated[int, Field(ge=2)] = 10
     """Denoising steps of a trajectory during training."""
     height: Count | None = None
-    """Image height in pixels; null takes the model's default."""
+    """Image height in pixels; null takes the pipeline's default."""
     width: Count | None = None
-    """Image width in pixels; null takes the model's default."""
+    """Image width in pixels; null takes the pipeline's default."""
     guidance: NonNegative = 1.0
-    """Classifier-free guidance scale, in sampling and in training; at most 1 means none."""
+    """Guidance as the pipeline counts it: classifier-free (SD3, Qwen-Image, klein: > 1; Z-Image: > 0) or embedded."""
     transition: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
     """The stochastic step that siblings take: Flow-GRPO's SDE, DanceGRPO's, or coefficients-preserving sampling."""
     noise_level: Positive = 0.7
