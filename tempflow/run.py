@@ -32,6 +32,7 @@ from tempflow.run_folder import check_consistency, check_folder, group_size, wri
 from tempflow.schedule import NoiseSchedule, build_schedule
 from tempflow.scoring import ScoreQueue
 from tempflow.settings import Config
+from tempflow.stepping import LossScale, Stepper
 from tempflow.tail_engine import EagerEngine, Numerics, TailEngine
 from tempflow.tail_levels import Engines
 from tempflow.tail_setup import set_up_tails
@@ -54,8 +55,7 @@ class Run:
     rewards: Panel
     scores: ScoreQueue
     evaluator: Evaluator | None
-    optimizer: torch.optim.Optimizer
-    average: MovingAverage
+    stepper: Stepper
     clock: PhaseClock
     writer: MetricsWriter | None
 
@@ -107,26 +107,26 @@ class Run:
             return None
         return torch.full((rows,), self.schedule.step_size(step), device=self.policy.device)
 
-    def optimizer_step(self, idle: bool) -> float:
-        """Averages gradients over ranks, clips, steps; returns the norm before clipping.
+    def idle_updates(self, weights: Tensor) -> list[bool]:
+        """For each optimizer step of an inner epoch, whether no rank has anything to learn in it.
 
         Args:
-            idle: this rank had nothing to learn; where that is so on all ranks, no parameter moves.
-        Raises:
-            BadInput: the norm is not finite; no parameter has been changed then.
+            weights: (S, R of all ranks); every rank holds them all, so that this needs no word between ranks.
         """
-        if self.ranks.gather(torch.tensor([int(idle)]), 0).all():
-            return 0.0
-        parameters = list(self.policy.trainable().values())
-        self.ranks.average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.learn.max_grad_norm)
-        if not torch.isfinite(norm):
-            mend = f"the gradient is {norm.item()} and nothing was changed; lower it and go on with run.resume=true"
-            raise BadInput("learn.lr", self.config.learn.lr, mend)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update()
-        return norm.item()
+        learn = self.config.learn
+        by_update = weights.ne(0).view(len(weights), self.ranks.size, learn.updates, -1).transpose(1, 2)
+        return [not learn.kl and not by_update[:, update].any() for update in range(learn.updates)]
+
+    def optimizer_step(self, idle: bool) -> None:
+        """Averages gradients over ranks, clips and steps, without waiting for the device (see `tempflow.stepping`).
+
+        Args:
+            idle: no rank had anything to learn; then no parameter moves.
+        """
+        if idle:
+            return self.stepper.idle()
+        self.ranks.average_gradients(self.stepper.parameters.values())
+        self.stepper.step()
 
     def evaluate(self, step: int) -> dict[str, Any]:
         """Mean held-out scores of the averaged parameters, and which gold fell; saves pictures and scores.
@@ -137,7 +137,7 @@ class Run:
         if self.evaluator is None:
             return {}
         try:
-            with self.clock("evaluate"), self.average.applied():
+            with self.clock("evaluate"), self.stepper.average.applied():
                 result = self.evaluator.evaluate()
         except BadInput as error:
             raise Unscored(error.field, error.value, error.mend) from error
@@ -178,9 +178,8 @@ class Run:
     def save(self, progress: Progress) -> None:
         """A checkpoint, the trained weights (averaged) in the model library's own format, and the report so far."""
         if self.ranks.first:
-            parameters, keep = self.policy.trainable(), self.config.run.keep_checkpoints
-            checkpoint.save(self.folder / "checkpoints", progress, parameters, self.optimizer, self.average, keep)
-            with self.average.applied():
+            checkpoint.save(self.folder / "checkpoints", progress, self.stepper, self.config.run.keep_checkpoints)
+            with self.stepper.average.applied():
                 self.policy.save(self.folder)
             draw_report(self.folder)
         self.ranks.wait()
@@ -211,22 +210,20 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)
     engines = _engines(config, policy, schedule, plan, prompts, ranks)
     evaluator = _evaluator(config, policy, rewards, gold, ranks, engines.evaluate)
-    parameters = policy.trainable()
-    optimizer = make_optimizer(config.learn, list(parameters.values()))
-    average = MovingAverage(parameters, config.learn.ema_decay, config.learn.ema_every)
+    stepper = _stepper(config, policy)
     if ranks.first:
         print(_explain(config, policy, schedule, plan, ranks), rewards.describe("rewards"), gold.describe("gold"),
               sep="\n", file=sys.stderr)  # fmt: skip
     folder, progress, writer = Path(config.run.dir).expanduser(), Progress(), None
     if not config.run.plan_only:
-        progress = checkpoint.restore(folder / "checkpoints", parameters, optimizer, average)
+        progress = checkpoint.restore(folder / "checkpoints", stepper)
         write_settings(config, ranks)
         last = progress.iteration if progress.iteration else None
         writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
     clock, numerics = PhaseClock(ranks.device), CompiledBlocks(policy.blocks()) if config.learn.compile else nullcontext
     scores = ScoreQueue(policy, rewards, config.branch.decode_rows, clock, config.branch.overlap)
     run = Run(config, folder, ranks, policy, schedule, plan, engines.explore, numerics, prompts, rewards, scores,
-              evaluator, optimizer, average, clock, writer)  # fmt: skip
+              evaluator, stepper, clock, writer)  # fmt: skip
     return run, progress
 
 
@@ -245,6 +242,15 @@ def _engines(
         return int(ranks.gather(torch.tensor([rows]), 0).min())
 
     return set_up_tails(config, policy, schedule, plan, trunks, prompts[0].text, known_rows, agree, ranks.first)
+
+
+def _stepper(config: Config, policy: Policy) -> Stepper:
+    """The optimizer and what goes with it."""
+    parameters, learn = policy.trainable(), config.learn
+    optimizer = make_optimizer(learn, list(parameters.values()))
+    average = MovingAverage(parameters, learn.ema_decay, learn.ema_every)
+    scale = LossScale(policy.device) if config.model.dtype == "fp16" else None
+    return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale)
 
 
 def _evaluator(

@@ -127,8 +127,8 @@ class LearnConfig:
     """Passes over one iteration's branches, with the true importance ratio from the second update on."""
     compile: bool = False
     """Compile the repeated blocks for trunk and training, both alike."""
-    optimizer: Literal["adamw"] = "adamw"
-    """Optimizer of the trained parameters."""
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
+    """AdamW of torch, or of bitsandbytes: moments in 8 bits; paged, they move to the host when the GPU is full."""
     lr: Positive = 3e-4
     """Learning rate."""
     lr_schedule: Literal["constant", "linear"] = "constant"

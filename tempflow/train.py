@@ -59,18 +59,19 @@ def train_step(run: Run, iteration: int) -> dict[str, Any]:
     credit = combined_advantages(rewards, run.rewards.weights, run.config.reward.combine, seeds, learn.group,
                                  learn.advantage_std, learn.advantage_clip)  # fmt: skip
     weights = run.step_weights(plan)[:, None] * credit.informative  # (S, R of all ranks)
+    idle = run.idle_updates(weights)
     advantages, weights = run.own_rows(credit.advantages), run.own_rows(weights)
 
     # Learn: weighted clipped policy gradient; each fork is one network row, its K siblings are K Gaussian terms on it.
-    set_learning_rate(run.optimizer, learn, iteration)
-    record, norms = LossRecord(), []
+    set_learning_rate(run.stepper.optimizer, learn, iteration)
+    record = LossRecord()
     with clock("learn"), run.numerics():
         for number, batches in enumerate(updates(trunk, advantages, weights, learn)):
             for batch in batches:
                 record.add(backward(run, batch), number)
-            norms.append(run.optimizer_step(idle=not batches))
-    figures = loss_figures(run.ranks.gather(record.totals(), dim=0))
-    return {**describe(rewards, credit, run, plan.steps), **figures, "grad_norm": sum(norms) / len(norms)}
+            run.optimizer_step(idle[number % learn.updates])
+        figures = loss_figures(run.ranks.gather(record.totals(), dim=0)) | run.stepper.read()
+    return {**describe(rewards, credit, run, plan.steps), **figures}
 
 
 def backward(run: Run, batch: TransitionBatch) -> BranchLossStats:
@@ -94,7 +95,7 @@ def backward(run: Run, batch: TransitionBatch) -> BranchLossStats:
         velocity_ref=velocity_ref,
         kl_weights=run.kl_weights(batch.step, rows),
     )
-    (loss * batch.share).backward()
+    run.stepper.backward(loss * batch.share)
     return stats
 
 

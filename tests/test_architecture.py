@@ -15,9 +15,9 @@ SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 LAYERS = [
     {"errors", "batching", "paths", "settings", "compiled"},
     {"config", "draws"},
-    {"schedule", "policy", "plan", "prompts", "usage"},
+    {"schedule", "policy", "plan", "prompts", "usage", "optim"},
     {"tail_solver"},
-    {"advantage", "tail_engine", "optim", "distributed", "digits"},
+    {"advantage", "tail_engine", "stepping", "geneval_prompts", "distributed", "digits"},
     {"branching", "rewards", "models", "checkpoint", "metrics", "tail_levels", "chunk_planner"},
     {"scoring", "evaluation", "hacking", "report", "run_folder", "digits maker", "tail_setup"},
     {"run"},
