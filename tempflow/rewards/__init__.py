@@ -20,6 +20,17 @@ from tempflow.prompts import Prompt
 SCORERS = {
     "digits": "tempflow.rewards.digits:DigitsReward",
     "digits_gold": "tempflow.rewards.digits:DigitsGold",
+    "pickscore": "tempflow.rewards.pickscore:PickScore",
+    "clipscore": "tempflow.rewards.clipscore:ClipScore",
+    "hpsv2": "tempflow.rewards.hpsv2:HpsV2",
+    "hpsv3": "tempflow.rewards.hpsv3:HpsV3",
+    "imagereward": "tempflow.rewards.imagereward:ImageReward",
+    "aesthetic": "tempflow.rewards.aesthetic:Aesthetic",
+    "jpeg_compressibility": "tempflow.rewards.jpeg:compressibility",
+    "jpeg_incompressibility": "tempflow.rewards.jpeg:incompressibility",
+    "ocr": "tempflow.rewards.ocr:Ocr",
+    "geneval": "tempflow.rewards.geneval:GenEval",
+    "vlm_judge": "tempflow.rewards.vlm_judge:VlmJudge",
 }
 """name -> `module:attribute`; a class is called with its options, and with a `device` if it takes one, to make the
 scorer."""
@@ -50,6 +61,8 @@ class Scorer:
         try:
             with torch.no_grad():
                 scores = torch.as_tensor(self.function(images, prompts), dtype=torch.float32).cpu()
+        except BadInput:
+            raise
         except (ValueError, TypeError) as error:
             mend = f"the scorer refuses its input or answers with no numbers: {error}"
             raise BadInput(self.setting, self.name, mend) from error
