@@ -1,8 +1,9 @@
 """What CLIP-like encoders do to images before looking at them, in plain torch on any device.
 
 The official pipelines resize in Pillow, whose bicubic and bilinear filters widen with the scale (antialiasing) and
-whose result is rounded to whole levels. torch's antialiased `interpolate` uses the same filters in fp32, so the two
-differ by at most one level, where Pillow rounds between its horizontal and its vertical pass (tests/test_pixels.py).
+and which rounds and clips to levels after its horizontal pass and again after its vertical one. torch's antialiased
+`interpolate` uses the same filters; in two passes with the same rounding it gives Pillow's levels but for rare ties
+(tests/test_rewards_pixels.py).
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ def check_images(images: Tensor, prompts: Sequence[object]) -> None:
 
 def resize(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
     """(B, 3, H, W) levels 0 to 255 of any dtype -> fp32 whole levels (B, 3, height, width), as Pillow resizes."""
-    if images.shape[-2:] == (height, width):
-        return images.float()
-    found = F.interpolate(images.float(), (height, width), mode=mode, antialias=True, align_corners=False)
-    return found.clamp_(0, 255).round_()
+    values = images.float()
+    for shape in ((images.shape[-2], width), (height, width)):
+        if values.shape[-2:] != shape:
+            values = F.interpolate(values, shape, mode=mode, antialias=True, align_corners=False)
+            values = values.add_(0.5).floor_().clamp_(0, 255)  # a half goes up, as in Pillow
+    return values
 
 
 def resize_shortest(images: Tensor, size: int) -> Tensor:

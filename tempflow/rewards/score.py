@@ -159,18 +159,15 @@ def write(rows: Sequence[Sequence[Any]], header: Sequence[str], output: str | No
         raise BadInput("--output", output, f"cannot be written ({error})") from error
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> int:
     """The command; wrong input ends with one line and exit code 2."""
     try:
-        run(sys.argv[1:])
+        run(sys.argv[1:] if arguments is None else arguments)
     except BadInput as error:
-        sys.exit(_complain(error))
-
-
-def _complain(error: BadInput) -> int:
-    print(f"tempflow: {error}", file=sys.stderr)
-    return 2
+        print(f"tempflow: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
