@@ -24,14 +24,22 @@ QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 class Ocr:
     """Closeness of the text in the picture to the text asked for, 0 to 1."""
 
-    def __init__(self, threads: int = -1) -> None:
+    def __init__(self, side: int = 960, threads: int = -1) -> None:
         """
         Args:
+            side: pictures whose longer side has more pixels are searched for text at this size (PaddleOCR's default,
+                and so Flow-GRPO's); smaller ones as they are.
             threads: CPU threads of one call; -1 leaves the choice to onnxruntime.
         """
         require("ocr", "onnxruntime")
         self.distance = require("ocr", "rapidfuzz.distance").Levenshtein.distance
-        settings = {"Global.log_level": "error", "EngineConfig.onnxruntime.intra_op_num_threads": threads}
+        settings = {
+            "Global.log_level": "error",
+            "Global.use_cls": False,  # text upside down does not count as written
+            "Det.limit_type": "max",
+            "Det.limit_side_len": side,
+            "EngineConfig.onnxruntime.intra_op_num_threads": threads,
+        }
         self.reader: Any = require("ocr", "rapidocr").RapidOCR(params=settings)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> list[float]:
