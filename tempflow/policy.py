@@ -17,7 +17,7 @@ from torch.nn import Parameter
 class Conditioning:
     """Encoded prompts, one row each: whatever tensors the model family needs, indexed together.
 
-    Example (SD3): {"embeds": (R, L, C), "pooled": (R, C')}.
+    Shapes are the same for every text of a run. Example (SD3): {"embeds": (R, L, C), "pooled": (R, C')}.
     """
 
     tensors: dict[str, Tensor]
@@ -68,6 +68,17 @@ class Policy(Protocol):
 
     def reference(self) -> AbstractContextManager[None]:
         """Within this context `velocity` is that of the model before training."""
+        ...
+
+    def merged(self) -> AbstractContextManager[None]:
+        """Within this context `velocity`, without gradient, uses a second copy of the weights with adapters merged in.
+
+        The copy is made at the first use and is as old as the last `refresh_merged`.
+        """
+        ...
+
+    def refresh_merged(self) -> None:
+        """Brings that copy, if there is one, up to the trained parameters, in place: its storage never moves."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -16,6 +16,7 @@ Whole = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Precision = Literal["fp32", "bf16", "fp16"]
 
 
 def section(cls: type) -> type:
@@ -27,10 +28,24 @@ def section(cls: type) -> type:
 class ModelConfig:
     path: str = "tempflow:digits/pipeline"
     """Folder of a diffusers pipeline, or a hub id; `tempflow:...` is a folder shipped with the package."""
-    dtype: Literal["fp32", "bf16"] = "fp32"
-    """Precision of the network; latents, log-probabilities and trained parameters are always fp32."""
+    dtype: Precision = "fp32"
+    """Precision of the transformer; latents, log-probabilities and trained parameters are always fp32."""
+    text_dtype: Precision | None = None
+    """Precision of the text encoders; null takes model.dtype."""
+    vae_dtype: Precision | None = None
+    """Precision of the image decoder; null takes model.dtype. Where it overflows in fp16 (black images), take bf16."""
     text_tokens: Count = 256
-    """Length of the T5 text sequence (`max_sequence_length` of the diffusers pipeline)."""
+    """Length of the text sequence (`max_sequence_length` of the diffusers pipeline); longer texts are cut there."""
+    text_cache: str | None = None
+    """Folder in which encoded texts are kept from run to run; null keeps them in memory only."""
+    offload_text: bool = False
+    """Keep the text encoders in main memory except while new texts are encoded."""
+    attention: str = "auto"
+    """Attention backend, by its name in diffusers; auto measures on a GPU which is fastest, and is native on a CPU."""
+    vae_slicing: bool = False
+    """Decode one image at a time: less memory."""
+    vae_tiling: bool = False
+    """Decode large images in tiles that overlap: less memory, not exactly the same images."""
     train: Literal["lora", "full"] = "lora"
     """Train low-rank adapters, or all parameters of the transformer."""
     lora_rank: Count = 32
@@ -38,7 +53,9 @@ class ModelConfig:
     lora_alpha: Positive = 64.0
     """Scale of the adapters: their output is multiplied by lora_alpha / lora_rank."""
     lora_targets: Annotated[list[str], Field(min_length=1)] | None = None
-    """Names of the layers that get adapters; null takes the attention projections of the model's family."""
+    """Names of the layers that get adapters, or ends of names; null takes those usual for the model's family."""
+    lora: str | None = None
+    """A LoRA file or folder to start from, of the rank, alpha and layers set here; null starts from the base model."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward per training row."""
 
@@ -48,11 +65,11 @@ class SampleConfig:
     steps: Annotated[int, Field(ge=2)] = 10
     """Denoising steps of a trajectory during training."""
     height: Count | None = None
-    """Image height in pixels; null takes the model's default."""
+    """Image height in pixels; null takes the pipeline's default."""
     width: Count | None = None
-    """Image width in pixels; null takes the model's default."""
+    """Image width in pixels; null takes the pipeline's default."""
     guidance: NonNegative = 1.0
-    """Classifier-free guidance scale, in sampling and in training; at most 1 means none."""
+    """Guidance as the pipeline counts it: classifier-free (SD3, Qwen-Image, klein: > 1; Z-Image: > 0) or embedded."""
     transition: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
     """The stochastic step that siblings take: Flow-GRPO's SDE, DanceGRPO's, or coefficients-preserving sampling."""
     noise_level: Positive = 0.7
@@ -69,12 +86,33 @@ class BranchConfig:
     """Initial noises (trunks) per prompt, N."""
     siblings: Count = 6
     """Branches that leave one fork, K."""
-    rows: Count = 128
-    """Branches that travel together, in one network call a step, per process."""
+    rows: Count | Literal["auto"] = 128
+    """Branches that travel together, in one network call a step, per process; auto measures which size is fastest."""
     decode_rows: Count = 128
     """Images decoded and scored in one call."""
     overlap: bool = True
     """Decode and score a chunk while the next one is sampled: on a GPU, and with a scorer on another machine."""
+
+
+@section
+class TailConfig:
+    level: Literal["auto", "eager", "graph", "compile", "compiled_graph"] = "auto"
+    """How tails call the network: as trunks do, captured in a CUDA graph, with compiled blocks, or both; auto takes
+    the last that works on a GPU, and eager on a CPU."""
+    merged: bool = True
+    """Tails use a second copy of the weights with the adapters merged in; evaluation never does."""
+    fp8: bool = False
+    """The copy's large linear layers in 8-bit floating point, on GPUs that have it (Hopper, Ada and newer)."""
+    solver: Literal["euler", "dpmpp_2m", "adams_2"] = "euler"
+    """Solver of the tails' ODE; the other two are of second order. Trunk and evaluation always take Euler steps."""
+    stride: Count = 1
+    """Sigmas of the schedule that a tail's step spans."""
+    drop_below: Fraction = 0.0
+    """Tails take no step from a sigma below this (SD3.5's last one of ten is .0089), but end one step earlier."""
+    check: bool = False
+    """Before the first iteration, tell what these settings change in the rewards of one iteration's branches."""
+    compile_vae: bool = False
+    """Compile the image decoder."""
 
 
 @section
@@ -87,6 +125,8 @@ class LearnConfig:
     """Optimizer steps per inner epoch; each takes an equal share of the trunks."""
     inner_epochs: Count = 1
     """Passes over one iteration's branches, with the true importance ratio from the second update on."""
+    compile: bool = False
+    """Compile the repeated blocks for trunk and training, both alike."""
     optimizer: Literal["adamw"] = "adamw"
     """Optimizer of the trained parameters."""
     lr: Positive = 3e-4
@@ -174,6 +214,7 @@ class Config:
     model: ModelConfig = Field(default_factory=ModelConfig)
     sample: SampleConfig = Field(default_factory=SampleConfig)
     branch: BranchConfig = Field(default_factory=BranchConfig)
+    tails: TailConfig = Field(default_factory=TailConfig)
     learn: LearnConfig = Field(default_factory=LearnConfig)
     prompts: PromptConfig = Field(default_factory=PromptConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)

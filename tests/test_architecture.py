@@ -16,6 +16,7 @@ LAYERS = [
     {"errors", "batching", "paths", "settings"},
     {"config", "draws"},
     {"schedule", "policy", "plan", "prompts", "usage"},
+    {"tail_solver"},
     {"advantage", "tail_engine", "optim", "distributed", "digits"},
     {"branching", "rewards", "models", "checkpoint", "metrics"},
     {"scoring", "evaluation", "report", "run_folder", "digits maker"},

@@ -1,68 +1,74 @@
-"""A diffusers transformer under training: low-rank adapters or all parameters, and the way back to the reference."""
+"""A diffusers transformer under training: low-rank adapters or all parameters, its reference and its merged copy."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from tempflow.errors import BadInput
+from tempflow.models.adapters import adapted_layers, add_adapters, load_adapters, save_adapters
+from tempflow.models.merged import MergedNetwork
 from tempflow.settings import ModelConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+GRADIENT_SCALE = 2.0**16
+"""What gradients are multiplied by inside an fp16 network, where those of a mean over a latent would round to 0."""
 
 
 class TrainedNetwork:
-    """The transformer, its trainable parameters (fp32) and its reference.
+    """The transformer, its trainable parameters (fp32), its reference and its merged copy.
 
     With adapters the reference is the same network with them off. With full training it is a frozen copy.
     """
 
-    def __init__(self, module: nn.Module, config: ModelConfig, default_targets: Sequence[str], keep_reference: bool):
+    def __init__(
+        self,
+        module: nn.Module,
+        config: ModelConfig,
+        pipeline_class: type[DiffusionPipeline],
+        default_targets: tuple[str, ...],
+        keep_reference: bool,
+    ):
         self.module = module.requires_grad_(False).eval()
-        self.config = config
+        self.config, self.pipeline_class, self.dtype = config, pipeline_class, DTYPES[config.dtype]
         self.frozen: nn.Module | None = None
+        self._merged: MergedNetwork | None = None
         if config.train == "lora":
-            self._add_adapters(list(config.lora_targets or default_targets))
+            add_adapters(module, config, default_targets)
+            if config.lora is not None:
+                load_adapters(module, pipeline_class, config)
         else:
             self.frozen = copy.deepcopy(module) if keep_reference else None
             module.requires_grad_(True).float()
         if config.gradient_checkpointing:
             module.enable_gradient_checkpointing()
+        if self.dtype == torch.float16:
+            for parameter in self.trainable().values():
+                parameter.register_hook(lambda gradient: gradient / GRADIENT_SCALE)
         self.active = module
-
-    def _add_adapters(self, targets: list[str]) -> None:
-        found = {name for name, _ in self.module.named_modules()}
-        missing = [target for target in targets if not any(n == target or n.endswith(f".{target}") for n in found)]
-        if missing:
-            raise BadInput("model.lora_targets", targets, f"the transformer has no layer called {missing[0]}")
-        lora = LoraConfig(
-            r=self.config.lora_rank,
-            lora_alpha=self.config.lora_alpha,
-            target_modules=targets,
-            init_lora_weights="gaussian",
-        )
-        self.module.add_adapter(lora)
-        for parameter in self.trainable().values():
-            parameter.data = parameter.data.float()
+        """the module that `forward` calls: the trained one, or within a context the reference or the merged copy"""
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """The network's output, in autocast where its precision is not fp32."""
-        dtype = DTYPES[self.config.dtype]
-        device = next(self.module.parameters()).device.type
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            return self.active(**inputs, return_dict=False)[0]
+    def forward(self, inputs: dict[str, Any], device: torch.device) -> Tensor:
+        """The network's output, fp32; in autocast where its precision is not fp32."""
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            output = self.active(**inputs, return_dict=False)[0].float()
+        if self.dtype == torch.float16 and output.requires_grad:
+            output.register_hook(lambda gradient: gradient * GRADIENT_SCALE)
+        return output
 
     @contextmanager
     def reference(self) -> Iterator[None]:
+        """Within this context `forward` is that of the network before training."""
         if self.config.train == "lora":
             self.module.disable_adapters()
             try:
@@ -71,13 +77,39 @@ class TrainedNetwork:
                 self.module.enable_adapters()
             return
         assert self.frozen is not None, "a reference is kept only where learn.kl > 0"
-        self.active = self.frozen
+        with self._serving(self.frozen):
+            yield
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Within this context `forward` uses the merged copy, made at the first use and as old as its last refresh."""
+        if self._merged is None:
+            self._merged = MergedNetwork(self.module, self.dtype)
+        with self._serving(self._merged.module):
+            yield
+
+    @contextmanager
+    def _serving(self, module: nn.Module) -> Iterator[None]:
+        before, self.active = self.active, module
         try:
             yield
         finally:
-            self.active = self.module
+            self.active = before
 
-    def adapter_state(self) -> tuple[dict[str, Tensor], dict]:
-        """Adapter weights and their configuration, as diffusers' savers take them."""
-        weights = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(self.module).items()}
-        return weights, self.module.peft_config["default"].to_dict()
+    def merged_weights(self) -> list[nn.Parameter]:
+        """The parameters of which a merged copy has its own; it shares the rest."""
+        if self.config.train == "lora":
+            return [layer.get_base_layer().weight for layer in adapted_layers(self.module).values()]
+        return [parameter for parameter in self.module.parameters() if parameter.dtype != self.dtype]
+
+    def refresh_merged(self) -> None:
+        """Brings the merged copy, if there is one, up to the trained weights, in place."""
+        if self._merged is not None:
+            self._merged.refresh()
+
+    def save(self, folder: Path) -> None:
+        """Adapters for `load_lora_weights`, or the transformer for `from_pretrained`."""
+        if self.config.train == "lora":
+            save_adapters(self.module, self.pipeline_class, folder)
+        else:
+            self.module.save_pretrained(folder)

@@ -1,0 +1,158 @@
+"""How many branches should travel together: measured, not guessed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from tempflow.batching import chunks
+from tempflow.plan import BranchPlan
+from tempflow.policy import Policy
+from tempflow.schedule import NoiseSchedule
+from tempflow.tail_engine import Numerics
+from tempflow.tail_solver import TailSolver
+
+FIRST_PROBE, GROWTH = 8, 4
+"""Sizes that are tried: 8, 32, 128, ..."""
+BUDGET = {"cpu": 1.0, "cuda": 20.0}
+"""Seconds; a probe that would take longer than what is left is not made."""
+MEMORY_SHARE = 0.8
+"""Part of the free memory that a chunk may take; the rest is for decoding and scoring beside it."""
+NEAR_ENOUGH = 1.05
+"""Of all sizes this near to the fastest, the smallest is taken: less memory, earlier to the scorer."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One network call."""
+
+    rows: int
+    seconds: float
+    peak: int
+    """bytes of device memory beyond those held before it; 0 on a CPU"""
+
+
+@dataclass(frozen=True)
+class ChunkChoice:
+    rows: int
+    waste: float
+    """part of the computed rows that nobody needs"""
+    probes: tuple[Probe, ...]
+
+    def describe(self) -> str:
+        timed = ", ".join(f"{probe.rows}: {1000 * probe.seconds / probe.rows:.2f}" for probe in self.probes)
+        return (
+            f"branch.rows: {self.rows} branches travel together, {100 * self.waste:.1f} % of their network rows for "
+            f"nothing (ms a row in calls of {timed})"
+        )
+
+
+def choose_rows(lengths: Sequence[int], probes: Sequence[Probe], free: float, padded: bool) -> ChunkChoice:
+    """The chunk size with which an iteration's tails take least time.
+
+    Args:
+        lengths: network evaluations of each branch of one iteration, in the order they travel.
+        probes: of growing size.
+        free: bytes a call may take beyond what is held already.
+        padded: every call has the full chunk's rows (static engines); else only those under way (eager).
+    """
+    most = min(len(lengths), _fitting(probes, free))
+    sizes = sorted({size for count in range(1, len(lengths) + 1) if (size := -(-len(lengths) // count)) <= most})
+    seconds = {size: _seconds(lengths, probes, size, padded) for size in sizes}
+    rows = next(size for size in sizes if seconds[size] <= NEAR_ENOUGH * min(seconds.values()))
+    computed = sum(sum(_calls(lengths[part], rows, padded)) for part in chunks(len(lengths), rows))
+    return ChunkChoice(rows, 1 - sum(lengths) / computed, tuple(probes))
+
+
+def _fitting(probes: Sequence[Probe], free: float) -> int:
+    """The largest size that may be taken: four times what was tried, if memory that grows evenly allows it."""
+    largest = probes[-1].rows * GROWTH if probes[-1].peak else probes[-1].rows
+    if len(probes) < 2 or probes[-1].peak <= probes[0].peak:
+        return largest
+    slope = (probes[-1].peak - probes[0].peak) / (probes[-1].rows - probes[0].rows)
+    return max(1, min(largest, int((free - probes[0].peak) / slope) + probes[0].rows))
+
+
+def _seconds(lengths: Sequence[int], probes: Sequence[Probe], size: int, padded: bool) -> float:
+    parts = chunks(len(lengths), size)
+    return sum(_call_seconds(probes, rows) for part in parts for rows in _calls(lengths[part], size, padded))
+
+
+def _calls(lengths: Sequence[int], size: int, padded: bool) -> list[int]:
+    """Rows of each network call of one chunk."""
+    if padded:
+        return [size] * lengths[0]
+    return [sum(length >= left for length in lengths) for left in range(lengths[0], 0, -1)]
+
+
+def _call_seconds(probes: Sequence[Probe], rows: int) -> float:
+    """Straight lines between what was measured; below that the smallest call, beyond in proportion to the largest."""
+    for left, right in pairwise(probes):
+        if left.rows <= rows <= right.rows:
+            share = (rows - left.rows) / (right.rows - left.rows)
+            return left.seconds + share * (right.seconds - left.seconds)
+    return max(probes[0].seconds, probes[-1].seconds * rows / probes[-1].rows)
+
+
+def tail_lengths(plan: BranchPlan, trunks: int, solver: TailSolver, schedule: NoiseSchedule) -> list[int]:
+    """Network evaluations of every branch of an iteration with the dearest draw of `plan`, in order."""
+    lengths, dearest = solver.table(schedule).lengths, plan.pool[: len(plan.steps)]
+    return [lengths[step + 1] for step in dearest for _ in range(trunks * plan.siblings)]
+
+
+@torch.no_grad()
+def measure(policy: Policy, numerics: Numerics, most: int, text: str) -> list[Probe]:
+    """Probes of growing size up to `most` rows, as many as time and memory allow."""
+    left, probes, size = BUDGET.get(policy.device.type, 1.0), [], min(FIRST_PROBE, most)
+    conditioning = policy.encode([text])
+    while True:
+        latents = torch.zeros(size, *policy.latent_shape, device=policy.device)
+        rows, sigma = conditioning.repeat(size), torch.full((size,), 0.5, device=policy.device)
+
+        def call(latents: Tensor = latents, sigma: Tensor = sigma, rows=rows) -> None:
+            with numerics():
+                policy.velocity(latents, sigma, rows)
+
+        start = time.perf_counter()
+        probes.append(_probe(call, size, policy.device))
+        left -= time.perf_counter() - start
+        following = min(size * GROWTH, most)
+        costs = 3 * probes[-1].seconds * following / size
+        if following == size or costs > left or _fitting(probes, free_memory(policy.device)) < following:
+            return probes
+        size = following
+
+
+def _probe(call: Callable[[], None], rows: int, device: torch.device) -> Probe:
+    """The shorter of two calls, after one to warm up, and the memory they took at most."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        held = torch.cuda.memory_allocated(device)
+    call()
+    times = []
+    for _ in range(2):
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        call()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated(device) - held if on_gpu else 0
+    return Probe(rows, min(times), peak)
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that a chunk may take: of the GPU's free memory and what the allocator keeps unused; no limit on a CPU."""
+    if device.type != "cuda":
+        return float("inf")
+    free, _ = torch.cuda.mem_get_info(device)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return MEMORY_SHARE * (free + kept)

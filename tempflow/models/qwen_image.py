@@ -1,0 +1,57 @@
+"""Qwen-Image: packed latents, a language model as text encoder, true classifier-free guidance renormalised per token.
+
+A text's row is padded to `model.text_tokens` and masked: its tokens stand where they would stand without padding, and
+nothing attends to the rest, so the image tokens see the same network.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import QwenImagePipeline
+from torch import Tensor
+from torch.nn import functional as F
+
+from tempflow.models.family import Family
+
+
+class QwenImage(Family):
+    pipeline_class = QwenImagePipeline
+    lora_targets = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+    max_text_tokens = 1024
+    padded_text = True
+    blank = " "
+    """The negative prompt that the pipeline's authors use."""
+
+    def encode(self, text: str) -> dict[str, Tensor]:
+        embeds, _ = self.pipeline.encode_prompt(text, device=self.device, max_sequence_length=self.text_tokens)
+        padding = self.text_tokens - embeds.shape[1]
+        mask = torch.arange(self.text_tokens, device=embeds.device) < embeds.shape[1]
+        return {"embeds": F.pad(embeds, (0, 0, 0, padding)), "mask": mask[None]}
+
+    def network_inputs(self, latents: Tensor, sigma: Tensor, text: dict[str, Tensor]) -> dict[str, Any]:
+        return {
+            "hidden_states": latents,
+            "timestep": self.timestep(sigma) / 1000,
+            "encoder_hidden_states": text["embeds"],
+            "encoder_hidden_states_mask": text["mask"],
+            "img_shapes": [[(1, *self.grid)]] * len(latents),
+        }
+
+    def guide(self, uncond: Tensor, cond: Tensor) -> Tensor:
+        """The guided velocity with each token's norm set back to that of the conditional one, as in the pipeline."""
+        guided = super().guide(uncond, cond)
+        return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        vae = self.pipeline.vae
+        unpacked = self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return vae.decode((unpacked * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]

@@ -1,0 +1,60 @@
+"""What a run needs to know of a model before its weights are loaded: shapes, schedule, parameters and bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from tempflow.models.family import Family
+from tempflow.models.loading import dtypes
+from tempflow.models.network import TrainedNetwork
+from tempflow.settings import ModelConfig
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of one part of a model."""
+
+    parameters: int
+    bytes: int
+
+
+class Skeleton:
+    """A model without weights. Equal in every figure to the policy that `load_policy` would give."""
+
+    def __init__(self, family: Family, network: TrainedNetwork, model: ModelConfig):
+        self.latent_shape, self.image_shape = family.latent_shape, family.image_shape
+        self.network_rows = 2 if family.classifier_free else 1
+        """network rows that one velocity costs"""
+        self.tokens = family.grid[0] * family.grid[1] + family.text_tokens
+        """image and text tokens in one network row, text as `model.text_tokens` counts it"""
+        self.parts = _parts(family, network, model)
+        """transformer (adapters included), trainable (of these), merged (what a merged copy adds), text, vae"""
+        self._family = family
+
+    def sigmas(self, num_steps: int) -> Tensor:
+        """(T+1,) float64, those of the pipeline's scheduler."""
+        return self._family.sigmas(num_steps)
+
+
+def _parts(family: Family, network: TrainedNetwork, model: ModelConfig) -> dict[str, Part]:
+    precision, components = dtypes(model), family.pipeline.components
+    trainable = list(network.trainable().values())
+    frozen = [p for p in network.module.parameters() if not p.requires_grad]
+    held, learnt = _part(frozen, precision["transformer"]), _part(trainable, torch.float32)
+    text = [part for name, part in components.items() if name.startswith("text_encoder") and part is not None]
+    return {
+        "transformer": Part(held.parameters + learnt.parameters, held.bytes + learnt.bytes),
+        "trainable": learnt,
+        "merged": _part(network.merged_weights(), precision["transformer"]),
+        "text": _part((p for encoder in text for p in encoder.parameters()), precision["text"]),
+        "vae": _part(components["vae"].parameters(), precision["vae"]),
+    }
+
+
+def _part(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> Part:
+    count = sum(parameter.numel() for parameter in parameters)
+    return Part(count, count * dtype.itemsize)
