@@ -92,6 +92,7 @@ class Bench:
         self.on_gpu = device.type == "cuda"
         self.architecture: Architecture | None = ARCHITECTURES.get(name)
         self.policies: dict[str, Policy] = {}
+        self.starts: dict[str, dict[str, Tensor]] = {}
         self.clips: dict[torch.dtype, torch.nn.Module] = {}
         self.runs = 0
         if self.architecture:
@@ -133,9 +134,11 @@ class Bench:
         with quiet, patch.object(tempflow.run, "load_policy", lambda *_, **__: policy):
             with patch.object(tempflow.run, "load_scorer", scorer):
                 run, _ = set_up(config)
-        run = replace(run, scores=Recording(run.scores))
-        start = {name: parameter.detach().clone() for name, parameter in policy.trainable().items()}
-        return Case(variant, run, judge if variant.official else None, start)
+        from tempflow.tail_levels import make_engines  # TODO
+
+        engine = make_engines(policy, config.tails, config.branch.rows, run.schedule, "a", False).explore
+        run = replace(run, scores=Recording(run.scores), engine=engine)
+        return Case(variant, run, judge if variant.official else None, self.starts[repr(config.model)])
 
     def policy(self, config: Config) -> Policy:
         """The policy of a configuration's `model` section."""
@@ -147,6 +150,7 @@ class Bench:
                 policy.network.dtype = torch.bfloat16  # fp32 weights in a 16-bit autocast, as the released code
             self._same_adapters(policy)
             self.policies[key] = policy
+            self.starts[key] = {name: value.detach().clone() for name, value in policy.trainable().items()}
         return self.policies[key]
 
     @torch.no_grad()
@@ -221,6 +225,7 @@ def _reset(case: Case) -> None:
         parameter.copy_(case.start[name])
         parameter.grad = None
     case.run.optimizer.state.clear()
+    case.run.policy.refresh_merged()  # TODO
 
 
 def warm_up(case: Case) -> float:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from flops import ROW_COSTS, RowCost
 from rollout_bench import Bench, Case, Iteration
 from torch import Tensor
@@ -57,6 +56,7 @@ def figures(bench: Bench, case: Case, measured: Iteration, exact: Iteration | No
         "rollouts": rollouts,
         "rollouts_per_hour": round(rollouts / measured.seconds * 3600, 1),
         "phase_seconds": measured.phases,
+        "beside": beside(case),
         "rows": {"trunk": rows.trunk, "tails": rows.tails, "learn": rows.learn, "reference": rows.reference},
         "network_tflop": round(total / 1e12, 3),
         "mfu": round(total / measured.seconds / peak, 4),
@@ -66,6 +66,13 @@ def figures(bench: Bench, case: Case, measured: Iteration, exact: Iteration | No
         "grad_norm": measured.grad_norm,
     }
     return row | (agreement(measured.rewards, exact.rewards) if exact else {})
+
+
+def beside(case: Case) -> list[str]:
+    """Phases whose seconds ran beside others; what they held up is the phase `wait`."""
+    if case.judge:
+        return ["reward"]
+    return ["decode", "reward"] if case.run.scores.overlap else []
 
 
 def agreement(rewards: Tensor, exact: Tensor) -> dict[str, float]:
@@ -95,8 +102,3 @@ def mean_ranks(values: Tensor) -> Tensor:
     below = (values[:, :, None] > values[:, None, :]).sum(2)
     equal = (values[:, :, None] == values[:, None, :]).sum(2)
     return below.double() + (equal.double() - 1) / 2
-
-
-def spread(values: list[float]) -> float:
-    """Half of (largest - smallest) over the median: how steady a figure was."""
-    return (max(values) - min(values)) / 2 / torch.tensor(values).median().item()

@@ -23,15 +23,30 @@ class Variant:
     """why it says nothing on a CPU; empty if it does"""
 
 
-GPU_DTYPES = {"model.dtype": "bf16"}
+REFERENCE = "ours"
+"""The variant whose rewards are the exact ones that the others' are compared with."""
 
+FP32_ON_CPU = "on a CPU everything is fp32 and this is `official` again"
 VARIANTS = (
-    Variant("official", "released algorithm: nested loops at batch 6, siblings copied in training, fp32 decoder and "
-            "scorer, PIL images", {"model.dtype": "fp32"}, official=True),
-    Variant("official-tuned", "the same algorithm with bf16 weights, decoder and scorer, and the fastest attention",
-            GPU_DTYPES, official=True, gpu_only="on a CPU it is `official`: fp32 is the fastest there"),
-    Variant("ours", "one row per fork in learning, branches of all forks in one chunk, scores from tensors",
-            {**GPU_DTYPES, "branch.overlap": False}),
+    Variant("official", "the released algorithm: nested loops at batch 6, siblings copied in training, fp32 decoder "
+            "and scorer, PIL images", {"model.dtype": "fp32", "model.attention": "native"}, official=True),
+    Variant("official-tuned", "the same with bf16 weights, decoder and scorer, and the fastest attention",
+            {"model.dtype": "bf16"}, official=True, gpu_only=FP32_ON_CPU),
+    Variant(REFERENCE, "one network row per fork in learning, branches of all forks in chunks, scores from tensors",
+            {"model.dtype": "bf16", "branch.overlap": False, "tails.level": "eager", "tails.merged": False}),
+    Variant("+merged", "adapters merged into a copy of the weights for the tails", {"tails.merged": True}),
+    Variant("+compile", "transformer blocks of the tails compiled", {"tails.level": "compile"}),
+    Variant("+graph", "tails replayed as CUDA graphs", {"tails.level": "compiled_graph"},
+            gpu_only="CUDA graphs need a GPU"),
+    Variant("+compiled decoder", "image decoder compiled", {"tails.compile_vae": True}),
+    Variant("+overlap", "decoding and scoring beside the next chunk", {"branch.overlap": True},
+            gpu_only="on a CPU with a scorer of its own it would only divide the cores"),
+    Variant("+drop last", "tails end before the last, nearly empty step", {"tails.drop_below": 0.01}, exact=False),
+    Variant("+fp8", "the copy's large linear layers in 8 bits", {"tails.fp8": True}, exact=False,
+            gpu_only="needs the 8-bit matrix products of a Hopper GPU"),
+    Variant("+multistep", "tails take every second sigma with DPM-Solver++(2M)",
+            {"tails.solver": "dpmpp_2m", "tails.stride": 2}, exact=False),
+    Variant("+stride 3", "tails take every third sigma", {"tails.stride": 3}, exact=False),
 )  # fmt: skip
 
 
@@ -41,7 +56,8 @@ def settings_of(variant: Variant, on_gpu: bool) -> dict[str, Any]:
     chain = [variant] if variant.official else levels[: levels.index(variant) + 1]
     merged: dict[str, Any] = {}
     for level in chain:
-        merged |= level.settings
+        if on_gpu or not level.gpu_only:
+            merged |= level.settings
     if not on_gpu:
-        merged.pop("model.dtype", None)
+        merged |= {"model.dtype": "fp32"}
     return merged
