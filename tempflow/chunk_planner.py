@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from tempflow.batching import chunks
 from tempflow.plan import BranchPlan
-from tempflow.policy import Policy
+from tempflow.policy import Conditioning, Policy
 from tempflow.schedule import NoiseSchedule
 from tempflow.tail_engine import Numerics
 from tempflow.tail_solver import TailSolver
 
 FIRST_PROBE, GROWTH = 8, 4
 """Sizes that are tried: 8, 32, 128, ..."""
-BUDGET = {"cpu": 1.0, "cuda": 20.0}
+CALLS = 3
+"""Calls of each size; the first may allocate or choose kernels."""
+BUDGET = {"cpu": 1.5, "cuda": 20.0}
 """Seconds; a probe that would take longer than what is left is not made."""
 MEMORY_SHARE = 0.8
 """Part of the free memory that a chunk may take; the rest is for decoding and scoring beside it."""
@@ -108,45 +109,45 @@ def tail_lengths(plan: BranchPlan, trunks: int, solver: TailSolver, schedule: No
 @torch.no_grad()
 def measure(policy: Policy, numerics: Numerics, most: int, text: str) -> list[Probe]:
     """Probes of growing size up to `most` rows, as many as time and memory allow."""
-    left, probes, size = BUDGET.get(policy.device.type, 1.0), [], min(FIRST_PROBE, most)
-    conditioning = policy.encode([text])
+    conditioning, size, probes = policy.encode([text]), min(FIRST_PROBE, most), []
+    _call(policy, numerics, conditioning.repeat(size))  # whatever happens only once, happens here
+    deadline = time.perf_counter() + BUDGET.get(policy.device.type, BUDGET["cpu"])
     while True:
-        latents = torch.zeros(size, *policy.latent_shape, device=policy.device)
-        rows, sigma = conditioning.repeat(size), torch.full((size,), 0.5, device=policy.device)
-
-        def call(latents: Tensor = latents, sigma: Tensor = sigma, rows=rows) -> None:
-            with numerics():
-                policy.velocity(latents, sigma, rows)
-
-        start = time.perf_counter()
-        probes.append(_probe(call, size, policy.device))
-        left -= time.perf_counter() - start
+        probes.append(_probe(policy, numerics, conditioning.repeat(size)))
         following = min(size * GROWTH, most)
-        costs = 3 * probes[-1].seconds * following / size
-        if following == size or costs > left or _fitting(probes, free_memory(policy.device)) < following:
+        late = time.perf_counter() + CALLS * probes[-1].seconds * following / size > deadline
+        if following == size or late or _fitting(probes, free_memory(policy.device)) < following:
             return probes
         size = following
 
 
-def _probe(call: Callable[[], None], rows: int, device: torch.device) -> Probe:
-    """The shorter of two calls, after one to warm up, and the memory they took at most."""
-    on_gpu = device.type == "cuda"
-    if on_gpu:
-        torch.cuda.synchronize(device)
+def _call(policy: Policy, numerics: Numerics, conditioning: Conditioning) -> None:
+    """One network call of a tail."""
+    rows = len(conditioning)
+    latents = torch.zeros(rows, *policy.latent_shape, device=policy.device)
+    with numerics():
+        policy.velocity(latents, torch.full((rows,), 0.5, device=policy.device), conditioning)
+
+
+def _probe(policy: Policy, numerics: Numerics, conditioning: Conditioning) -> Probe:
+    """The shortest of a few calls, and the memory they took at most."""
+    device, held, times = policy.device, 0, []
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         held = torch.cuda.memory_allocated(device)
-    call()
-    times = []
-    for _ in range(2):
-        if on_gpu:
-            torch.cuda.synchronize(device)
+    for _ in range(CALLS):
+        _wait(device)
         start = time.perf_counter()
-        call()
-        if on_gpu:
-            torch.cuda.synchronize(device)
+        _call(policy, numerics, conditioning)
+        _wait(device)
         times.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated(device) - held if on_gpu else 0
-    return Probe(rows, min(times), peak)
+    peak = torch.cuda.max_memory_allocated(device) - held if device.type == "cuda" else 0
+    return Probe(len(conditioning), min(times), peak)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def free_memory(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from tempflow import checkpoint, distributed
 from tempflow.checkpoint import Progress
+from tempflow.compiled import CompiledBlocks
 from tempflow.distributed import Ranks
 from tempflow.draws import Draw
 from tempflow.errors import BadInput
 from tempflow.evaluation import Evaluator
-from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers
+from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, read_metrics
 from tempflow.models import load_policy
 from tempflow.optim import MovingAverage, make_optimizer
 from tempflow.plan import BranchCost, BranchPlan
@@ -29,7 +31,9 @@ from tempflow.run_folder import check_consistency, check_folder, group_size, wri
 from tempflow.schedule import NoiseSchedule, build_schedule
 from tempflow.scoring import ScoreQueue
 from tempflow.settings import Config
-from tempflow.tail_engine import EagerEngine, TailEngine
+from tempflow.tail_engine import EagerEngine, Numerics, TailEngine
+from tempflow.tail_levels import Engines
+from tempflow.tail_setup import set_up_tails
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Run:
     schedule: NoiseSchedule
     plan: BranchPlan
     engine: TailEngine
+    numerics: Numerics
+    """the context of trunk and learning, alike: compiled blocks, or nothing"""
     prompts: list[Prompt]
     scores: ScoreQueue
     evaluator: Evaluator | None
@@ -122,6 +128,7 @@ class Run:
             "sigmas": self.schedule.sigmas.tolist(),
             "noise_weights": weights.tolist(),
             "picture_prompts": [prompt.text for prompt in shown],
+            "tail_rows": self.engine.rows,
         }
 
     def record(self, row: dict[str, Any]) -> None:
@@ -170,7 +177,8 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
     schedule = build_schedule(policy.sigmas(config.sample.steps), config.sample.transition, config.sample.noise_level)
     plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)
-    evaluator = _evaluator(config, policy, reward, ranks)
+    engines = _engines(config, policy, schedule, plan, prompts, ranks)
+    evaluator = _evaluator(config, policy, reward, ranks, engines.evaluate)
     parameters = policy.trainable()
     optimizer = make_optimizer(config.learn, list(parameters.values()))
     average = MovingAverage(parameters, config.learn.ema_decay, config.learn.ema_every)
@@ -182,14 +190,33 @@ def set_up(config: Config) -> tuple[Run, Progress]:
         write_settings(config, ranks)
         last = progress.iteration if progress.iteration else None
         writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
-    engine, clock = EagerEngine(policy, config.branch.rows), PhaseClock(ranks.device)
+    clock, numerics = PhaseClock(ranks.device), CompiledBlocks(policy.blocks()) if config.learn.compile else nullcontext
     scores = ScoreQueue(policy, reward, config.branch.decode_rows, clock, config.branch.overlap)
-    run = Run(config, folder, ranks, policy, schedule, plan, engine, prompts, scores, evaluator, optimizer, average,
-              clock, writer)  # fmt: skip
+    run = Run(config, folder, ranks, policy, schedule, plan, engines.explore, numerics, prompts, scores, evaluator,
+              optimizer, average, clock, writer)  # fmt: skip
     return run, progress
 
 
-def _evaluator(config: Config, policy: Policy, reward: Scorer, ranks: Ranks) -> Evaluator | None:
+def _engines(
+    config: Config, policy: Policy, schedule: NoiseSchedule, plan: BranchPlan, prompts: list[Prompt], ranks: Ranks
+) -> Engines:
+    """What carries the tails; not tried out where only the plan is asked for."""
+    if config.run.plan_only and not config.tails.check:
+        idle = EagerEngine(policy, 1)
+        return Engines("eager", idle, idle)
+    first_row = read_metrics(Path(config.run.dir).expanduser() / "metrics.jsonl")[:1] if config.run.resume else []
+    known_rows = first_row[0].get("tail_rows") if first_row else None
+    trunks = config.branch.prompts * config.branch.seeds // ranks.size
+
+    def agree(rows: int) -> int:
+        return int(ranks.gather(torch.tensor([rows]), 0).min())
+
+    return set_up_tails(config, policy, schedule, plan, trunks, prompts[0].text, known_rows, agree, ranks.first)
+
+
+def _evaluator(
+    config: Config, policy: Policy, reward: Scorer, ranks: Ranks, engine: TailEngine
+) -> Evaluator | None:
     """Held-out evaluation, or None where there are no held-out prompts."""
     if config.prompts.test is None:
         return None
@@ -200,7 +227,6 @@ def _evaluator(config: Config, policy: Policy, reward: Scorer, ranks: Ranks) -> 
     if config.reward.gold is not None:
         scorers["gold"] = load_scorer("reward.gold", config.reward.gold, config.branch.decode_rows)
     schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
-    engine = EagerEngine(policy, config.branch.rows)
     return Evaluator(policy, engine, schedule, prompts, scorers, ranks, config.run.seed, config.branch.decode_rows,
                      config.eval.pictures)  # fmt: skip
 

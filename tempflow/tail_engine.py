@@ -103,8 +103,9 @@ class EagerEngine:
         stages = table.stages(first_steps, latents.device)
         for now, count in zip(stages, table.under_way(first_steps), strict=True):
             alive = slice(count)
+            sigma = now[alive, SIGMA].contiguous()
             with self.numerics():
-                velocity = self.policy.velocity(latents[alive], now[alive, SIGMA].contiguous(), conditioning.rows(alive))
+                velocity = self.policy.velocity(latents[alive], sigma, conditioning.rows(alive))
             tail_step(latents[alive], velocity, now[alive], no_noise[alive], None if memory is None else memory[alive])
             self.work.add(count, count)
 

@@ -68,9 +68,8 @@ def make_engines(
     Raises:
         BadInput: the level asked for does not work here, with torch's own words.
     """
-    on_gpu = policy.device.type == "cuda"
-    levels = AUTO.get(policy.device.type, ("eager",)) if tails.level == "auto" else (tails.level,)
-    if "graph" in tails.level and not on_gpu:
+    levels = levels_of(policy, tails)
+    if "graph" in tails.level and policy.device.type != "cuda":
         raise BadInput("tails.level", tails.level, "CUDA graphs need a GPU; use compile, eager or auto")
     for level in levels[:-1]:
         try:
@@ -85,6 +84,11 @@ def make_engines(
     except RuntimeError as error:
         mend = f"does not work here ({_reason(error)}); use tails.level=auto or eager"
         raise BadInput("tails.level", tails.level, mend) from error
+
+
+def levels_of(policy: Policy, tails: TailConfig) -> tuple[str, ...]:
+    """What is tried in turn."""
+    return AUTO.get(policy.device.type, ("eager",)) if tails.level == "auto" else (tails.level,)
 
 
 def _reason(error: RuntimeError) -> str:

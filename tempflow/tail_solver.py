@@ -1,7 +1,7 @@
 """How tails follow the ODE, as tables of numbers: which sigmas they visit and how each step is formed.
 
-A step is `next = x_coef x + v_coef v + memory_coef m`, after which the memory becomes `m = keep_x x + keep_v v`. Solver,
-stride and dropped steps are nothing but values in these tables, built once in float64 on the host.
+A step is `next = x_coef x + v_coef v + memory_coef m`, after which the memory becomes `m = keep_x x + keep_v v`.
+Solver, stride and dropped steps are nothing but values in these tables, built once in float64 on the host.
 
 Notation: s = sigma, s' the sigma stepped to, h = log((1 - s') / s') - log((1 - s) / s), step size D = s - s'.
 Sources: DPM-Solver++(2M), arXiv 2211.01095, with alpha = 1 - sigma; Adams-Bashforth of order 2 for uneven steps.

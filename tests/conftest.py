@@ -27,6 +27,8 @@ class ToyPolicy(nn.Module):
         self.scale = nn.Parameter(torch.tensor([0.7, -0.4, 0.2]))
         self.bias = nn.Parameter(torch.tensor([[0.1], [-0.3]]))
         self.calls: list[int] = []
+        self.own = (self.scale, self.bias)
+        self.copies: tuple[Tensor, Tensor] | None = None
 
     def sigmas(self, num_steps: int) -> Tensor:
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
@@ -37,7 +39,8 @@ class ToyPolicy(nn.Module):
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         self.calls.append(len(latents))
         shift = conditioning.tensors["shift"].view(-1, 1, 1) * sigma.view(-1, 1, 1)
-        return latents * self.scale + self.bias * shift
+        scale, bias = self.own
+        return latents * scale + bias * shift
 
     def decode(self, latents: Tensor) -> Tensor:
         grey = (latents.clamp(-2, 2) * 60 + 128).round().to(torch.uint8)
@@ -49,6 +52,23 @@ class ToyPolicy(nn.Module):
     @contextmanager
     def reference(self) -> Iterator[None]:
         yield
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """A copy that is in the trained weights' precision, so that only being out of date can tell them apart."""
+        if self.copies is None:
+            self.copies = (self.scale.detach().clone(), self.bias.detach().clone())
+        before, self.own = self.own, self.copies
+        yield
+        self.own = before
+
+    @torch.no_grad()
+    def refresh_merged(self) -> None:
+        for copy, own in zip(self.copies or (), (self.scale, self.bias), strict=False):
+            copy.copy_(own)
+
+    def blocks(self) -> list[nn.Module]:
+        return []
 
 
 @pytest.fixture

@@ -13,14 +13,15 @@ KERNELS = ROOT / "kernels" / "tempflow_kernels"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
 LAYERS = [
-    {"errors", "batching", "paths", "settings"},
+    {"errors", "batching", "paths", "settings", "compiled"},
     {"config", "draws"},
     {"schedule", "policy", "plan", "prompts", "usage"},
     {"tail_solver"},
     {"advantage", "tail_engine", "optim", "distributed", "digits"},
-    {"branching", "rewards", "models", "checkpoint", "metrics"},
-    {"scoring", "evaluation", "report", "run_folder", "digits maker"},
+    {"branching", "rewards", "models", "checkpoint", "metrics", "tail_levels", "chunk_planner"},
+    {"scoring", "evaluation", "report", "run_folder", "digits maker", "tail_setup"},
     {"run"},
+    {"tails_check"},
     {"train"},
 ]
 """Bottom to top; a module may import from lower layers, or from its own file or folder."""
