@@ -1,0 +1,190 @@
+"""The released TempFlow-GRPO algorithm as it stands, on the same networks: the baseline of `rollouts.py`.
+
+An implementation of its own of what the public code does (Shredded-Pork/TempFlow-GRPO at e66824ec,
+`scripts/train_sd3_pr.py` and `flow_grpo/diffusers_patch/sd3_pipeline_with_logprob_perstep.py`), read line by line:
+
+* One pass per initial noise, at batch 1 (2 network rows with guidance). The trunk is NOT recomputed for every fork: at
+  step i its velocity gives both the ODE step of the trunk and the SDE step of K = 6 siblings, whose tails follow at
+  once, in an inner loop at batch K, are decoded together and become PIL images. Tails of different forks never share
+  a call. This baseline does the same, so its rollout has exactly the network rows of ours; only the calls are smaller.
+* After each pass the reward of every fork is submitted to a pool of 8 threads: scoring goes on beside the next pass.
+* Training runs on copies: all K siblings are rows with the same latents, shuffled over all initial noises and cut into
+  micro-batches of K; per micro-batch and step one forward and backward of the policy, one forward of the reference,
+  each with both halves of guidance. Log-probabilities are means over elements; the ratio is taken of their difference.
+* Transformer weights fp32 in a 16-bit autocast, fp32 image decoder, fp32 scorer, torch's default attention, no compile.
+
+Differences, each in favour of this baseline or without effect on its speed: texts are encoded once (the released code
+runs three text encoders for every initial noise); images cross to the host as bytes, not as floats; the constant 2.25 is
+the noise weight of the schedule in use; rows without any advantage are not dropped; bf16 stands in for fp16, whose
+rate is the same, since random weights may overflow in fp16; epochs 0 and 1 are not thrown away.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from tempflow_kernels import normal_like
+from torch import Tensor
+
+from tempflow.policy import Conditioning
+from tempflow.prompts import Prompt
+from tempflow.run import Run
+
+SCORING_THREADS = 8
+STD_EPSILON = 1e-4
+Judge = Callable[[list[Image.Image], Sequence[Prompt]], Tensor]
+"""PIL images and as many prompts -> as many scores"""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What training reads: S steps, R initial noises, K siblings, each sibling with rows of its own."""
+
+    latents: Tensor
+    """(S, R, D...) the trunk where it forks"""
+    next_latents: Tensor
+    """(S, R, K, D...) after the stochastic step"""
+    log_probs: Tensor
+    """(S, R, K)"""
+    rewards: Tensor
+    """(S, R, K)"""
+    conditioning: Conditioning
+    """R rows"""
+
+
+def official_step(run: Run, iteration: int, judge: Judge) -> dict[str, Any]:
+    """One iteration of the released algorithm with the settings of `run`; returns rewards and gradient norm."""
+    samples = explore(run, iteration, judge)
+    advantages = seed_advantages(samples.rewards, run.config.learn.advantage_clip)
+    with run.clock("learn"):
+        norms = [run.optimizer_step(idle=False) for _ in learn(run, samples, advantages)]
+    return {"rewards": samples.rewards, "grad_norm": float(norms[-1])}
+
+
+@torch.no_grad()
+def explore(run: Run, iteration: int, judge: Judge) -> Samples:
+    """Every initial noise in turn: trunk, and at each fork the tails of its siblings."""
+    prompts, draw = run.prompts_of(iteration)
+    policy, siblings = run.policy, run.plan.siblings
+    conditioning = policy.encode([prompt.text for prompt in prompts])
+    initial = draw.initial_noise(policy.latent_shape, policy.device)
+    keys = torch.stack([draw.step_keys(step) for step in run.plan.steps]).to(policy.device)
+    forks, scores = [], []
+    with ThreadPoolExecutor(SCORING_THREADS) as pool:
+        for row, prompt in enumerate(prompts):
+            place = slice(row, row + 1)
+            states, images = one_noise(run, initial[place], keys[:, place], conditioning.rows(place))
+            forks.append(states)
+            scores += [pool.submit(timed, judge, batch, [prompt] * siblings) for batch in images]
+        with run.clock("wait"):
+            rewards = collect(run, scores).view(len(prompts), -1, siblings).transpose(0, 1)
+    stacked = [torch.stack(parts, dim=1) for parts in zip(*forks, strict=True)]
+    return Samples(*stacked, rewards, conditioning)
+
+
+def one_noise(run: Run, state: Tensor, keys: Tensor, prompt: Conditioning) -> tuple[tuple, list[list[Image.Image]]]:
+    """The trunk of one initial noise (1, D...) and all its branches: fork states, and K images per fork."""
+    policy, schedule, plan = run.policy, run.schedule, run.plan
+    copies = prompt.repeat(plan.siblings)
+    latents, next_latents, log_probs, images = [], [], [], []
+    for step in range(plan.steps[-1] + 1):
+        with run.clock("trunk"):
+            velocity = policy.velocity(state, schedule.sigma_rows(step, 1, policy.device), prompt)
+        if step in plan.steps:
+            noise = normal_like(state, keys[plan.steps.index(step)], plan.siblings)[0]
+            mean, std = sde_mean(run, step, state, velocity)
+            branches = mean + std * noise
+            latents.append(state[0])
+            next_latents.append(branches)
+            log_probs.append(log_prob(branches, mean, std))
+            images.append(finish(run, branches, step + 1, copies))
+        state = ode_step(run, step, state, velocity)
+    return (torch.stack(latents), torch.stack(next_latents), torch.stack(log_probs)), images
+
+
+def finish(run: Run, latents: Tensor, first_step: int, prompts: Conditioning) -> list[Image.Image]:
+    """The ODE tail of K branches, decoded to PIL images."""
+    with run.clock("tails"):
+        for step in range(first_step, run.schedule.num_steps):
+            sigma = run.schedule.sigma_rows(step, len(latents), run.policy.device)
+            latents = ode_step(run, step, latents, run.policy.velocity(latents, sigma, prompts))
+    with run.clock("decode"):
+        pixels = run.policy.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(image) for image in pixels]
+
+
+def ode_step(run: Run, step: int, latents: Tensor, velocity: Tensor) -> Tensor:
+    return latents - run.schedule.step_size(step) * velocity
+
+
+def sde_mean(run: Run, step: int, latents: Tensor, velocity: Tensor) -> tuple[Tensor, float]:
+    """Mean and standard deviation of the stochastic step."""
+    sde = run.schedule.sde
+    return sde.x_coef[step].item() * latents + sde.v_coef[step].item() * velocity, sde.std[step].item()
+
+
+def log_prob(next_latents: Tensor, mean: Tensor, std: float) -> Tensor:
+    """(B,) mean over elements of the Gaussian's log-density."""
+    distribution = torch.distributions.Normal(mean, std, validate_args=False)
+    return distribution.log_prob(next_latents).flatten(1).mean(1)
+
+
+def timed(judge: Judge, images: list[Image.Image], prompts: Sequence[Prompt]) -> tuple[Tensor, float]:
+    """Scores on the CPU, and the seconds they took."""
+    start = time.perf_counter()
+    return judge(images, prompts).float().cpu(), time.perf_counter() - start
+
+
+def collect(run: Run, scores: list[Future]) -> Tensor:
+    """All scores in order; the threads' seconds go to the phase `reward`."""
+    answers = [future.result() for future in scores]
+    run.clock.seconds["reward"] = sum(seconds for _, seconds in answers)
+    return torch.cat([values for values, _ in answers])
+
+
+def seed_advantages(rewards: Tensor, clip: float) -> Tensor:
+    """(S, R, K) rewards normalised among the siblings of one noise and step."""
+    centred = rewards - rewards.mean(2, keepdim=True)
+    return (centred / (rewards.std(2, keepdim=True, correction=0) + STD_EPSILON)).clamp(-clip, clip)
+
+
+def learn(run: Run, samples: Samples, advantages: Tensor):
+    """Accumulates the gradient of each optimizer step and yields when it is complete."""
+    siblings, count = run.plan.siblings, samples.latents.shape[1] * run.plan.siblings
+    weights = run.step_weights(run.plan).tolist()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(run.config.run.seed))
+    micro_batches = order.split(siblings)
+    per_update = len(micro_batches) // run.config.learn.updates
+    for number, copies in enumerate(micro_batches, 1):
+        for fork, step in enumerate(run.plan.steps):
+            loss = copied_loss(run, samples, advantages, fork, step, copies, weights[fork])
+            (loss / (per_update * len(run.plan.steps))).backward()
+        if number % per_update == 0:
+            yield
+
+
+def copied_loss(
+    run: Run, samples: Samples, advantages: Tensor, fork: int, step: int, copies: Tensor, weight: float
+) -> Tensor:
+    """Loss of a micro-batch of copies: each row is one sibling, numbered within (R, K)."""
+    policy, settings, device = run.policy, run.config.learn, run.policy.device
+    rows, branch = (copies // run.plan.siblings).to(device), copies.to(device)
+    latents, prompts = samples.latents[fork][rows], samples.conditioning.rows(rows)
+    next_latents, before = samples.next_latents[fork].flatten(0, 1)[branch], samples.log_probs[fork].flatten()[branch]
+    sigma = run.schedule.sigma_rows(step, len(rows), device)
+    mean, std = sde_mean(run, step, latents, policy.velocity(latents, sigma, prompts))
+    ratio = torch.exp(log_prob(next_latents, mean, std) - before)
+    gain = weight * advantages[fork].flatten()[copies].to(device)
+    clipped = ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range)
+    loss = torch.maximum(-gain * ratio, -gain * clipped).mean()
+    if settings.kl:
+        with torch.no_grad(), policy.reference():
+            mean_ref, _ = sde_mean(run, step, latents, policy.velocity(latents, sigma, prompts))
+        loss = loss + settings.kl * ((mean - mean_ref) ** 2).mean() / (2 * std**2)
+    return loss

@@ -1,0 +1,235 @@
+"""One architecture on one device: policies, scorers and runs for the variants of `rollouts.py`, and timed iterations.
+
+Runs are real ones, set up by `tempflow.run.set_up` from a real configuration and stepped by `tempflow.train.train_step`;
+only the policy is shared between variants that have the same weights, and the scorer is the architecture's own. Every
+timed iteration starts from the same parameters and a fresh optimizer, so all variants solve the same problem and their
+rewards can be compared branch by branch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from architectures import ARCHITECTURES, COMMON, Architecture, make_pipeline, random_texts
+from clip_scorer import CLIP_H, SMALL_CLIP, ByImages, ByTensor, make_clip
+from flops import synchronise
+from memory_peak import MemoryPeak
+from official import official_step
+from rollout_variants import Variant, settings_of
+from torch import Tensor
+
+import tempflow.run
+from tempflow.config import read_values, validate
+from tempflow.models import load_policy
+from tempflow.policy import Policy
+from tempflow.rewards import Scorer
+from tempflow.rewards.digits import DigitsReward
+from tempflow.run import Run, set_up
+from tempflow.settings import Config
+from tempflow.train import train_step
+
+DIGITS = {"branch.prompts": 2, "branch.rows": 144, "branch.decode_rows": 144, "learn.rows": 8, "eval.prompts": 1}
+DISTURBANCE = 0.02
+"""size of the normal noise on adapters, so that they do something"""
+
+
+class Recording:
+    """A score queue that remembers the rewards it gave."""
+
+    def __init__(self, queue: Any):
+        self.queue, self.rewards = queue, torch.empty(0)
+
+    def collect(self) -> Tensor:
+        self.rewards = self.queue.collect()
+        return self.rewards
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.queue, name)
+
+
+@dataclass
+class Case:
+    """A variant ready to run."""
+
+    variant: Variant
+    run: Run
+    judge: Callable | None
+    """scorer of PIL images, for the released algorithm"""
+    start: dict[str, Tensor]
+    """trained parameters that every iteration starts from"""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one timed iteration gave."""
+
+    seconds: float
+    phases: dict[str, float]
+    rewards: Tensor
+    """(S, R, K)"""
+    grad_norm: float
+    gib: float | None
+    """memory above what was held before it began"""
+    tail_rows: int | None
+    """network rows of tails that were computed, padding included; None where the engine does not count"""
+
+
+class Bench:
+    """Makes cases. `overrides` are `section.field` -> value on top of the architecture's settings."""
+
+    def __init__(self, name: str, device: torch.device, workshop: Path, overrides: dict[str, Any]):
+        self.name, self.device, self.workshop, self.overrides = name, device, workshop, overrides
+        self.on_gpu = device.type == "cuda"
+        self.architecture: Architecture | None = ARCHITECTURES.get(name)
+        self.policies: dict[str, Policy] = {}
+        self.starts: dict[str, dict[str, Tensor]] = {}
+        self.clips: dict[torch.dtype, torch.nn.Module] = {}
+        self.runs = 0
+        if self.architecture:
+            dtype = "bf16" if self.on_gpu else "fp32"
+            make_pipeline(self.architecture, workshop / "pipeline", device, dtype)
+            (workshop / "prompts.txt").write_text("\n".join(f"prompt number {index}" for index in range(64)))
+
+    def config(self, variant: Variant) -> Config:
+        """The configuration of a variant."""
+        settings = {"run.dir": str(self.workshop / f"run{self.runs}"), "run.device": self.device.type,
+                    "prompts.test": None, "run.trackers": []}  # fmt: skip
+        if self.architecture:
+            side = self.architecture.pixels
+            settings |= COMMON | self.architecture.settings
+            settings |= {"sample.height": side, "sample.width": side, "model.path": str(self.workshop / "pipeline"),
+                         "prompts.train": str(self.workshop / "prompts.txt")}  # fmt: skip
+        else:
+            settings |= COMMON | DIGITS
+        settings |= settings_of(variant, self.on_gpu)
+        if self.architecture and variant.name == "official" and self.on_gpu:
+            settings["model.dtype"] = self.architecture.official_weights
+        values = {} if self.architecture else read_values("digits")
+        for name, value in (settings | self.overrides).items():
+            part, _, field = name.partition(".")
+            values.setdefault(part, {})[field] = value
+        return validate(values)
+
+    def case(self, variant: Variant) -> Case:
+        """The variant, set up; its policy is shared with variants of the same `model` settings."""
+        config = self.config(variant)
+        self.runs += 1
+        policy = self.policy(config)
+        function, judge = self.scorers(variant)
+
+        def scorer(setting: str, name: str, rows: int) -> Scorer:
+            return Scorer(setting, self.name, function, rows)
+
+        quiet = contextlib.redirect_stderr(io.StringIO())
+        with quiet, patch.object(tempflow.run, "load_policy", lambda *_, **__: policy):
+            with patch.object(tempflow.run, "load_scorer", scorer):
+                run, _ = set_up(config)
+        from tempflow.tail_levels import make_engines  # TODO
+
+        engine = make_engines(policy, config.tails, config.branch.rows, run.schedule, "a", False).explore
+        run = replace(run, scores=Recording(run.scores), engine=engine)
+        return Case(variant, run, judge if variant.official else None, self.starts[repr(config.model)])
+
+    def policy(self, config: Config) -> Policy:
+        """The policy of a configuration's `model` section."""
+        key = repr(config.model)
+        if key not in self.policies:
+            with self.texts():
+                policy = load_policy(config.model, config.sample, self.device, keep_reference=True)
+            if self.on_gpu and config.model.dtype == "fp32":
+                policy.network.dtype = torch.bfloat16  # fp32 weights in a 16-bit autocast, as the released code
+            self._same_adapters(policy)
+            self.policies[key] = policy
+            self.starts[key] = {name: value.detach().clone() for name, value in policy.trainable().items()}
+        return self.policies[key]
+
+    @torch.no_grad()
+    def _same_adapters(self, policy: Policy) -> None:
+        """Adapters that do something, the same in every policy."""
+        generator = torch.Generator().manual_seed(2)
+        for parameter in policy.trainable().values():
+            noise = torch.randn(parameter.shape, generator=generator) * DISTURBANCE
+            parameter.copy_(noise)
+
+    @contextlib.contextmanager
+    def texts(self) -> Iterator[None]:
+        """Random embeddings where there is no text encoder."""
+        with random_texts(self.architecture) if self.architecture else contextlib.nullcontext():
+            yield
+
+    def scorers(self, variant: Variant) -> tuple[Callable, Callable]:
+        """The reward from tensors, and from PIL images."""
+        if not self.architecture:
+            digits = DigitsReward()
+            return digits, lambda images, prompts: digits(bytes_of(images), prompts)
+        plain = not self.on_gpu or variant.name == "official"
+        model = self.clip(torch.float32 if plain else torch.bfloat16)
+        return ByTensor(model), ByImages(model)
+
+    def clip(self, dtype: torch.dtype) -> torch.nn.Module:
+        if dtype not in self.clips:
+            config = SMALL_CLIP if self.name.startswith("small") else CLIP_H
+            self.clips[dtype] = make_clip(config, self.device, dtype)
+        return self.clips[dtype]
+
+    def row_tokens(self) -> tuple[int, int]:
+        """Image and text tokens of a network row."""
+        if self.architecture:
+            return self.architecture.image_tokens, self.architecture.text_tokens
+        transformer = next(iter(self.policies.values())).pipeline.transformer.config
+        return (transformer.sample_size // transformer.patch_size) ** 2, 77 + 16
+
+
+def bytes_of(images: list) -> Tensor:
+    """PIL images back to (B, 3, H, W) uint8."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+
+
+def iterate(case: Case, iteration: int) -> Iteration:
+    """One timed iteration from the case's starting point."""
+    run = case.run
+    _reset(case)
+    work = getattr(run.engine, "work", None)
+    before = work.computed if work else 0
+    run.clock.read()
+    peak = MemoryPeak(run.policy.device)
+    synchronise(run.policy.device)
+    began = time.perf_counter()
+    if case.judge:
+        figures = official_step(run, iteration, case.judge)
+    else:
+        figures = train_step(run, iteration)
+        figures["rewards"] = run.scores.rewards.view(len(run.plan.steps), -1, run.plan.siblings)
+    synchronise(run.policy.device)
+    seconds = time.perf_counter() - began
+    phases = run.clock.read()
+    rows = None if work is None or case.judge else (work.computed - before if work.computed > before else None)
+    return Iteration(seconds, phases, figures["rewards"].cpu(), figures["grad_norm"], peak.gib(), rows)
+
+
+@torch.no_grad()
+def _reset(case: Case) -> None:
+    """Parameters and optimizer as at the start."""
+    gc.collect()
+    for name, parameter in case.run.policy.trainable().items():
+        parameter.copy_(case.start[name])
+        parameter.grad = None
+    case.run.optimizer.state.clear()
+    case.run.policy.refresh_merged()  # TODO
+
+
+def warm_up(case: Case) -> float:
+    """Seconds of an iteration that forks at the last step alone: all shapes of a full one, few network rows."""
+    last = case.run.plan.pool[-1]
+    short = replace(case, run=replace(case.run, plan=replace(case.run.plan, steps=(last,), pool=(last,))))
+    return iterate(short, 0).seconds

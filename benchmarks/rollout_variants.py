@@ -1,0 +1,63 @@
+"""What `rollouts.py` compares, as data: every level adds its settings to those of the level before it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way of doing the same iteration."""
+
+    name: str
+    adds: str
+    """what is new in it, in words"""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """`section.field` -> value, in addition to those of the level before"""
+    official: bool = False
+    """the released algorithm instead of ours; does not hand its settings on"""
+    exact: bool = True
+    """rewards are those of the plain computation, up to rounding of the precision"""
+    gpu_only: str = ""
+    """why it says nothing on a CPU; empty if it does"""
+
+
+REFERENCE = "ours"
+"""The variant whose rewards are the exact ones that the others' are compared with."""
+
+FP32_ON_CPU = "on a CPU everything is fp32 and this is `official` again"
+VARIANTS = (
+    Variant("official", "the released algorithm: nested loops at batch 6, siblings copied in training, fp32 decoder "
+            "and scorer, PIL images", {"model.dtype": "fp32", "model.attention": "native"}, official=True),
+    Variant("official-tuned", "the same with bf16 weights, decoder and scorer, and the fastest attention",
+            {"model.dtype": "bf16"}, official=True, gpu_only=FP32_ON_CPU),
+    Variant(REFERENCE, "one network row per fork in learning, branches of all forks in chunks, scores from tensors",
+            {"model.dtype": "bf16", "branch.overlap": False, "tails.level": "eager", "tails.merged": False}),
+    Variant("+merged", "adapters merged into a copy of the weights for the tails", {"tails.merged": True}),
+    Variant("+compile", "transformer blocks of the tails compiled", {"tails.level": "compile"}),
+    Variant("+graph", "tails replayed as CUDA graphs", {"tails.level": "compiled_graph"},
+            gpu_only="CUDA graphs need a GPU"),
+    Variant("+compiled decoder", "image decoder compiled", {"tails.compile_vae": True}),
+    Variant("+overlap", "decoding and scoring beside the next chunk", {"branch.overlap": True},
+            gpu_only="on a CPU with a scorer of its own it would only divide the cores"),
+    Variant("+drop last", "tails end before the last, nearly empty step", {"tails.drop_below": 0.01}, exact=False),
+    Variant("+fp8", "the copy's large linear layers in 8 bits", {"tails.fp8": True}, exact=False,
+            gpu_only="needs the 8-bit matrix products of a Hopper GPU"),
+    Variant("+multistep", "tails take every second sigma with DPM-Solver++(2M)",
+            {"tails.solver": "dpmpp_2m", "tails.stride": 2}, exact=False),
+    Variant("+stride 3", "tails take every third sigma", {"tails.stride": 3}, exact=False),
+)  # fmt: skip
+
+
+def settings_of(variant: Variant, on_gpu: bool) -> dict[str, Any]:
+    """All settings of a variant: those of the levels up to it; on a CPU everything stays in fp32."""
+    levels = [level for level in VARIANTS if not level.official]
+    chain = [variant] if variant.official else levels[: levels.index(variant) + 1]
+    merged: dict[str, Any] = {}
+    for level in chain:
+        if on_gpu or not level.gpu_only:
+            merged |= level.settings
+    if not on_gpu:
+        merged |= {"model.dtype": "fp32"}
+    return merged

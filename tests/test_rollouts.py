@@ -1,0 +1,166 @@
+"""The rollouts benchmark: its baseline learns what ours learns, its FLOPs are those torch counts, its figures are right."""
+
+
+import diffusers
+import official
+import pytest
+import rollouts
+import torch
+from flops import ROW_COSTS, counted
+from rollout_bench import Bench, bytes_of, iterate
+from rollout_figures import figures, network_rows, rank_correlation
+from rollout_report import read, summarise
+from rollout_variants import REFERENCE, VARIANTS, settings_of
+
+SMALL = {"branch.prompts": 2, "branch.seeds": 2, "branch.siblings": 3, "sample.steps": 5, "learn.rows": 4,
+         "branch.rows": 10, "learn.kl": 0.05}  # fmt: skip
+BY_NAME = {variant.name: variant for variant in VARIANTS}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    """Digits in small, with a KL term large enough to show in the gradient."""
+    return Bench("digits", torch.device("cpu"), tmp_path_factory.mktemp("bench"), SMALL)
+
+
+def gradients(case) -> dict[str, torch.Tensor]:
+    """What an iteration hands to its optimizer."""
+    seen = {}
+
+    def keep(idle: bool) -> float:
+        seen.update({name: value.grad.clone() for name, value in case.run.policy.trainable().items()})
+        for value in case.run.policy.trainable().values():
+            value.grad = None
+        return 0.0
+
+    object.__setattr__(case.run, "optimizer_step", keep)
+    case.rewards = iterate(case, 0).rewards
+    return seen
+
+
+def test_the_baseline_has_the_same_rewards_and_gradient(bench):
+    """The released algorithm's copies, loops and PIL images against chunks and shared rows: equal up to rounding."""
+    ours, released = bench.case(BY_NAME[REFERENCE]), bench.case(BY_NAME["official"])
+    found, expected = gradients(ours), gradients(released)
+    assert ours.rewards.shape == (4, 4, 3) and ours.rewards.std() > 0
+    assert (ours.rewards - released.rewards).abs().max() < 5e-3  # a pixel may round the other way
+    size = torch.cat([value.flatten() for value in expected.values()]).norm()
+    difference = torch.cat([(found[name] - expected[name]).flatten() for name in expected]).norm()
+    assert size > 1e-4 and difference < 2e-2 * size
+
+
+def test_the_baseline_learns_the_same_from_the_same_rewards(bench, monkeypatch):
+    """With rewards taken from noise identities instead of pixels nothing is left but rounding of the loss."""
+    rewards = torch.randn(4, 4, 3, generator=torch.Generator().manual_seed(3))
+    ours, released = bench.case(BY_NAME[REFERENCE]), bench.case(BY_NAME["official"])
+    monkeypatch.setattr(official, "collect", lambda run, scores: rewards.transpose(0, 1).flatten())
+    monkeypatch.setattr(ours.run.scores, "collect", lambda: setattr(ours.run.scores, "rewards", rewards) or rewards)
+    found, expected = gradients(ours), gradients(released)
+    assert torch.equal(ours.rewards, released.rewards)
+    size = max(value.abs().max() for value in expected.values())
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() < 2e-4 * size, name
+
+
+def test_rank_correlation_is_spearmans():
+    exact = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    assert rank_correlation(exact * 7, exact) == pytest.approx(1)
+    assert rank_correlation(-exact, exact) == pytest.approx(-1)
+    assert rank_correlation(torch.tensor([[2.0, 1.0, 3.0, 4.0]]), exact) == pytest.approx(0.8)
+    assert rank_correlation(torch.tensor([[1.0, 1.0, 3.0, 4.0]]), exact) == pytest.approx(0.9487, abs=1e-4)
+    halves = torch.stack((exact, -exact)), torch.stack((exact, exact))
+    assert rank_correlation(*halves) == pytest.approx(0)
+
+
+def sd3():
+    from architectures import SMALL_SD3
+
+    model = diffusers.SD3Transformer2DModel(**SMALL_SD3 | {"num_layers": 3, "dual_attention_layers": (0, 1)})
+    inputs = {"hidden_states": torch.zeros(1, 16, 16, 16), "timestep": torch.zeros(1),
+              "encoder_hidden_states": torch.zeros(1, 7, 32), "pooled_projections": torch.zeros(1, 16)}  # fmt: skip
+    return model, inputs
+
+
+def flux():
+    from architectures import SMALL_FLUX
+
+    model = diffusers.FluxTransformer2DModel(**SMALL_FLUX | {"num_layers": 2, "num_single_layers": 3})
+    inputs = {"hidden_states": torch.zeros(1, 64, 64), "timestep": torch.zeros(1), "guidance": torch.zeros(1),
+              "encoder_hidden_states": torch.zeros(1, 7, 32), "pooled_projections": torch.zeros(1, 16),
+              "img_ids": torch.zeros(64, 3), "txt_ids": torch.zeros(7, 3)}  # fmt: skip
+    return model, inputs
+
+
+@pytest.mark.parametrize("build", [sd3, flux])
+def test_flops_of_a_row_are_those_torch_counts(build):
+    model, inputs = build()
+    cost = ROW_COSTS[type(model).__name__](model.config, 64, 7)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert cost.forward == counted(lambda: model(**inputs))
+    assert 0 < cost.attention < cost.linear
+
+
+def test_network_rows_are_the_calls_that_are_made(bench, monkeypatch):
+    """Counted at the network's door: forward rows of trunk, tails, learning and reference."""
+    for name in ("official", REFERENCE):
+        case, rows = bench.case(BY_NAME[name]), []
+        network = case.run.policy.network
+        forward = type(network).forward
+        monkeypatch.setattr(type(network), "forward", lambda self, inputs, device: rows.append(
+            len(inputs["hidden_states"])) or forward(self, inputs, device))  # fmt: skip
+        measured = iterate(case, 0)
+        found = network_rows(case, measured)
+        monkeypatch.setattr(type(network), "forward", forward)
+        assert sum(rows) == found.trunk + found.tails + found.learn + found.reference
+        assert found.learn == 4 * 4 * (3 if name == "official" else 1)
+
+
+def test_settings_add_up_level_by_level():
+    last = [variant for variant in VARIANTS if not variant.official][-1]
+    assert settings_of(BY_NAME[REFERENCE], True)["tails.merged"] is False
+    assert settings_of(last, True)["tails.fp8"] is True and settings_of(last, True)["model.dtype"] == "bf16"
+    assert "tails.fp8" not in settings_of(last, False) and settings_of(last, False)["model.dtype"] == "fp32"
+    assert settings_of(BY_NAME["official"], True)["model.dtype"] == "fp32"
+
+
+def test_a_smoke_run_writes_rows_table_and_picture(tmp_path, capsys):
+    assert rollouts.main(["--smoke", "--architecture", "digits", "--minutes", "1", "--out", str(tmp_path),
+                          "--variants", f"official,official-tuned,{REFERENCE},+merged,+multistep",
+                          "--set", "tails.level=eager"]) == 0  # fmt: skip
+    rows = read(tmp_path / "rollouts_digits.jsonl")
+    found = summarise(rows)
+    assert list(found) == ["official", REFERENCE, "+merged", "+multistep"]
+    assert [row["variant"] for row in rows if row["kind"] == "skipped"] == ["official-tuned"]
+    assert all({"device", "torch", "commit", "date"} <= set(row) for row in rows)
+    assert found["+multistep"].rows["tails"] < found["+merged"].rows["tails"] == found[REFERENCE].rows["tails"]
+    for item in found.values():
+        assert sum(item.phases.values()) == pytest.approx(item.per_thousand, rel=0.02)
+        assert item.rate == pytest.approx(item.rollouts / item.seconds * 3600)
+    assert found["+merged"].correlation > 0.9
+    table = capsys.readouterr().out
+    assert "not run: `official-tuned`" in table and "| 1.00 |" in table
+    assert (tmp_path / "rollouts_digits.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["small-sd3", "small-flux"])
+def test_real_architectures_run_in_miniature(name, tmp_path):
+    """Random pipelines of the published classes, CLIP as reward, guidance, bytes against PIL images."""
+    small = {"branch.seeds": 2, "branch.siblings": 2, "sample.steps": 3, "learn.rows": 2, "tails.level": "eager"}
+    bench = Bench(name, torch.device("cpu"), tmp_path, small)
+    measured = {}
+    with bench.texts():
+        for variant in ("official", REFERENCE):
+            case = bench.case(BY_NAME[variant])
+            measured[variant] = iterate(case, 0)
+    row = figures(bench, case, measured[REFERENCE], measured["official"], 1e12)
+    assert measured[REFERENCE].rewards.shape == (2, 2, 2)
+    assert row["network_tflop"] >= 0 and row["grad_norm"] > 0
+    assert (measured["official"].rewards - measured[REFERENCE].rewards).abs().max() < 0.02
+
+
+def test_pil_images_and_back():
+    from PIL import Image
+
+    pixels = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).to(torch.uint8)
+    images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
+    assert torch.equal(bytes_of(images), pixels)
