@@ -25,12 +25,17 @@ def rows_of(report):
         yield entry["extra_info"] | timing | {"rounds": stats["rounds"]}
 
 
+def least(row):
+    """The time that tables show: on CPU the least of the rounds, which other load disturbs least; else the median."""
+    return row.get("min_ms", row["median_ms"])
+
+
 def with_bounds(rows):
     """Rows with `bound_ms`: bytes over the copy bandwidth, or the cost of one operation if that is more."""
     found = {row["operator"]: row for row in rows if row["provider"] == "bound"}
     if not {"copy", "launch"} <= set(found):
         return rows
-    rate, floor = found["copy"]["bytes"] / found["copy"]["median_ms"], found["launch"]["median_ms"]
+    rate, floor = found["copy"]["bytes"] / least(found["copy"]), least(found["launch"])
     return [row | {"bound_ms": max(row["bytes"] / rate, floor)} for row in rows]
 
 
@@ -53,11 +58,11 @@ def table(rows):
 
 def _line(row, figures):
     others = [figures.get((*place(row), provider)) for provider in ("eager", "compiled")]
-    times = [f"{other['median_ms']:.3f}" if other else "" for other in others]
-    factors = [f"{other['median_ms'] / row['median_ms']:.1f}" if other else "" for other in others]
+    times = [f"{least(other):.3f}" if other else "" for other in others]
+    factors = [f"{least(other) / least(row):.1f}" if other else "" for other in others]
     bound = f"{row['bound_ms']:.3f}" if "bound_ms" in row else ""
     memory = [_mebibytes(provider) for provider in (row, others[0])]
-    cells = (row["operator"], row["mode"], label(row), f"{row['median_ms']:.3f}", *times, *factors, bound, *memory)
+    cells = (row["operator"], row["mode"], label(row), f"{least(row):.3f}", *times, *factors, bound, *memory)
     return "| " + " | ".join(cells) + " |"
 
 
@@ -82,7 +87,8 @@ def plot(rows, path):
     )  # fmt: skip
     for axis, (provider, panel) in zip(axes[0], panels.items(), strict=True):
         _panel(axis, panel, f"times faster than {'torch.compile' if provider == 'compiled' else provider}")
-    figure.suptitle(f"{rows[0]['device']}, torch {rows[0]['torch']}, {rows[0]['date']}", fontsize=9)
+    machine = [rows[0]["device"], f"{rows[0].get('threads')} threads" if rows[0].get("threads") else "bf16"]
+    figure.suptitle(", ".join([*machine, f"torch {rows[0]['torch']}", rows[0]["date"]]), fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -91,7 +97,7 @@ def _factors(rows, provider):
     """{(operator and mode, size): speed of the fused operator relative to `provider`}."""
     fused = {place(row): row for row in rows if row["provider"] == "fused"}
     return {
-        (f"{row['operator']} {row['mode']}", label(row)): row["median_ms"] / fused[place(row)]["median_ms"]
+        (f"{row['operator']} {row['mode']}", label(row)): least(row) / least(fused[place(row)])
         for row in rows if row["provider"] == provider and place(row) in fused
     }  # fmt: skip
 

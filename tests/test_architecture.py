@@ -74,12 +74,6 @@ def test_arrows_point_down():
             assert name == own or level[name] < level[own], f"{path.name} imports {name}"
 
 
-def test_kernels_know_nothing_of_the_trainer():
-    allowed = {"torch", "triton", "numpy"} | set(sys.stdlib_module_names)
-    for path in KERNELS.rglob("*.py"):
-        assert {name.split(".")[0] for name in imports(path)} <= allowed, path.name
-
-
 def test_only_models_know_diffusers_and_few_know_ranks():
     for path in tempflow_files():
         roots = {name.split(".")[0] for name in imports(path)}
@@ -92,11 +86,6 @@ def test_only_models_know_diffusers_and_few_know_ranks():
 def test_schedule_knows_no_network_and_branching_no_rewards():
     for module, forbidden in (("schedule", "policy"), ("branching", "rewards"), ("advantage", "policy")):
         assert not any(f"tempflow.{forbidden}" in name for name in imports(PACKAGE / f"{module}.py"))
-
-
-def test_folder_kernels_is_no_package():
-    """A package called `kernels` would be taken for the one that transformers and diffusers look for."""
-    assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
 def test_script_folder_shadows_nothing():
