@@ -103,7 +103,7 @@ def load_tiny(tiny, cpu: torch.device):
     return load
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def disturb():
     """Moves every parameter by normal noise of a size: `disturb(parameters, size)`."""
     return _disturb

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from tiny_pipelines import BUILDERS, NONE, SIZE, TEXT_TOKENS, TEXTS, model_config, sample_config
+from torch import Tensor
 
-from tempflow.models import load_skeleton
+from tempflow.models import load_policy, load_skeleton
+from tempflow.models.pipeline import PipelinePolicy
 from tempflow.schedule import build_schedule
 from tempflow.tail_engine import EagerEngine
 
@@ -75,52 +79,84 @@ def test_sampling_equals_the_plain_pipeline(tiny, load_tiny, name, guidance, siz
     assert policy.network_rows == (2 if guidance and name not in ("flux", "flux2") else 1)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_guidance_text_and_time_matter(load_tiny, name):
-    """What equality could not tell if the tiny network ignored it."""
-    policy, guided = load_tiny(name), load_tiny(name, 3.5)
-    latents, sigma = noise_for(policy), torch.full((3,), 0.7)
-    velocity = policy.velocity(latents, sigma, policy.encode(TEXTS))
-    assert difference(velocity, guided.velocity(latents, sigma, guided.encode(TEXTS))) > 1e-3
-    assert difference(velocity, policy.velocity(latents, sigma, policy.encode(TEXTS[::-1]))) > 1e-4
-    assert difference(velocity, policy.velocity(latents, sigma / 2, policy.encode(TEXTS))) > 1e-3
+@dataclass
+class Adapted:
+    """A guided policy whose adapters do something, and what it computed before they did."""
+
+    policy: PipelinePolicy
+    arguments: tuple
+    base: Tensor
+
+    @torch.no_grad()
+    def velocity(self) -> Tensor:
+        return self.policy.velocity(*self.arguments)
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny, cpu, disturb):
+    """name -> Adapted, shared by the tests that only read it."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            torch.manual_seed(1)
+            policy = load_policy(model_config(tiny(name), name), sample_config(name, 2.0), cpu)
+            arguments = noise_for(policy), torch.tensor([0.9, 0.5, 0.1]), policy.encode(TEXTS)
+            with torch.no_grad():
+                made[name] = Adapted(policy, arguments, policy.velocity(*arguments))
+            disturb(policy.trainable(), 0.1)
+        return made[name]
+
+    return get
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_gradients_reach_the_adapters_and_nothing_else(load_tiny, disturb, name):
-    policy = load_tiny(name, 2.0)
+def test_gradients_reach_the_adapters_and_nothing_else(adapted, name):
+    policy, arguments = adapted(name).policy, adapted(name).arguments
     assert all(".lora_" in parameter for parameter in policy.trainable())
-    disturb(policy.trainable(), 0.05)
-    velocity = policy.velocity(noise_for(policy), torch.tensor([0.9, 0.5, 0.1]), policy.encode(TEXTS))
-    velocity.square().sum().backward()
-    reached = {key for key, p in policy.network.module.named_parameters() if p.grad is not None and p.grad.any()}
+    policy.velocity(*arguments).square().sum().backward()
+    parameters = dict(policy.network.module.named_parameters())
+    reached = {key for key, parameter in parameters.items() if parameter.grad is not None and parameter.grad.any()}
     silent = policy.trainable().keys() - reached
     assert reached <= policy.trainable().keys() and len(silent) < len(reached) / 2
     # The text stream of the last double block has no way to the image.
     last = f"transformer_blocks.{len(getattr(policy.network.module, 'transformer_blocks', [])) - 1}."
     assert all(key.startswith(last) and (".add_" in key or "add_out" in key or "_context" in key) for key in silent)
+    for parameter in policy.trainable().values():
+        parameter.grad = None
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_reference_is_the_base_model(tiny, load_tiny, disturb, name):
-    """Adapters off, the network is the one in the pipeline's folder, to the bit; and they come on again."""
-    policy, base = load_tiny(name, 2.0), load_tiny(name, 2.0)
-    disturb(policy.trainable(), 0.05)
-    arguments = noise_for(policy), torch.tensor([0.9, 0.5, 0.1]), policy.encode(TEXTS)
+def test_reference_is_the_base_model(adapted, name):
+    """Adapters off, the network is the one before training, to the bit; and they come on again."""
+    case = adapted(name)
+    trained = case.velocity()
+    with case.policy.reference():
+        assert torch.equal(case.velocity(), case.base)
+    assert torch.equal(case.velocity(), trained) and difference(trained, case.base) > 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_guidance_text_and_time_matter(adapted, name):
+    """What equality with the pipeline could not tell if the tiny network ignored it."""
+    case, policy = adapted(name), adapted(name).policy
+    latents, sigma, texts = case.arguments
+    changes = [(latents, sigma, texts.rows(torch.tensor([2, 1, 0]))), (latents, sigma / 2, texts)]
     with torch.no_grad():
-        trained = policy.velocity(*arguments)
-        base.network.module.disable_adapters()
-        expected = base.velocity(*arguments)
-        with policy.reference():
-            assert torch.equal(policy.velocity(*arguments), expected)
-        assert torch.equal(policy.velocity(*arguments), trained) and difference(trained, expected) > 1e-3
+        for change in changes:
+            assert difference(case.velocity(), policy.velocity(*change)) > 1e-4
+        before = case.velocity()
+        policy.family.guidance += 1
+        assert difference(before, case.velocity()) > 1e-3
+        policy.family.guidance -= 1
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_adapters_travel_to_plain_diffusers_and_back(tiny, load_tiny, disturb, tmp_path, name):
     policy = load_tiny(name)
-    disturb(policy.trainable(), 0.1)
     noise = noise_for(policy)
+    base = our_latents(policy, noise)
+    disturb(policy.trainable(), 0.1)
     latents = our_latents(policy, noise)
     policy.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
@@ -128,10 +164,9 @@ def test_adapters_travel_to_plain_diffusers_and_back(tiny, load_tiny, disturb, t
     pipeline.load_lora_weights(tmp_path)
     expected, pictures = their_output(pipeline, name, policy, noise, NONE.get(name, 1.0))
     assert difference(latents, expected) < 2e-5 and difference(policy.decode(latents), pictures * 255) <= 1
-    assert difference(latents, our_latents(load_tiny(name), noise)) > 1e-3
+    assert difference(latents, base) > 1e-3
     again = load_tiny(name, lora=str(tmp_path))
     assert all(torch.equal(parameter, policy.trainable()[key]) for key, parameter in again.trainable().items())
-    assert torch.equal(our_latents(again, noise), latents)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,29 +189,23 @@ def test_full_training_saves_a_transformer_that_loads(tiny, load_tiny, disturb, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_merged_copy_computes_the_adapted_velocity(load_tiny, disturb, name):
+def test_merged_copy_computes_the_adapted_velocity(adapted, disturb, name):
     """To rounding, as of its last refresh; its storage stays, and what has no adapter is shared."""
-    policy = load_tiny(name, 2.0)
-    arguments = noise_for(policy), torch.tensor([0.9, 0.5, 0.1]), policy.encode(TEXTS)
+    case, policy = adapted(name), adapted(name).policy
 
-    @torch.no_grad()
-    def velocities():
+    def merged():
         with policy.merged():
-            merged = policy.velocity(*arguments)
-        return merged, policy.velocity(*arguments)
+            return case.velocity()
 
-    disturb(policy.trainable(), 0.1)
-    first, expected = velocities()
-    assert difference(first, expected) < 2e-6 * expected.abs().max().clamp(min=1).item()
+    first, close = merged(), 2e-6 * case.velocity().abs().max().clamp(min=1).item()
+    assert difference(first, case.velocity()) < close
     with policy.merged():
         module = policy.network.active
     places = {key: parameter.data_ptr() for key, parameter in module.named_parameters()}
-    disturb(policy.trainable(), 0.1)
-    stale, expected = velocities()
-    assert torch.equal(stale, first) and difference(stale, expected) > 1e-3
+    disturb(policy.trainable(), 0.02)
+    assert torch.equal(merged(), first) and difference(first, case.velocity()) > 1e-3
     policy.refresh_merged()
-    merged, expected = velocities()
-    assert difference(merged, expected) < 2e-6 * expected.abs().max().clamp(min=1).item()
+    assert difference(merged(), case.velocity()) < close
     assert places == {key: parameter.data_ptr() for key, parameter in module.named_parameters()}
     shared = {parameter.data_ptr() for parameter in policy.network.module.parameters()}
     own = {key for key, place in places.items() if place not in shared}
@@ -184,8 +213,7 @@ def test_merged_copy_computes_the_adapted_velocity(load_tiny, disturb, name):
     assert not any(".lora_" in key for key in places)
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "train"), [*((name, "lora") for name in NAMES), ("flux", "full"), ("z_image", "full")])
 def test_skeleton_has_the_figures_of_the_loaded_policy(tiny, load_tiny, name, train):
     precision = {"dtype": "bf16", "text_dtype": "fp32", "vae_dtype": "fp16", "train": train}
     policy = load_tiny(name, 2.0, keep_reference=False, **precision)

@@ -6,11 +6,12 @@ import json
 import shutil
 
 import pytest
+import tiny_pipelines
 import torch
 from tiny_pipelines import BUILDERS, SIZE, TEXTS, model_config, sample_config
 
 from tempflow.errors import BadInput
-from tempflow.models import load_policy, load_skeleton
+from tempflow.models import attention, load_policy, load_skeleton
 
 
 def arguments(policy, rows=3):
@@ -18,8 +19,9 @@ def arguments(policy, rows=3):
     return noise, torch.linspace(0.9, 0.1, rows), policy.encode(TEXTS[:rows])
 
 
-@pytest.mark.parametrize("train", ["lora", "full"])
-@pytest.mark.parametrize("name", list(BUILDERS))
+@pytest.mark.parametrize(
+    ("name", "train"), [*((name, "lora") for name in BUILDERS), ("flux", "full"), ("z_image", "full")]
+)
 def test_reduced_precision(load_tiny, name, train):
     """Parts in their precisions; what is trained, latents and velocities in fp32; the merged copy follows."""
     exact = load_tiny(name, 2.0, train=train)
@@ -78,6 +80,25 @@ def test_attention_backends_agree(load_tiny, name, backend):
     assert (left - right).abs().max() < 1e-5
     processors = {m.processor._attention_backend for m in other.network.module.modules() if hasattr(m, "processor")}
     assert {processor.value for processor in processors} == {backend}
+
+
+def test_the_fastest_usable_backend_is_found(load_tiny):
+    """What runs on a GPU with attention=auto; here cuDNN and flash-attn are not usable."""
+    policy = load_tiny("flux")
+    told = attention._measured(policy)
+    best, times = told.split(" ", 1)
+    assert "native " in times and "_native_flash " in times and "cudnn" not in times and ", flash " not in times
+    processors = {m.processor._attention_backend for m in policy.network.module.modules() if hasattr(m, "processor")}
+    assert {processor.value for processor in processors} == {best}
+    assert all(parameter.grad is None for parameter in policy.trainable().values())
+
+
+def test_a_pipeline_without_its_third_text_encoder_loads(tmp_path, cpu):
+    pipeline = tiny_pipelines.sd3()
+    pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
+    pipeline.save_pretrained(tmp_path)
+    policy = load_policy(model_config(tmp_path, "sd3"), sample_config("sd3"), cpu)
+    assert len(policy.texts.encoders) == 2 and policy.encode(TEXTS).tensors["embeds"].shape == (3, 112, 32)
 
 
 @pytest.mark.parametrize(

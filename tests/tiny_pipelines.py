@@ -90,8 +90,8 @@ def t5_encoder(tokenizer: transformers.T5TokenizerFast) -> nn.Module:
 
 def language_model(vocabulary: int, layers: int, width: int = WIDTH) -> dict:
     """Settings that Qwen's and Mistral's decoders share."""
-    return dict(vocab_size=vocabulary, hidden_size=width, intermediate_size=width, num_hidden_layers=layers,
-                num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=512)  # fmt: skip
+    sizes = {"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers}
+    return {**sizes, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 512}
 
 
 def autoencoder(kind: type = diffusers.AutoencoderKL, **options) -> nn.Module:
