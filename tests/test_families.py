@@ -10,10 +10,12 @@ from diffusers import DiffusionPipeline
 from tiny_pipelines import BUILDERS, NONE, SIZE, TEXT_TOKENS, TEXTS, model_config, sample_config
 from torch import Tensor
 
+from tempflow.metrics import read_metrics
 from tempflow.models import load_policy, load_skeleton
 from tempflow.models.pipeline import PipelinePolicy
 from tempflow.schedule import build_schedule
 from tempflow.tail_engine import EagerEngine
+from tempflow.train import main
 
 NAMES = list(BUILDERS)
 STEPS = 4
@@ -126,6 +128,20 @@ def test_gradients_reach_the_adapters_and_nothing_else(adapted, name):
         parameter.grad = None
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", NAMES)
+def test_learning_repeats_the_trunk_to_the_bit(adapted, load_tiny, name, precision):
+    """The call with gradient gives the numbers of the call without, so that the first ratio is exactly 1."""
+    policy, arguments = adapted(name).policy, adapted(name).arguments
+    if precision != "fp32":
+        policy = load_tiny(name, 2.0, dtype=precision, gradient_checkpointing=True)
+        arguments = *arguments[:2], policy.encode(TEXTS)
+    with torch.no_grad():
+        trunk = policy.velocity(*arguments)
+    learnt = policy.velocity(*arguments)
+    assert learnt.requires_grad and torch.equal(learnt.detach(), trunk)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_reference_is_the_base_model(adapted, name):
     """Adapters off, the network is the one before training, to the bit; and they come on again."""
@@ -213,7 +229,10 @@ def test_merged_copy_computes_the_adapted_velocity(adapted, disturb, name):
     assert not any(".lora_" in key for key in places)
 
 
-@pytest.mark.parametrize(("name", "train"), [*((name, "lora") for name in NAMES), ("flux", "full"), ("z_image", "full")])
+TRAINED = [*((name, "lora") for name in NAMES), ("flux", "full"), ("z_image", "full")]
+
+
+@pytest.mark.parametrize(("name", "train"), TRAINED)
 def test_skeleton_has_the_figures_of_the_loaded_policy(tiny, load_tiny, name, train):
     precision = {"dtype": "bf16", "text_dtype": "fp32", "vae_dtype": "fp16", "train": train}
     policy = load_tiny(name, 2.0, keep_reference=False, **precision)
@@ -232,3 +251,25 @@ def test_skeleton_has_the_figures_of_the_loaded_policy(tiny, load_tiny, name, tr
         found = skeleton.parts[part]
         assert found.parameters == sum(p.numel() for p in tensors), part
         assert found.bytes == sum(p.nbytes for p in tensors), part
+
+
+SCORER = "def brightness(images, prompts): return images.float().mean((1, 2, 3)) / 255\n"
+
+
+@pytest.mark.parametrize(("name", "guidance"), [("qwen_image", 3.0), ("flux2", 3.0)])
+def test_a_whole_run(tiny, tmp_path, monkeypatch, name, guidance):
+    """Explore, credit, learn, evaluate and save with a model that is not the shipped one."""
+    (tmp_path / "scorers.py").write_text(SCORER)
+    (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = [f"model.path={tiny(name)}", f"model.text_tokens={TEXT_TOKENS[name]}", "model.lora_rank=4",
+                f"model.text_cache={tmp_path / 'texts'}", "sample.height=16", "sample.width=24", "sample.steps=4",
+                f"sample.guidance={guidance}", "branch.prompts=2", "branch.seeds=2", "branch.siblings=3",
+                "learn.rows=2", "learn.updates=2", "learn.kl=0.01", "learn.iterations=2", "learn.lr=1e-2",
+                "eval.steps=3", "eval.prompts=2", "eval.every=0", "reward.name=scorers:brightness", "reward.gold=null",
+                f"prompts.train={tmp_path / 'prompts.txt'}", f"prompts.test={tmp_path / 'prompts.txt'}",
+                f"run.dir={tmp_path / 'run'}", "run.trackers=[]"]  # fmt: skip
+    assert main(settings) == 0
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert [row["first_log_ratio_max"] for row in rows[1:]] == [0.0, 0.0] and rows[-1]["kl"] > 0
+    assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()

@@ -106,10 +106,11 @@ def kl_autoencoder() -> nn.Module:
     return autoencoder(scaling_factor=0.6, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
 
 
-def dynamic_scheduler() -> diffusers.FlowMatchEulerDiscreteScheduler:
+def dynamic_scheduler(**options) -> diffusers.FlowMatchEulerDiscreteScheduler:
+    """The shift depends on the image size."""
     return diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
-        shift=3.0,
+        **options,
     )  # fmt: skip
 
 
