@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tempflow import tail_levels
+from tempflow import tail_levels, tails_check
 from tempflow.chunk_planner import Probe, choose_rows, measure, tail_lengths
 from tempflow.config import load
 from tempflow.errors import BadInput
@@ -125,18 +125,18 @@ def test_rank_correlation_within_groups():
     assert rank_correlations(exact, other)[:2].tolist() == pytest.approx([0.8, 1.5 / 4.5], abs=1e-6)
 
 
-def test_the_check_tells_what_fast_tails_change(tmp_path, capsys):
-    checks = []
+def test_the_check_tells_what_fast_tails_change(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    told = []
     for extra in ([], ["tails.stride=3"]):
-        arguments = [*SMALL, f"run.dir={tmp_path / 'none'}", "run.plan_only=true", "tails.check=true", *extra]
-        assert main(arguments) == 0
-        (line,) = [line for line in capsys.readouterr().err.splitlines() if "tails check" in line]
-        checks.append(line)
-    assert "over 24 branches: rank correlation of siblings' rewards 1.0000" in checks[0]
-    assert "1.0000" not in checks[1] and not (tmp_path / "none").exists()
+        assert tails_check.main([*SMALL, "run.dir=here", *extra]) == 0
+        told.append(capsys.readouterr().out)
+    assert "over 24 branches: rank correlation of siblings' rewards 1.0000" in told[0]
+    assert "1.0000" not in told[1] and not list(tmp_path.iterdir())
+    assert tails_check.main([*SMALL, "tails.stride=0"]) == 2
 
 
-def test_a_run_records_chunks_and_waste_and_resumes(tmp_path):
+def test_a_run_records_chunks_and_waste_and_resumes(tmp_path, capsys):
     folder = tmp_path / "run"
     arguments = [*SMALL, f"run.dir={folder}", "branch.rows=auto", "tails.drop_below=0.5"]
     assert main([*arguments, "learn.iterations=1"]) == 0
@@ -144,7 +144,8 @@ def test_a_run_records_chunks_and_waste_and_resumes(tmp_path):
     assert 1 <= start["tail_rows"] <= 24 and row["tail_waste"] == 0.0
     rows = [start | {"tail_rows": 5}, row]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rows))
-    assert main([*arguments, "run.resume=true", "tails.level=eager"]) == 0
+    assert main([*arguments, "run.resume=true", "tails.level=eager", "tails.check=true"]) == 0
+    assert "rank correlation" in capsys.readouterr().err
     assert [line["step"] for line in read_metrics(folder / "metrics.jsonl")] == [0, 1, 2]
     assert load([str(folder / "config.yaml")]).branch.rows == "auto"
     assert main([*arguments, "run.resume=true", "tails.drop_below=0.1"]) == 2

@@ -90,7 +90,7 @@ def test_dpmpp_equals_the_published_recursion(schedule):
     x = torch.randn(7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = walk(tail(TailSolver("dpmpp_2m"), schedule, 2), x, velocity)
     sigmas, previous = schedule.sigmas.tolist()[2:], None
-    for i, (sigma, following) in enumerate(zip(sigmas, sigmas[1:], strict=False)):
+    for i, (sigma, following) in enumerate(pairwise(sigmas)):
         image = x - sigma * velocity(x, sigma)
         used = image
         if previous is not None and following > 0:
@@ -107,7 +107,8 @@ def test_dpmpp_equals_the_published_recursion(schedule):
 def test_adams_is_exact_where_velocity_is_linear_in_sigma():
     """But for its first step, which is Euler's: an error of slope D^2 / 2, on a tail of any stride."""
     slope, schedule = 1.7, build_schedule([0.9, 0.8, 0.55, 0.3, 0.2, 0.0], "flow_sde", 0.7)
-    found = walk(tail(TailSolver("adams_2"), schedule, 0), torch.zeros(1).double(), lambda x, s: 0.4 + slope * s + 0 * x)
+    rows = tail(TailSolver("adams_2"), schedule, 0)
+    found = walk(rows, torch.zeros(1).double(), lambda x, s: 0.4 + slope * s + 0 * x)
     exact = -(0.4 * 0.9 + slope * 0.9**2 / 2)
     assert found.item() - exact == pytest.approx(-slope * 0.1**2 / 2, abs=1e-12)
 
