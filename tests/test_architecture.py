@@ -13,7 +13,7 @@ KERNELS = ROOT / "kernels" / "tempflow_kernels"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
 LAYERS = [
-    {"errors", "batching", "paths", "settings", "compiled"},
+    {"errors", "batching", "paths", "settings", "compiled", "transfer"},
     {"config", "draws"},
     {"schedule", "policy", "plan", "prompts", "usage"},
     {"tail_solver"},
