@@ -231,7 +231,7 @@ def _engines(
     config: Config, policy: Policy, schedule: NoiseSchedule, plan: BranchPlan, prompts: list[Prompt], ranks: Ranks
 ) -> Engines:
     """What carries the tails; not tried out where only the plan is asked for."""
-    if config.run.plan_only and not config.tails.check:
+    if config.run.plan_only:
         idle = EagerEngine(policy, 1)
         return Engines("eager", idle, idle)
     first_row = read_metrics(Path(config.run.dir).expanduser() / "metrics.jsonl")[:1] if config.run.resume else []

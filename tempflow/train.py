@@ -185,9 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run, progress = set_up(load(arguments))
         speak = True
-        if run.config.tails.check and run.ranks.first:
-            print(f"tempflow: {check_tails(run).describe()}", file=sys.stderr)
         if not run.config.run.plan_only:
+            if run.config.tails.check and run.ranks.first:
+                print(f"tempflow: {check_tails(run).describe()}", file=sys.stderr)
             run.finish(stopped=stops(run, train(run, progress)))
         return 0
     except BadInput as error:
