@@ -7,7 +7,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 from tempflow.errors import BadInput
 from tempflow.prompts import Prompt
-from tempflow.rewards import load_scorer
+from tempflow.rewards import detection, load_scorer
 from tempflow.rewards.detection import COLOURS, NAMES, Detection, Detector, box_of, cut_out
 from tempflow.rewards.geneval import benchmark, check_metadata, graded, kept, relations, strict
 
@@ -172,19 +172,20 @@ def folders(tmp_path_factory):
     return folder / "detector", clip_folder(folder / "clip", open_clip_tensors())
 
 
-@pytest.fixture(scope="module")
-def images():
+@pytest.fixture
+def images(monkeypatch):
+    """Seen at an eighth of the official size, for speed."""
+    monkeypatch.setattr(detection, "SHORT", 96)
+    monkeypatch.setattr(detection, "LONG", 168)
     return pictures(3, 96, 80)
 
 
 def test_detector_follows_mmdetection(folders, images):
     """Each detection's confidence is class probability times mean mask probability inside the mask."""
-    from tempflow.rewards.detection import detector_pixels
-
     detector = Detector(folders[0], 2, "cpu")
     with torch.no_grad():
         found = detector(images)
-        pixels, inside = detector_pixels(images[:1])
+        pixels, inside = detection.detector_pixels(images[:1])
         answer = detector.model(pixel_values=pixels)
     masks = torch.nn.functional.interpolate(answer.masks_queries_logits, pixels.shape[-2:], mode="bilinear")
     masks = torch.nn.functional.interpolate(masks[..., : inside[0], : inside[1]], (96, 80), mode="bilinear")[0]
