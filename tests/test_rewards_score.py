@@ -38,7 +38,8 @@ def folder(tmp_path, monkeypatch):
     """Four pictures, one of another size, and a file that is none; a module of scorers."""
     (tmp_path / "pictures").mkdir()
     for level, name in ((40, "d.png"), (10, "a.png"), (30, "c.webp"), (20, "B.png")):
-        Image.new("RGB", (8, 6) if name == "c.webp" else (4, 4), (level,) * 3).save(tmp_path / "pictures" / name, lossless=True)
+        image = Image.new("RGB", (8, 6) if name == "c.webp" else (4, 4), (level,) * 3)
+        image.save(tmp_path / "pictures" / name, lossless=True)
     (tmp_path / "pictures" / "notes.txt").write_text("not a picture")
     (tmp_path / "prompts.txt").write_text("x\nxx\n\nxxx\nxxxx\n")
     (tmp_path / "one.txt").write_text("yes, all\n")
