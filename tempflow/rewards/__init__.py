@@ -62,7 +62,7 @@ class Scorer:
             with torch.no_grad():
                 scores = torch.as_tensor(self.function(images, prompts), dtype=torch.float32).cpu()
         except BadInput:
-            raise
+            raise  # it says already what is wrong
         except (ValueError, TypeError) as error:
             mend = f"the scorer refuses its input or answers with no numbers: {error}"
             raise BadInput(self.setting, self.name, mend) from error
@@ -96,6 +96,8 @@ def load_scorer(
         setting: the field that names it, for error messages.
         options: keyword arguments for a scorer that is a class, from `reward.options`.
         device: where such a scorer computes unless its options say otherwise.
+
+    A scorer that waits for another machine has an attribute `waits`: how many calls of it may be under way at once.
     """
     found = _find(setting, name)
     if isinstance(found, type):
@@ -103,7 +105,7 @@ def load_scorer(
     elif options:
         mend = "takes no options: it is no class; remove them"
         raise BadInput(f"reward.options.{name}", dict(options), mend)
-    return Scorer(setting, name, found, rows)
+    return Scorer(setting, name, found, rows, getattr(found, "waits", 0))
 
 
 def _find(setting: str, name: str) -> Callable[..., Any]:
