@@ -20,8 +20,8 @@ FACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "De
 COLOURS = (("black", "white"), ("white", "navy"), ("#c00000", "#ffffe0"), ("yellow", "#303030"), ("#004400", "#a0e0a0"))
 TEXTS = """OPEN|Coffee Shop|Happy Birthday|STOP|Hello World|No Parking|Exit 42|Fresh Bread|Sale Today|Library
 Welcome Home|Gate B7|New York|Good Morning|Ice Cream|Do Not Enter|Train Station|2026|Pizza|Quiet Please|Museum of Art
-Bookstore|Danger|Push|Pull to Open|Thank You|Jazz Night|Rocket Science|Flower Market|Route 66|Love|Keep Calm|Dream Big|Taxi
-Hotel California|Speed Limit 30|Green Tea|Winter Sale|Be Kind|Lost and Found|Mind the Gap|Music|Garden|Level Up
+Bookstore|Danger|Push|Pull to Open|Thank You|Jazz Night|Rocket Science|Flower Market|Route 66|Love|Keep Calm|Dream Big
+Taxi|Hotel California|Speed Limit 30|Green Tea|Winter Sale|Be Kind|Lost and Found|Mind the Gap|Music|Garden|Level Up
 Science Fair|Summer Camp|Final Score 3|Blue Whale""".replace("\n", "|").split("|")
 
 

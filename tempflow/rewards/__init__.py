@@ -96,6 +96,8 @@ def load_scorer(
         setting: the field that names it, for error messages.
         options: keyword arguments for a scorer that is a class, from `reward.options`.
         device: where such a scorer computes unless its options say otherwise.
+
+    A scorer that waits for another machine has an attribute `waits`: how many calls of it may be under way at once.
     """
     found = _find(setting, name)
     if isinstance(found, type):
@@ -103,7 +105,7 @@ def load_scorer(
     elif options:
         mend = "takes no options: it is no class; remove them"
         raise BadInput(f"reward.options.{name}", dict(options), mend)
-    return Scorer(setting, name, found, rows)
+    return Scorer(setting, name, found, rows, getattr(found, "waits", 0))
 
 
 def _find(setting: str, name: str) -> Callable[..., Any]:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor
@@ -41,10 +41,10 @@ PLAIN = re.compile(rf"(?<![\w.]){NUMBER}(?![\w%]|\.\d)")
 def number_in(answer: str, low: float, high: float) -> float | None:
     """The score an answer names: the last number behind "score" or "rating", else the last one that stands alone.
 
-    Thoughts between <think> tags do not count, nor what stands behind a slash ("7/10" is 7). None where there is no
-    number, or one outside low to high.
+    Thoughts between <think> tags do not count, nor what is counted out of ("7/10" and "7 of 10" are 7). None where
+    there is no number, or one outside low to high.
     """
-    text = re.sub(r"(?<=\d)\s*(?:/|out of)\s*\d+(?:\.\d+)?", "", THOUGHT.sub("", answer))
+    text = re.sub(r"(?<=\d)\s*(?:/|(?:out )?of)\s*\d+(?:\.\d+)?", "", THOUGHT.sub("", answer))
     found = LABELLED.findall(text) or PLAIN.findall(text)
     value = float(found[-1]) if found else math.nan
     return value if low <= value <= high else None
@@ -88,6 +88,8 @@ class VlmJudge:
     pause: float = 1.0
     """seconds before the second try"""
     client: Any = field(init=False, repr=False)
+    waits: ClassVar[int] = 2
+    """calls that may be under way at once, each with `parallel` questions"""
 
     def __post_init__(self) -> None:
         httpx = require("vlm_judge", "httpx")
@@ -100,9 +102,14 @@ class VlmJudge:
         self.trouble = httpx.TransportError
         self.client = httpx.Client(timeout=self.timeout, headers=headers)
         try:
-            httpx.URL(self.url).host.encode("idna")
-        except (httpx.InvalidURL, UnicodeError, TypeError) as error:
+            scheme = httpx.URL(self.url).scheme
+        except (httpx.InvalidURL, TypeError) as error:
             raise BadInput(option("vlm_judge", "url"), self.url, f"no usable address ({error})") from error
+        if scheme not in ("http", "https"):
+            raise BadInput(option("vlm_judge", "url"), self.url, "must begin with http:// or https://")
+        for name in ("tries", "parallel"):
+            if getattr(self, name) < 1:
+                raise BadInput(option("vlm_judge", name), getattr(self, name), "must be at least 1")
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> list[float]:
         """uint8 (B, 3, H, W) and B prompts -> B scores, NaN where no number was to be had.
@@ -123,10 +130,11 @@ class VlmJudge:
 
     def _score(self, image: Tensor, prompt: str) -> float | str:
         """The score from 0 to 1, or the last answer if none of the tries held a number."""
-        text = self.question.replace("{low}", f"{self.low:g}").replace("{high}", f"{self.high:g}")
+        low, high = f"{self.low:g}", f"{self.high:g}"
+        text = self.question.replace("{low}", low).replace("{high}", high).replace("{prompt}", prompt)
         content = [
             {"type": "image_url", "image_url": {"url": png_url(image)}},
-            {"type": "text", "text": text.replace("{prompt}", prompt)},
+            {"type": "text", "text": text},
         ]
         reason = ""
         answer: str | None = None
