@@ -198,8 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print(f"tempflow: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"tempflow: --port={given.port}: cannot listen at {given.host} ({error.strerror})", file=sys.stderr)
+    except (OSError, OverflowError) as error:
+        print(f"tempflow: --port={given.port}: cannot listen at {given.host} ({error})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         pass
