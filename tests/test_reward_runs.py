@@ -3,6 +3,8 @@
 import sys
 import threading
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,38 +84,40 @@ def here(tmp_path_factory):
     return folder
 
 
-def test_one_override_moves_the_scorers_to_a_server(here, tmp_path, capsys):
-    """Same rewards, same metrics, same weights, bit for bit; one of two servers is killed amid the run."""
-    with serving("digits", "digits_gold") as (_, url), serving("digits", "digits_gold") as (other, second):
-        killer = threading.Thread(target=kill_after, args=(tmp_path / "run" / "metrics.jsonl", other))
-        killer.start()
-        assert run(tmp_path / "run", f"reward.servers=[{url}, {second}]") == 0
-        killer.join()
-    assert "rewards: 1 x digits on servers\ngold: digits_gold on servers" in capsys.readouterr().err
-    assert figures(tmp_path / "run") == figures(here) and same_weights(tmp_path / "run", here)
+def test_one_override_moves_the_scorers_to_servers_that_may_die(here, tmp_path, capsys):
+    """Same metrics and weights, bit for bit: with two servers, of which one dies; and with one that dies, then resumed.
+
+    Where the only server is gone, the run ends with one clear line and exit code 2, saved as of its last iteration.
+    """
+    first, second = tmp_path / "first", tmp_path / "second"
+    with serving("digits", "digits_gold") as (process, url), serving("digits", "digits_gold") as (other, other_url):
+        with killing(other, first / "metrics.jsonl", 1):
+            assert run(first, f"reward.servers=[{url}, {other_url}]") == 0
+        assert "rewards: 1 x digits on servers\ngold: digits_gold on servers" in capsys.readouterr().err
+        with killing(process, second / "metrics.jsonl", 2):
+            assert run(second, f"reward.servers=[{url}]", "reward.patience=0.3", "reward.timeout=5") == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tempflow: reward.servers")]
+    assert "no answer within reward.patience=0.3 s" in line and "is saved, go on with run.resume=true" in line
+    assert run(second, "run.resume=true") == 0  # in this process, as the servers are gone
+    for folder in (first, second):
+        assert figures(folder) == figures(here) and same_weights(folder, here)
     assert figures(here)[1]["rewards_missing"] == 0
 
 
-def kill_after(metrics, process, rows: int = 1) -> None:
+@contextmanager
+def killing(process, metrics: Path, rows: int):
     """Kills a server as soon as so many rows of metrics are there."""
-    until = time.monotonic() + 60
-    while len(read_metrics(metrics)) < rows and time.monotonic() < until:
-        time.sleep(0.01)
-    process.kill()
 
+    def kill() -> None:
+        until = time.monotonic() + 60
+        while len(read_metrics(metrics)) < rows and time.monotonic() < until:
+            time.sleep(0.01)
+        process.kill()
 
-def test_a_run_without_servers_is_saved_and_goes_on_elsewhere(here, tmp_path, capsys):
-    """The only server dies amid the run: one clear line, exit code 2; then another server, and the same numbers."""
-    folder, patience = tmp_path / "run", ("reward.patience=0.3", "reward.timeout=5")
-    with serving("digits") as (process, url):
-        killer = threading.Thread(target=kill_after, args=(folder / "metrics.jsonl", process, 2))
-        killer.start()
-        assert run(folder, f"reward.servers=[{url}]", *patience) == 2
-        killer.join()
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tempflow: reward.servers")]
-    assert "no answer within reward.patience=0.3 s" in line and "is saved, go on with run.resume=true" in line
-    assert run(folder, "run.resume=true") == 0  # on this machine, as the server is gone
-    assert figures(folder) == figures(here) and same_weights(folder, here)
+    thread = threading.Thread(target=kill)
+    thread.start()
+    yield
+    thread.join()
 
 
 @pytest.mark.parametrize(("call", "iteration"), [(4, 1), (6, 2)], ids=["training", "evaluation"])
@@ -131,21 +135,16 @@ def test_a_failing_scorer_costs_nothing_that_was_learnt(scorers, here, capsys, c
     assert figures(folder) == expected and same_weights(folder, here)
 
 
-def test_rewards_without_opinion_are_masked_and_counted(scorers):
-    assert run(scorers / "run", "reward.name=run_scorers:choosy", "reward.gold=[run_scorers:choosy, digits]") == 0
-    start, *rows = read_metrics(scorers / "run" / "metrics.jsonl")
-    assert 0 < start["scores_missing"] <= 12 and 0 < start["reward_test"] < 1
-    assert start["gold_choosy"] == start["reward_test"] and "gold_digits" in start and "gold" not in start
-    assert all(0 < row["rewards_missing"] < 24 and 0 < row["reward_mean"] < 1 for row in rows)
-    assert all(row["grad_norm"] > 0 for row in rows) and Image.open(scorers / "run" / "report.png").size[0] > 1000
-
-
-def test_several_rewards_by_themselves_and_together(scorers):
+def test_several_rewards_and_golds_some_without_opinion(scorers):
+    """Each by itself in the metrics; what is missing is masked and counted, never averaged in."""
     name = "reward.name={digits: 1.0, 'run_scorers:choosy': 0.5}"
-    assert run(scorers / "run", name, "learn.iterations=1") == 0
+    assert run(scorers / "run", name, "reward.gold=[run_scorers:choosy, digits_gold]", "learn.iterations=1") == 0
     start, row = read_metrics(scorers / "run" / "metrics.jsonl")
-    assert set(row["reward_means"]) == {"digits", "choosy"} and row["reward_mean"] > row["reward_means"]["digits"]
-    assert {"reward_test", "reward_test_digits", "reward_test_choosy", "gold"} <= start.keys()
+    assert 0 < start["scores_missing"] <= 12 and start["gold_choosy"] == start["reward_test_choosy"]
+    assert {"reward_test", "reward_test_digits", "gold_digits_gold"} <= start.keys() and "gold" not in start
+    assert 0 < row["rewards_missing"] < 24 and set(row["reward_means"]) == {"digits", "choosy"}
+    assert all(0 < mean < 1 for mean in row["reward_means"].values()) and 0 < row["reward_mean"] < 1.5
+    assert row["grad_norm"] > 0 and Image.open(scorers / "run" / "report.png").size[0] > 1000
 
 
 def test_rewards_that_never_meet_need_advantages(scorers, capsys):
@@ -159,14 +158,13 @@ def test_rewards_that_never_meet_need_advantages(scorers, capsys):
 
 
 def test_a_hacked_reward_is_told_and_ends_the_run_if_asked(scorers, capsys):
-    hacked = ("reward.name=run_scorers:rising", "reward.gold=run_scorers:falling", "learn.iterations=4", "eval.every=1")
-    assert run(scorers / "told", *hacked, "learn.iterations=2") == 0
+    hacked = ("reward.name=run_scorers:rising", "reward.gold=run_scorers:falling", "learn.iterations=2", "eval.every=1")
+    assert run(scorers / "run", *hacked, "reward.hacking_stop=true") == 0
     printed = capsys.readouterr().err
-    assert "warning: iteration 1: gold is 1 below its best while the reward rose" in printed and "done" in printed
-    assert [row.get("gold_fall") for row in read_metrics(scorers / "told" / "metrics.jsonl")] == [
-        None, {"gold": 1.0}, {"gold": 2.0}
-    ]  # fmt: skip
-    sys.modules.pop("run_scorers")
-    assert run(scorers / "stopped", *hacked, "reward.hacking_stop=true") == 0
-    assert "stopped, as reward.hacking_stop asks" in capsys.readouterr().err
-    assert [path.name for path in (scorers / "stopped").glob("checkpoints/*")] == ["step_000001"]
+    assert "warning: iteration 1: gold is 1 below its best while the reward rose" in printed
+    assert "stopped, as reward.hacking_stop asks" in printed
+    assert [path.name for path in (scorers / "run").glob("checkpoints/*")] == ["step_000001"]
+    assert run(scorers / "run", *hacked, "run.resume=true") == 0  # goes on, and still remembers the best
+    assert "tempflow: done" in capsys.readouterr().err
+    fallen = [row.get("gold_fall") for row in read_metrics(scorers / "run" / "metrics.jsonl")]
+    assert fallen == [None, {"gold": 1.0}, {"gold": 2.0}]
