@@ -119,7 +119,8 @@ def test_other_machines_need_a_token(arguments, capsys, monkeypatch):
 
 def test_a_server_says_what_is_wrong_with_its_arguments(capsys, tmp_path):
     (tmp_path / "token").write_text("two words\n")
-    for arguments, words in ((["no_such"], "no such scorer"), (["digits", "--options", "[1]"], "--options"),
+    for arguments, words in ((["no_such"], "no such scorer"), (["digits", "--option", "pth=1"], "no such option"),
+                             (["digits", "--device", "gpu"], "no device of torch"),
                              (["digits", "--token-file", str(tmp_path / "token")], "one word"),
                              (["digits", "--host", "127.0.0.1", "--port", "70000"], "port")):  # fmt: skip
         assert main(arguments) == 2

@@ -20,6 +20,17 @@ from tempflow.prompts import Prompt
 SCORERS = {
     "digits": "tempflow.rewards.digits:DigitsReward",
     "digits_gold": "tempflow.rewards.digits:DigitsGold",
+    "pickscore": "tempflow.rewards.pickscore:PickScore",
+    "clipscore": "tempflow.rewards.clipscore:ClipScore",
+    "hpsv2": "tempflow.rewards.hpsv2:HpsV2",
+    "hpsv3": "tempflow.rewards.hpsv3:HpsV3",
+    "imagereward": "tempflow.rewards.imagereward:ImageReward",
+    "aesthetic": "tempflow.rewards.aesthetic:Aesthetic",
+    "jpeg_compressibility": "tempflow.rewards.jpeg:compressibility",
+    "jpeg_incompressibility": "tempflow.rewards.jpeg:incompressibility",
+    "ocr": "tempflow.rewards.ocr:Ocr",
+    "geneval": "tempflow.rewards.geneval:GenEval",
+    "vlm_judge": "tempflow.rewards.vlm_judge:VlmJudge",
 }
 """name -> `module:attribute`; a class is called with its options, and with a `device` if it takes one, to make the
 scorer."""
