@@ -18,7 +18,7 @@ KERNELS_FOLDER = Path(__file__).resolve().parent / "kernels"
 release = os.environ.get("TEMPFLOW_RELEASE") == "1"
 kernels = f"tempflow-kernels=={VERSION}" if release else f"tempflow-kernels @ {KERNELS_FOLDER.as_uri()}"
 
-REWARDS = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3.9", "httpx>=0.27"]
+REWARDS = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3.9", "httpx>=0.27", "aiohttp>=3.11"]
 """Besides torch and transformers. RapidOCR's wheel holds its models; nothing here needs torchvision."""
 
 setup(

@@ -29,8 +29,8 @@ MIXES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "advantages": lambda weights: (torch.eye(len(weights)), weights),
 }
 """Several rewards with weights (M,) -> what is normalised, as J linear combinations of them (J, M), and the weights
-(J,) of the advantages that come out. "sum" normalises one weighted sum; "advantages" normalises each reward by itself, so
-that a reward of small spread is not drowned (GDPO, arXiv 2601.05242, without its last normalisation over the batch)."""
+(J,) of the advantages that come out. "sum" normalises one weighted sum; "advantages" normalises each reward by itself,
+so that a reward of small spread is not drowned (GDPO, arXiv 2601.05242, but for its last one over the batch)."""
 
 
 @dataclass(frozen=True)

@@ -202,9 +202,9 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     check_trackers(config.run.trackers)
     if not config.run.plan_only:
         check_folder(config)
-    torch.manual_seed(config.run.seed)
     prompts = read_prompts(config.prompts.train, "prompts.train")
     rewards, gold = load_panels(config.reward, config.branch.decode_rows, ranks.device)
+    torch.manual_seed(config.run.seed)  # here: the adapters' first values must not depend on what scorers drew
     policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
     schedule = build_schedule(policy.sigmas(config.sample.steps), config.sample.transition, config.sample.noise_level)
     plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)

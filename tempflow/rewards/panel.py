@@ -87,7 +87,7 @@ def load_panels(config: RewardConfig, rows: int, device: torch.device) -> tuple[
         if name not in remote:
             return load_scorer(setting, name, rows, config.options.get(name), device)
         if name in config.options:
-            mend = "this scorer runs on a server; give its options there, by --options"
+            mend = "this scorer runs on a server; give its options there, by --option"
             raise BadInput(f"reward.options.{name}", config.options[name], mend)
         return Scorer(setting, name, remote[name], sys.maxsize, config.requests)
 

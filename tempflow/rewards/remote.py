@@ -206,7 +206,7 @@ class Fleet:
             body = await _read(response, ANSWER_BYTES + SCORE_BYTES * len(request.images))
         if response.status == 422:
             reason = unpack_refusal(body, request)
-            raise BadInput("reward.servers", server.url, f"the scorer {request.scorer} {reason}")
+            raise BadInput("reward.servers", server.url, f"{request.scorer}: {reason}")
         if response.status != 200:
             raise Fault(f"{response.status} {response.reason} {_reason(body)}".strip())
         scores = unpack_answer(body, request)
@@ -276,7 +276,7 @@ def _words(error: Exception, seconds: float) -> str:
     """One line about a failed attempt."""
     if isinstance(error, TimeoutError):
         return f"no answer within {seconds:g} s"
-    return " ".join(f"{error}".split())[:200] or type(error).__name__
+    return " ".join(f"{getattr(error, 'os_error', error)}".split())[:200] or type(error).__name__
 
 
 def _reason(body: bytes) -> str:

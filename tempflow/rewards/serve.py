@@ -20,10 +20,10 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
-import yaml
 
 from tempflow.errors import BadInput
 from tempflow.rewards import SCORERS, Scorer, load_scorer
+from tempflow.rewards.score import read_options
 from tempflow.rewards.secret import read_token
 from tempflow.rewards.wire import Limits, Malformed, Request, pack_answer, pack_refusal, unpack_request
 
@@ -141,7 +141,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=9000, help="0 takes a free one; the first line printed names it")
     parser.add_argument("--token-file", help="file whose first line is the token (or set TEMPFLOW_SCORER_TOKEN)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the scorers")
-    parser.add_argument("--options", default="{}", help="scorers' options as in reward.options: '{pickscore: {...}}'")
+    parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE",
+                        help="an option of the scorer; SCORER.KEY=VALUE for one of several scorers")  # fmt: skip
     parser.add_argument("--requests", type=int, default=16, help="requests taken in at once; more are told to wait")
     parser.add_argument("--max-mib", type=float, default=defaults.body / 2**20, help="largest request in MiB")
     parser.add_argument("--max-images", type=int, default=defaults.images, help="images of a request")
@@ -160,11 +161,10 @@ def build(given: argparse.Namespace) -> ScorerServer:
         mend = "is open to other machines: give a token by --token-file or TEMPFLOW_SCORER_TOKEN, or use 127.0.0.1"
         raise BadInput("--host", given.host, mend)
     try:
-        options, device = yaml.safe_load(given.options) or {}, torch.device(given.device)
-    except (yaml.YAMLError, RuntimeError) as error:
-        raise BadInput("--options or --device", given.options, f"not readable ({error})".replace("\n", " ")) from error
-    if not isinstance(options, dict):
-        raise BadInput("--options", given.options, "give a mapping such as '{pickscore: {path: ...}}'")
+        device = torch.device(given.device)
+    except RuntimeError as error:
+        raise BadInput("--device", given.device, "is no device of torch, such as cpu, cuda or cuda:1") from error
+    options = read_options(given.option, given.scorers)
     scorers = [load_scorer("scorer", name, given.max_images, options.get(name), device) for name in given.scorers]
     limits = Limits(int(given.max_mib * 2**20), given.max_images, prompt=given.max_prompt)
     return ScorerServer(scorers, limits, given.requests, token)
@@ -198,8 +198,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BadInput as error:
         print(f"tempflow: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"tempflow: --port={given.port}: cannot listen at {given.host} ({error.strerror})", file=sys.stderr)
+    except (OSError, OverflowError) as error:
+        print(f"tempflow: --port={given.port}: cannot listen at {given.host} ({error})", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         pass
