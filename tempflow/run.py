@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tempflow_kernels import backend_info
 from torch import Tensor
 
 from tempflow import checkpoint, distributed
@@ -16,15 +15,16 @@ from tempflow.checkpoint import Progress
 from tempflow.distributed import Ranks
 from tempflow.draws import Draw
 from tempflow.evaluation import Evaluator
+from tempflow.explain import explain, explain_memory
 from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers
-from tempflow.models import load_policy
-from tempflow.optim import MovingAverage, make_optimizer
-from tempflow.plan import BranchCost, BranchPlan
+from tempflow.models import load_policy, load_skeleton
+from tempflow.optim import MovingAverage, make_optimizer, state_bytes
+from tempflow.plan import BranchPlan
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, iteration_prompts, read_prompts
 from tempflow.report import draw_report, save_pictures
 from tempflow.rewards import Scorer, load_scorer
-from tempflow.run_folder import check_consistency, check_folder, group_size, write_settings
+from tempflow.run_folder import check_consistency, check_folder, write_settings
 from tempflow.schedule import NoiseSchedule, build_schedule
 from tempflow.scoring import ScoreQueue
 from tempflow.settings import Config
@@ -145,6 +145,15 @@ class Run:
             draw_report(self.folder)
         self.ranks.wait()
 
+    def announce(self) -> None:
+        """After the first iteration: what the plan could only estimate."""
+        if not self.ranks.first:
+            return
+        words = f"measured: optimizer state {state_bytes(self.stepper.optimizer) / 2**20:,.1f} MiB"
+        if self.policy.device.type == "cuda":
+            words += f", most GPU memory {torch.cuda.max_memory_allocated(self.policy.device) / 2**30:.2f} GiB"
+        print(words, file=sys.stderr)
+
     def finish(self) -> None:
         """The closing words."""
         if self.ranks.first:
@@ -152,37 +161,49 @@ class Run:
 
 
 def set_up(config: Config) -> tuple[Run, Progress]:
-    """A run ready to go, and how far it has come already. Prints the plan.
+    """A run ready to go, and how far it has come already. Prints the plan before the model is loaded.
 
     Raises:
         BadInput: anything in the configuration that cannot work; no file has been changed then.
     """
     ranks = distributed.start(config.run.device)
-    check_consistency(config, ranks.size)
     check_trackers(config.run.trackers)
-    if not config.run.plan_only:
-        check_folder(config)
+    check_folder(config)
     torch.manual_seed(config.run.seed)
     prompts = read_prompts(config.prompts.train, "prompts.train")
+    schedule, plan = show_plan(config, ranks)
     reward = load_scorer("reward.name", config.reward.name, config.branch.decode_rows)
     policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
-    schedule = build_schedule(policy.sigmas(config.sample.steps), config.sample.transition, config.sample.noise_level)
-    plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)
     evaluator = _evaluator(config, policy, reward, ranks)
     stepper = _stepper(config, policy)
-    if ranks.first:
-        print(_explain(config, policy, schedule, plan, ranks), file=sys.stderr)
-    folder, progress, writer = Path(config.run.dir).expanduser(), Progress(), None
-    if not config.run.plan_only:
-        progress = checkpoint.restore(folder / "checkpoints", stepper)
-        write_settings(config, ranks)
-        last = progress.iteration if progress.iteration else None
-        writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
+    folder = Path(config.run.dir).expanduser()
+    progress = checkpoint.restore(folder / "checkpoints", stepper)
+    write_settings(config, ranks)
+    last = progress.iteration if progress.iteration else None
+    writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
     engine, clock = EagerEngine(policy, config.branch.rows), PhaseClock(ranks.device)
     scores = ScoreQueue(policy, reward, config.branch.decode_rows, clock, config.branch.overlap)
     run = Run(config, folder, ranks, policy, schedule, plan, engine, prompts, scores, evaluator, stepper, clock,
               writer)  # fmt: skip
     return run, progress
+
+
+def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[NoiseSchedule, BranchPlan]:
+    """Prints what the run will do, and with `memory` what it will hold, from the model's configuration alone.
+
+    Raises:
+        BadInput: settings that cannot work together, or with this model.
+    """
+    check_consistency(config, ranks.size)
+    skeleton = load_skeleton(config.model, config.sample)
+    sigmas = skeleton.sigmas(config.sample.steps)
+    schedule = build_schedule(sigmas, config.sample.transition, config.sample.noise_level)
+    plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)
+    if ranks.first:
+        print(explain(config, skeleton, schedule, plan, ranks.size, ranks.device.type), file=sys.stderr)
+        if memory:
+            print(explain_memory(config, skeleton, plan, ranks.size), file=sys.stderr)
+    return schedule, plan
 
 
 def _stepper(config: Config, policy: Policy) -> Stepper:
@@ -208,27 +229,3 @@ def _evaluator(config: Config, policy: Policy, reward: Scorer, ranks: Ranks) -> 
     engine = EagerEngine(policy, config.branch.rows)
     return Evaluator(policy, engine, schedule, prompts, scorers, ranks, config.run.seed, config.branch.decode_rows,
                      config.eval.pictures)  # fmt: skip
-
-
-def _explain(config: Config, policy: Policy, schedule: NoiseSchedule, plan: BranchPlan, ranks: Ranks) -> str:
-    """The plan in words and numbers: groups, cost per rank, and the schedule's forks."""
-    branch, learn = config.branch, config.learn
-    rows = branch.prompts * branch.seeds // ranks.size
-    elements = torch.Size(policy.latent_shape).numel()
-    passes = learn.inner_epochs * (2 if learn.kl else 1)
-    cost = BranchCost.of(plan, rows, elements, torch.Size(policy.image_shape).numel(), passes)
-    parameters = sum(parameter.numel() for parameter in policy.trainable().values())
-    weights = schedule.noise_weights(plan.pool).tolist()
-    forks = ", ".join(f"{step}: {weight:.2f}" for step, weight in zip(plan.pool, weights, strict=True))
-    drawn = f" ({len(plan.steps)} of them drawn each iteration)" if len(plan.steps) < len(plan.pool) else ""
-    rows_per_update = rows * len(plan.steps) // learn.updates
-    return "\n".join((
-        f"tempflow: {config.model.path} on {ranks.size} x {policy.device.type}, {parameters:,} trained parameters "
-        f"({config.model.train}), latents {tuple(policy.latent_shape)}; operators: "
-        f"{backend_info()['cuda' if policy.device.type == 'cuda' else 'cpu']}",
-        f"groups: {branch.prompts} prompts x {branch.seeds} seeds, each trunk forks into {plan.siblings} siblings; "
-        f"advantages among {group_size(config)} branches (group={learn.group}); {rows_per_update} network rows per "
-        f"optimizer step and process, {learn.updates * learn.inner_epochs} optimizer steps an iteration",
-        f"forks at steps (step: noise weight){drawn}: {forks}",
-        f"cost per process: {cost.describe(plan, policy.network_rows)}",
-    ))  # fmt: skip

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tempflow.errors import BadInput
-from tempflow.optim import MovingAverage
+from tempflow.optim import MovingAverage, state_bytes
 
 PATIENCE = 20
 """fp16: optimizer steps in a row that may be skipped; from 2^16 the loss scale has fallen to 2^-4 by then"""
@@ -101,15 +101,16 @@ class Stepper:
         del self.optimizer.found_inf
 
     def read(self) -> dict[str, Any]:
-        """Figures of the steps since the last call: the mean norm before clipping; with a loss scale that scale and the
-        number of steps that were skipped, which the mean leaves out. Here the host waits for the device.
+        """Figures of the steps since the last call, for which the host waits: the mean norm before clipping, bytes of
+        the optimizer's state; with a loss scale that scale and how many steps were skipped, which the mean leaves out.
 
         Raises:
             BadInput: a norm is not finite; with a loss scale, PATIENCE of them in a row.
         """
         norms, self.norms = torch.stack(self.norms).tolist(), []
         finite = [norm for norm in norms if norm - norm == 0]
-        figures = {"grad_norm": sum(finite) / max(1, len(finite))}
+        figures: dict[str, Any] = {"grad_norm": sum(finite) / max(1, len(finite))}
+        figures["optimizer_bytes"] = state_bytes(self.optimizer)
         if self.scale is not None:
             self._count_skipped(norms)
             return {**figures, "loss_scale": self.scale.scale.item(), "skipped_steps": len(norms) - len(finite)}

@@ -32,7 +32,7 @@ from tempflow.config import load
 from tempflow.errors import BadInput
 from tempflow.metrics import LossRecord, loss_figures
 from tempflow.optim import set_learning_rate
-from tempflow.run import Run, set_up
+from tempflow.run import Run, set_up, show_plan
 from tempflow.usage import help_text
 
 
@@ -127,6 +127,8 @@ def train(run: Run, progress: Progress) -> None:
         progress = Progress(done, time.perf_counter() - start, progress.rollouts + rollouts)
         run.record({"step": done, "seconds": round(progress.seconds, 3), "rollouts": progress.rollouts,
                     "rollouts_per_hour": round(rate, 1), **row, "phase_seconds": run.clock.read()})  # fmt: skip
+        if bar.n == bar.initial:
+            run.announce()
         if done == total or (save_every and done % save_every == 0):
             run.save(progress)
         bar.update()
@@ -142,11 +144,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     speak = distributed.is_first()  # before the loop every rank meets the same mistake
     try:
-        run, progress = set_up(load(arguments))
+        config = load(arguments)
+        if config.run.plan_only:
+            show_plan(config, distributed.start(config.run.device), memory=True)
+            return 0
+        run, progress = set_up(config)
         speak = True
-        if not run.config.run.plan_only:
-            train(run, progress)
-            run.finish()
+        train(run, progress)
+        run.finish()
         return 0
     except BadInput as error:
         if speak:

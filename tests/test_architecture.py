@@ -18,7 +18,8 @@ LAYERS = [
     {"schedule", "policy", "plan", "prompts", "usage", "optim"},
     {"advantage", "tail_engine", "stepping", "geneval_prompts", "distributed", "digits"},
     {"branching", "rewards", "models", "checkpoint", "metrics"},
-    {"scoring", "evaluation", "report", "run_folder", "digits maker"},
+    {"scoring", "evaluation", "report", "run_folder", "memory_plan", "digits maker"},
+    {"explain"},
     {"run"},
     {"train"},
 ]

@@ -76,13 +76,13 @@ def test_a_resumed_optimizer_continues_bit_by_bit(tmp_path, name, scale):
 
 @pytest.mark.parametrize("name", ON_CPU)
 def test_state_weighs_what_was_announced(name):
-    moved = stepper(name)
+    moved, learn = stepper(name), LearnConfig(optimizer=name)
     assert state_bytes(moved.optimizer) == 0
     steps(moved, 1, count=1)
     numbers = [tensor.numel() for tensor in moved.parameters.values()]
     overhead = 4 * len(numbers) if name == "adamw" else 2 * 4 * 256  # counters, or the two shared quantisation maps
-    assert state_bytes(moved.optimizer) - overhead == estimated_state_bytes(name, numbers)
-    assert estimated_state_bytes(name, numbers) == {"adamw": 71592, "adamw8bit": 18486}[name]
+    assert state_bytes(moved.optimizer) - overhead == estimated_state_bytes(learn, numbers)
+    assert estimated_state_bytes(learn, numbers) == {"adamw": 71592, "adamw8bit": 18486}[name]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
@@ -102,6 +102,15 @@ def test_no_step_is_taken_where_the_norm_is_not_finite(name, bad):
     assert caught.value.field == "learn.lr"
     steps(moved, 2, count=1)
     assert not torch.equal(moved.parameters["bias"], before["bias"]) and moved.read()["grad_norm"] > 0
+
+
+@bitsandbytes
+def test_small_tensors_can_have_eight_bits_too():
+    moved = stepper("adamw8bit", min_8bit_size=1)
+    steps(moved, 1, count=1)
+    learn = LearnConfig(optimizer="adamw8bit", min_8bit_size=1)
+    assert state_bytes(moved.optimizer) - 2048 == estimated_state_bytes(learn, [4800, 50, 4099]) == 18486 - 400 + 108
+    assert moved.optimizer.state[moved.parameters["bias"]]["state2"].dtype == torch.uint8
 
 
 @bitsandbytes
