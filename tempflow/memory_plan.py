@@ -10,6 +10,7 @@ operator by operator without data (`tempflow.models.rehearsal`); phases do not m
     optimizer state    `tempflow.optim.estimated_state_bytes`; paged states may move to the host
     gradients          fp32, from the first batch of an update to its step; a second time while ranks average them
     trunk states       latents and velocities at every fork, fp32; branches: one latent each, fp32
+    text encoders      beside all else, or with model.offload_text only while new prompts are encoded
     learning           one batch: what its forward pass keeps, and the peak of its backward pass
     tails, decoding    one chunk's network call and one decoder call; they meet with branch.overlap
     CUDA               1 GiB for context, libraries, workspaces
@@ -76,7 +77,7 @@ def plan_memory(
     trunk_call, tail_call = (dry.sampling(rows).peak for rows in (learn.rows, min(branch.rows, forks * plan.siblings)))
     decode = dry.decoding(branch.decode_rows).peak
     batch = {choice: _learning(dry, learn.rows, choice, learn.kl > 0, trunk_call) for choice in (False, True)}
-    encoding = {"text encoders": text} if config.model.offload_text else {}
+    encoding = {"encoding": {"text encoders": text}} if config.model.offload_text else {}
     averaging = {"averaging": min(2 * BUCKET, trainable)} if ranks > 1 else {}
     other = "without" if checkpointing else "with"
     return MemoryPlan(
@@ -90,8 +91,8 @@ def plan_memory(
             "image decoder": parts["vae"].bytes,
             "CUDA": CUDA,
         },
-        phases={
-            "trunk": {"trunk states": states, "network call": trunk_call} | encoding,
+        phases=encoding | {
+            "trunk": {"trunk states": states, "network call": trunk_call},
             "tails": {"trunk states": states, "branches": branches, "tail chunk": tail_call, "decoding": decode},
             "learning": {"trunk states": states, "gradients": trainable, "batch": batch[checkpointing]} | averaging,
         },

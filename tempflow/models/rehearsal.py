@@ -23,11 +23,13 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 META = torch.device("meta")
-LOWER = {F.linear, F.conv2d, F.conv3d, torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__}
+LOWER = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.matmul, torch.mm, torch.bmm, torch.baddbmm, torch.addmm,
+         torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.bmm}  # fmt: skip
 """operators that autocast runs in the lower precision"""
-UPPER = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.pow, Tensor.pow, Tensor.__pow__, torch.rsqrt,
-         Tensor.rsqrt}  # fmt: skip
-"""operators that autocast runs in fp32"""
+UPPER = {F.layer_norm, F.rms_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, torch.pow, Tensor.pow,
+         Tensor.__pow__, torch.rsqrt, Tensor.rsqrt, torch.exp, Tensor.exp, torch.sum, Tensor.sum, torch.cumsum,
+         Tensor.cumsum}  # fmt: skip
+"""operators that autocast runs in fp32 (both as torch 2.13 lists them for CUDA)"""
 
 
 @dataclass(frozen=True)
