@@ -38,8 +38,8 @@ OPTIMIZERS = {
     "paged_adamw": OptimizerKind("bitsandbytes.optim", "PagedAdamW32bit", paged=True),
     "paged_adamw8bit": OptimizerKind("bitsandbytes.optim", "PagedAdamW8bit", eight_bit=True, paged=True),
 }
-SMALL, BLOCK = 4096, 256
-"""bitsandbytes: tensors with fewer elements keep fp32 moments; the others share one fp32 scale per block."""
+BLOCK = 256
+"""8-bit moments share one fp32 scale per so many elements."""
 
 
 def make_optimizer(learn: LearnConfig, parameters: Sequence[Parameter]) -> torch.optim.Optimizer:
@@ -52,9 +52,10 @@ def make_optimizer(learn: LearnConfig, parameters: Sequence[Parameter]) -> torch
     if importlib.util.find_spec(kind.module.partition(".")[0]) is None:
         raise BadInput("learn.optimizer", learn.optimizer, "bitsandbytes is missing: pip install 'tempflow[gpu]'")
     make = getattr(importlib.import_module(kind.module), kind.name)
+    options = dict(kind.options) | ({"min_8bit_size": learn.min_8bit_size} if kind.eight_bit else {})
     check_device(learn.optimizer, parameters[0].device.type)
     return make(
-        parameters, lr=learn.lr, betas=learn.betas, eps=learn.eps, weight_decay=learn.weight_decay, **dict(kind.options)
+        parameters, lr=learn.lr, betas=learn.betas, eps=learn.eps, weight_decay=learn.weight_decay, **options
     )
 
 
@@ -70,14 +71,13 @@ def check_device(name: str, device: str) -> None:
         raise BadInput("learn.optimizer", name, mend)
 
 
-def estimated_state_bytes(name: str, sizes: Iterable[int]) -> int:
-    """Bytes that the optimizer `name` holds after its first step for parameters of `sizes` elements.
+def estimated_state_bytes(learn: LearnConfig, sizes: Iterable[int]) -> int:
+    """Bytes that the optimizer of `learn` holds after its first step for parameters of `sizes` elements.
 
     AdamW: two fp32 moments. In 8 bits: two bytes an element and two fp32 scales a block; small tensors as before.
     """
-    if not OPTIMIZERS[name].eight_bit:
-        return sum(8 * size for size in sizes)
-    return sum(8 * size if size < SMALL else 2 * size + 8 * -(-size // BLOCK) for size in sizes)
+    smallest = learn.min_8bit_size if OPTIMIZERS[learn.optimizer].eight_bit else float("inf")
+    return sum(8 * size if size < smallest else 2 * size + 8 * -(-size // BLOCK) for size in sizes)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -143,16 +143,16 @@ class MovingAverage:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within this context the parameters are the averaged ones; their own values come back afterwards."""
-        own = self._exchange(self.average)
+        self._exchange()
         try:
             yield
         finally:
-            self._exchange(own)
+            self._exchange()
 
     @torch.no_grad()
-    def _exchange(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Copies values into the parameters, in place, and returns what was there."""
-        before = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+    def _exchange(self) -> None:
+        """Averages and parameters change places, one tensor at a time, so that no third copy is held."""
         for name, parameter in self.parameters.items():
-            parameter.copy_(values[name])
-        return before
+            own = parameter.detach().clone()
+            parameter.copy_(self.average[name])
+            self.average[name].copy_(own)

@@ -1,41 +1,34 @@
-"""Setting up a run from its configuration, and what the loop asks of it besides the step itself."""
+"""A run on one rank: what its loop asks of it besides the step itself."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tempflow_kernels import backend_info
 from torch import Tensor
 
-from tempflow import checkpoint, distributed
+from tempflow import checkpoint
 from tempflow.checkpoint import Progress
-from tempflow.compiled import CompiledBlocks
 from tempflow.distributed import Ranks
 from tempflow.draws import Draw
 from tempflow.errors import BadInput, Unscored
 from tempflow.evaluation import Evaluator
 from tempflow.hacking import falls, keep_scores, read_scores
-from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, read_metrics
-from tempflow.models import load_policy
-from tempflow.optim import MovingAverage, make_optimizer
-from tempflow.plan import BranchCost, BranchPlan
+from tempflow.metrics import MetricsWriter, PhaseClock
+from tempflow.optim import state_bytes
+from tempflow.plan import BranchPlan
 from tempflow.policy import Policy
-from tempflow.prompts import Prompt, iteration_prompts, read_prompts
+from tempflow.prompts import Prompt, iteration_prompts
 from tempflow.report import draw_report, save_pictures
-from tempflow.rewards.panel import Panel, load_panels
-from tempflow.run_folder import check_consistency, check_folder, group_size, write_settings
-from tempflow.schedule import NoiseSchedule, build_schedule
+from tempflow.rewards.panel import Panel
+from tempflow.schedule import NoiseSchedule
 from tempflow.scoring import ScoreQueue
 from tempflow.settings import Config
-from tempflow.stepping import LossScale, Stepper
-from tempflow.tail_engine import EagerEngine, Numerics, TailEngine
-from tempflow.tail_levels import Engines
-from tempflow.tail_setup import set_up_tails
+from tempflow.stepping import Stepper
+from tempflow.tail_engine import Numerics, TailEngine
 
 
 @dataclass(frozen=True)
@@ -184,108 +177,17 @@ class Run:
             draw_report(self.folder)
         self.ranks.wait()
 
+    def announce(self) -> None:
+        """After the first iteration: what the plan could only estimate."""
+        if not self.ranks.first:
+            return
+        words = f"measured: optimizer state {state_bytes(self.stepper.optimizer) / 2**20:,.1f} MiB"
+        if self.policy.device.type == "cuda":
+            words += f", most GPU memory {torch.cuda.max_memory_allocated(self.policy.device) / 2**30:.2f} GiB"
+        print(words, file=sys.stderr)
+
     def finish(self, stopped: bool) -> None:
         """The closing words."""
         word = "stopped, as reward.hacking_stop asks" if stopped else "done"
         if self.ranks.first:
             print(f"tempflow: {word}; figures and pictures in {self.folder / 'report.png'}", file=sys.stderr)
-
-
-def set_up(config: Config) -> tuple[Run, Progress]:
-    """A run ready to go, and how far it has come already. Prints the plan.
-
-    Raises:
-        BadInput: anything in the configuration that cannot work; no file has been changed then.
-    """
-    ranks = distributed.start(config.run.device)
-    check_consistency(config, ranks.size)
-    check_trackers(config.run.trackers)
-    if not config.run.plan_only:
-        check_folder(config)
-    prompts = read_prompts(config.prompts.train, "prompts.train")
-    rewards, gold = load_panels(config.reward, config.branch.decode_rows, ranks.device)
-    torch.manual_seed(config.run.seed)  # here: the adapters' first values must not depend on what scorers drew
-    policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
-    schedule = build_schedule(policy.sigmas(config.sample.steps), config.sample.transition, config.sample.noise_level)
-    plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)
-    engines = _engines(config, policy, schedule, plan, prompts, ranks)
-    evaluator = _evaluator(config, policy, rewards, gold, ranks, engines.evaluate)
-    stepper = _stepper(config, policy)
-    if ranks.first:
-        print(_explain(config, policy, schedule, plan, ranks), rewards.describe("rewards"), gold.describe("gold"),
-              sep="\n", file=sys.stderr)  # fmt: skip
-    folder, progress, writer = Path(config.run.dir).expanduser(), Progress(), None
-    if not config.run.plan_only:
-        progress = checkpoint.restore(folder / "checkpoints", stepper)
-        write_settings(config, ranks)
-        last = progress.iteration if progress.iteration else None
-        writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
-    clock, numerics = PhaseClock(ranks.device), CompiledBlocks(policy.blocks()) if config.learn.compile else nullcontext
-    scores = ScoreQueue(policy, rewards, config.branch.decode_rows, clock, config.branch.overlap)
-    run = Run(config, folder, ranks, policy, schedule, plan, engines.explore, numerics, prompts, rewards, scores,
-              evaluator, stepper, clock, writer)  # fmt: skip
-    return run, progress
-
-
-def _engines(
-    config: Config, policy: Policy, schedule: NoiseSchedule, plan: BranchPlan, prompts: list[Prompt], ranks: Ranks
-) -> Engines:
-    """What carries the tails; not tried out where only the plan is asked for."""
-    if config.run.plan_only:
-        idle = EagerEngine(policy, 1)
-        return Engines("eager", idle, idle)
-    first_row = read_metrics(Path(config.run.dir).expanduser() / "metrics.jsonl")[:1] if config.run.resume else []
-    known_rows = first_row[0].get("tail_rows") if first_row else None
-    trunks = config.branch.prompts * config.branch.seeds // ranks.size
-
-    def agree(rows: int) -> int:
-        return int(ranks.gather(torch.tensor([rows]), 0).min())
-
-    return set_up_tails(config, policy, schedule, plan, trunks, prompts[0].text, known_rows, agree, ranks.first)
-
-
-def _stepper(config: Config, policy: Policy) -> Stepper:
-    """The optimizer and what goes with it."""
-    parameters, learn = policy.trainable(), config.learn
-    optimizer = make_optimizer(learn, list(parameters.values()))
-    average = MovingAverage(parameters, learn.ema_decay, learn.ema_every)
-    scale = LossScale(policy.device) if config.model.dtype == "fp16" else None
-    return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale)
-
-
-def _evaluator(
-    config: Config, policy: Policy, rewards: Panel, gold: Panel, ranks: Ranks, engine: TailEngine
-) -> Evaluator | None:
-    """Held-out evaluation, or None where there are no held-out prompts."""
-    if config.prompts.test is None:
-        return None
-    prompts = read_prompts(config.prompts.test, "prompts.test")
-    count = min(config.eval.prompts, len(prompts))
-    prompts = [prompts[place * len(prompts) // count] for place in range(count)]
-    schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
-    return Evaluator(policy, engine, schedule, prompts, rewards, gold, ranks, config.run.seed,
-                     config.branch.decode_rows, config.eval.pictures)  # fmt: skip
-
-
-def _explain(config: Config, policy: Policy, schedule: NoiseSchedule, plan: BranchPlan, ranks: Ranks) -> str:
-    """The plan in words and numbers: groups, cost per rank, and the schedule's forks."""
-    branch, learn = config.branch, config.learn
-    rows = branch.prompts * branch.seeds // ranks.size
-    elements = torch.Size(policy.latent_shape).numel()
-    passes = learn.inner_epochs * (2 if learn.kl else 1)
-    cost = BranchCost.of(plan, rows, elements, torch.Size(policy.image_shape).numel(), passes)
-    parameters = sum(parameter.numel() for parameter in policy.trainable().values())
-    weights = schedule.noise_weights(plan.pool).tolist()
-    forks = ", ".join(f"{step}: {weight:.2f}" for step, weight in zip(plan.pool, weights, strict=True))
-    drawn = f" ({len(plan.steps)} of them drawn each iteration)" if len(plan.steps) < len(plan.pool) else ""
-    rows_per_update = rows * len(plan.steps) // learn.updates
-    return "\n".join((
-        f"tempflow: {config.model.path} on {ranks.size} x {policy.device.type}, {parameters:,} trained parameters "
-        f"({config.model.train}), latents {tuple(policy.latent_shape)}; attention: {policy.attention}; operators: "
-        f"{backend_info()['cuda' if policy.device.type == 'cuda' else 'cpu']}",
-        f"groups: {branch.prompts} prompts x {branch.seeds} seeds, each trunk forks into {plan.siblings} siblings; "
-        f"advantages among {group_size(config)} branches (group={learn.group}); {rows_per_update} network rows per "
-        f"optimizer step and process, {learn.updates * learn.inner_epochs} optimizer steps an iteration",
-        f"forks at steps (step: noise weight){drawn}: {forks}",
-        f"cost per process: {cost.describe(plan, policy.network_rows)}",
-    ))  # fmt: skip

@@ -129,6 +129,8 @@ class LearnConfig:
     """Compile the repeated blocks for trunk and training, both alike."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     """AdamW of torch, or of bitsandbytes: moments in 8 bits; paged, they move to the host when the GPU is full."""
+    min_8bit_size: Count = 4096
+    """8-bit optimizers keep fp32 moments for tensors of fewer elements; low-rank adapters may be so small."""
     lr: Positive = 3e-4
     """Learning rate."""
     lr_schedule: Literal["constant", "linear"] = "constant"

@@ -3,8 +3,9 @@
 A step whose gradient norm is not finite changes no parameter and no moment. torch's fused AdamW decides that on the
 device (its `found_inf`); bitsandbytes waits for the device after every parameter anyway, so there the host decides.
 
-fp16: gradients below 6e-8 would vanish, so the loss is multiplied by a scale that halves whenever a gradient overflows
-and doubles after 200 steps without (as in mixed-precision training, arXiv 1710.03740).
+fp16: gradients below 6e-8 would vanish, so the network multiplies them by a constant inside (`models/network.py`). If
+that is too much or too little, the loss scale here follows: it halves whenever a gradient overflows and doubles after
+200 steps without (as in mixed-precision training, arXiv 1710.03740).
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tempflow.errors import BadInput
-from tempflow.optim import MovingAverage
+from tempflow.optim import MovingAverage, state_bytes
 
 PATIENCE = 20
-"""fp16: optimizer steps in a row that may be skipped; from 2^16 the loss scale has fallen to 2^-4 by then"""
+"""fp16: optimizer steps in a row that may be skipped; the loss scale has fallen to a millionth by then"""
 
 
 class LossScale:
     """The factor on the loss in fp16, a number on the device."""
 
-    START, LARGEST, INTERVAL = 2.0**16, 2.0**24, 200
+    START, LARGEST, INTERVAL = 1.0, 2.0**8, 200
 
     def __init__(self, device: torch.device):
         self.scale = torch.tensor(self.START, device=device)
@@ -101,15 +102,16 @@ class Stepper:
         del self.optimizer.found_inf
 
     def read(self) -> dict[str, Any]:
-        """Figures of the steps since the last call: the mean norm before clipping; with a loss scale that scale and the
-        number of steps that were skipped, which the mean leaves out. Here the host waits for the device.
+        """Figures of the steps since the last call, for which the host waits: the mean norm before clipping, bytes of
+        the optimizer's state; with a loss scale that scale and how many steps were skipped, which the mean leaves out.
 
         Raises:
             BadInput: a norm is not finite; with a loss scale, PATIENCE of them in a row.
         """
         norms, self.norms = torch.stack(self.norms).tolist(), []
         finite = [norm for norm in norms if norm - norm == 0]
-        figures = {"grad_norm": sum(finite) / max(1, len(finite))}
+        figures: dict[str, Any] = {"grad_norm": sum(finite) / max(1, len(finite))}
+        figures["optimizer_bytes"] = state_bytes(self.optimizer)
         if self.scale is not None:
             self._count_skipped(norms)
             return {**figures, "loss_scale": self.scale.scale.item(), "skipped_steps": len(norms) - len(finite)}

@@ -28,13 +28,14 @@ from tqdm import tqdm
 
 from tempflow import distributed
 from tempflow.advantage import Credit, combined_advantages, known_std
+from tempflow.assembly import set_up, show_plan
 from tempflow.branching import TransitionBatch, sample_branches, sample_trunk, updates
 from tempflow.checkpoint import Progress
 from tempflow.config import load
 from tempflow.errors import BadInput, Unscored
 from tempflow.metrics import LossRecord, known_mean, loss_figures
 from tempflow.optim import set_learning_rate
-from tempflow.run import Run, set_up
+from tempflow.run import Run
 from tempflow.tails_check import check_tails
 from tempflow.usage import help_text
 
@@ -140,6 +141,8 @@ def train(run: Run, progress: Progress) -> dict[str, Any]:
             progress = Progress(progress.iteration + 1, time.perf_counter() - start,
                                 progress.rollouts + run.rollouts_per_iteration, row)  # fmt: skip
             progress, row = settle(run, progress)
+            if bar.n == bar.initial:
+                run.announce()
             bar.update()
             bar.set_postfix(run.shown(row, rate))
         return row
@@ -183,12 +186,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     speak = distributed.is_first()  # before the loop every rank meets the same mistake
     try:
-        run, progress = set_up(load(arguments))
+        config = load(arguments)
+        if config.run.plan_only:
+            show_plan(config, distributed.start(config.run.device), memory=True)
+            return 0
+        run, progress = set_up(config)
         speak = True
-        if not run.config.run.plan_only:
-            if run.config.tails.check and run.ranks.first:
-                print(f"tempflow: {check_tails(run).describe()}", file=sys.stderr)
-            run.finish(stopped=stops(run, train(run, progress)))
+        if config.tails.check and run.ranks.first:
+            print(f"tempflow: {check_tails(run).describe()}", file=sys.stderr)
+        run.finish(stopped=stops(run, train(run, progress)))
         return 0
     except BadInput as error:
         if speak:

@@ -19,8 +19,10 @@ LAYERS = [
     {"tail_solver"},
     {"advantage", "tail_engine", "stepping", "geneval_prompts", "distributed", "digits"},
     {"branching", "rewards", "models", "checkpoint", "metrics", "tail_levels", "chunk_planner"},
-    {"scoring", "evaluation", "hacking", "report", "run_folder", "digits maker", "tail_setup"},
+    {"scoring", "evaluation", "hacking", "report", "run_folder", "memory_plan", "digits maker", "tail_setup"},
+    {"explain"},
     {"run"},
+    {"assembly"},
     {"tails_check"},
     {"train"},
 ]

@@ -9,6 +9,7 @@ from torch.nn import Parameter
 from tempflow import checkpoint
 from tempflow.checkpoint import Progress
 from tempflow.errors import BadInput
+from tempflow.models import load_policy
 from tempflow.optim import (
     OPTIMIZERS,
     MovingAverage,
@@ -18,7 +19,7 @@ from tempflow.optim import (
     make_optimizer,
     state_bytes,
 )
-from tempflow.settings import LearnConfig
+from tempflow.settings import LearnConfig, ModelConfig, SampleConfig
 from tempflow.stepping import PATIENCE, LossScale, Stepper
 
 bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -76,13 +77,13 @@ def test_a_resumed_optimizer_continues_bit_by_bit(tmp_path, name, scale):
 
 @pytest.mark.parametrize("name", ON_CPU)
 def test_state_weighs_what_was_announced(name):
-    moved = stepper(name)
+    moved, learn = stepper(name), LearnConfig(optimizer=name)
     assert state_bytes(moved.optimizer) == 0
     steps(moved, 1, count=1)
     numbers = [tensor.numel() for tensor in moved.parameters.values()]
     overhead = 4 * len(numbers) if name == "adamw" else 2 * 4 * 256  # counters, or the two shared quantisation maps
-    assert state_bytes(moved.optimizer) - overhead == estimated_state_bytes(name, numbers)
-    assert estimated_state_bytes(name, numbers) == {"adamw": 71592, "adamw8bit": 18486}[name]
+    assert state_bytes(moved.optimizer) - overhead == estimated_state_bytes(learn, numbers)
+    assert estimated_state_bytes(learn, numbers) == {"adamw": 71592, "adamw8bit": 18486}[name]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
@@ -102,6 +103,15 @@ def test_no_step_is_taken_where_the_norm_is_not_finite(name, bad):
     assert caught.value.field == "learn.lr"
     steps(moved, 2, count=1)
     assert not torch.equal(moved.parameters["bias"], before["bias"]) and moved.read()["grad_norm"] > 0
+
+
+@bitsandbytes
+def test_small_tensors_can_have_eight_bits_too():
+    moved = stepper("adamw8bit", min_8bit_size=1)
+    steps(moved, 1, count=1)
+    learn = LearnConfig(optimizer="adamw8bit", min_8bit_size=1)
+    assert state_bytes(moved.optimizer) - 2048 == estimated_state_bytes(learn, [4800, 50, 4099]) == 18486 - 400 + 108
+    assert moved.optimizer.state[moved.parameters["bias"]]["state2"].dtype == torch.uint8
 
 
 @bitsandbytes
@@ -154,12 +164,13 @@ def test_every_optimizer_of_the_settings_exists():
 def test_the_loss_scale_changes_no_step(name):
     """A power of two, so that scaling and unscaling is exact in fp32."""
     plain, scaled = stepper(name), stepper(name, scale=True)
+    scaled.scale.scale.fill_(8.0)
     for moved in (plain, scaled):
         for _ in range(2):
             moved.backward(sum((parameter**2).sum() for parameter in moved.parameters.values()))
             moved.step()
     assert_equal(everything(scaled), everything(plain))
-    assert scaled.read() == plain.read() | {"loss_scale": 2.0**16, "skipped_steps": 0}
+    assert scaled.read() == plain.read() | {"loss_scale": 8.0, "skipped_steps": 0}
 
 
 def test_the_loss_scale_halves_on_overflow_and_grows_after_a_while():
@@ -169,11 +180,31 @@ def test_the_loss_scale_halves_on_overflow_and_grows_after_a_while():
     steps(moved, 1, count=2, size=float("inf"))
     assert_equal(everything(moved), before)
     figures = moved.read()
-    assert (figures["loss_scale"], figures["skipped_steps"]) == (2.0**14, 2) and figures["grad_norm"] > 0
+    assert (figures["loss_scale"], figures["skipped_steps"]) == (0.25, 2) and figures["grad_norm"] > 0
     steps(moved, 1, count=LossScale.INTERVAL - 1)
-    assert moved.read()["loss_scale"] == 2.0**14
+    assert moved.read()["loss_scale"] == 0.25
     steps(moved, 1, count=1)
-    assert moved.read()["loss_scale"] == 2.0**15
+    assert moved.read()["loss_scale"] == 0.5
+
+
+def test_fp16_learns_what_fp32_learns(cpu):
+    """Autocast to fp16, the loss scale and its way back: the gradient of fp32 to a few parts in a hundred."""
+    gradients = {}
+    for dtype in ("fp32", "fp16"):
+        torch.manual_seed(0)
+        policy = load_policy(ModelConfig(dtype=dtype, vae_dtype="fp32", text_dtype="fp32", text_tokens=16),
+                             SampleConfig(), cpu)  # fmt: skip
+        parameters = policy.trainable()
+        for parameter in parameters.values():
+            parameter.data.normal_(std=0.05)
+        optimizer, average = torch.optim.AdamW(parameters.values(), fused=True), MovingAverage(parameters, 0.9, 1)
+        moved = Stepper(parameters, optimizer, average, 1.0, LossScale(cpu) if dtype == "fp16" else None)
+        velocity = policy.velocity(torch.randn(2, 4, 8, 8), torch.tensor([0.9, 0.4]), policy.encode(["a", "b"]))
+        moved.backward(1e-7 * velocity.square().mean())
+        gradients[dtype] = torch.cat([parameter.grad.flatten() for parameter in parameters.values()])
+        moved.step()
+        assert moved.read()["grad_norm"] == pytest.approx(gradients[dtype].norm().item(), rel=1e-5)
+    assert (gradients["fp16"] - gradients["fp32"]).norm() < 0.05 * gradients["fp32"].norm()
 
 
 def test_endless_overflow_ends_the_run():

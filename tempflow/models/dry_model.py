@@ -13,7 +13,7 @@ from tempflow.settings import ModelConfig
 
 
 class DryModel:
-    """Peaks of memory by the number of rows. The skeleton's network serves, so that it has adapters like the real one."""
+    """Peaks of memory by the number of rows. The skeleton's network has the adapters of the real one."""
 
     def __init__(self, skeleton: Skeleton, model: ModelConfig):
         self.skeleton, self.family, self.dtypes = skeleton, skeleton._family, dtypes(model)

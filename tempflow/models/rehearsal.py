@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,13 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 META = torch.device("meta")
-LOWER = {F.linear, F.conv2d, F.conv3d, torch.matmul, torch.bmm, torch.baddbmm, Tensor.matmul, Tensor.__matmul__}
+LOWER = {F.linear, F.conv1d, F.conv2d, F.conv3d, torch.matmul, torch.mm, torch.bmm, torch.baddbmm, torch.addmm,
+         torch.einsum, Tensor.matmul, Tensor.__matmul__, Tensor.bmm}  # fmt: skip
 """operators that autocast runs in the lower precision"""
-UPPER = {F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.pow, Tensor.pow, Tensor.__pow__, torch.rsqrt,
-         Tensor.rsqrt}  # fmt: skip
-"""operators that autocast runs in fp32"""
+UPPER = {F.layer_norm, F.rms_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax, torch.pow, Tensor.pow,
+         Tensor.__pow__, torch.rsqrt, Tensor.rsqrt, torch.exp, Tensor.exp, torch.sum, Tensor.sum, torch.cumsum,
+         Tensor.cumsum}  # fmt: skip
+"""operators that autocast runs in fp32 (both as torch 2.13 lists them for CUDA)"""
 
 
 @dataclass(frozen=True)
@@ -66,17 +69,18 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, self._enter, result)
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self._enter(tensor)
         return result
 
-    def _enter(self, tensor: Tensor) -> Tensor:
+    def _enter(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key not in self.known and tensor.device == META:
             self.known[key] = weakref.ref(storage, lambda _: self._leave(key, size))
             self.live += size
             self.peak = max(self.peak, self.live)
-        return tensor
 
     def _leave(self, key: int, size: int) -> None:
         del self.known[key]
@@ -84,28 +88,46 @@ class Ledger(TorchDispatchMode):
 
 
 class AsOnGPU(TorchFunctionMode):
-    """Autocast's choice of precision, and flash attention."""
+    """Autocast's choice of precision, with its cache of trained weights in the lower one, and flash attention."""
+
+    active = False
 
     def __init__(self, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
+        self.cache: dict[int, Tensor] = {}
+
+    def __enter__(self) -> AsOnGPU:
+        AsOnGPU.active = True
+        return super().__enter__()
+
+    def __exit__(self, *reason: Any) -> None:
+        AsOnGPU.active = False
+        self.cache.clear()
+        super().__exit__(*reason)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
+        kwargs, autocast = kwargs or {}, self.dtype != torch.float32
         if func is F.scaled_dot_product_attention:
-            return FlashAttention.apply(*(self._cast(tensor, self.dtype) for tensor in args[:3] or _named(kwargs)))
-        if self.dtype != torch.float32 and func in LOWER | UPPER:
-            wanted = self.dtype if func in LOWER else torch.float32
-            args, kwargs = tree_map_only(Tensor, lambda tensor: self._cast(tensor, wanted), (args, kwargs))
+            query, key, value = args[:3] if len(args) >= 3 else (kwargs["query"], kwargs["key"], kwargs["value"])
+            parts = (query, key, value)
+            return FlashAttention.apply(*(self._lower(part) for part in parts) if autocast else parts)
+        if autocast and func in LOWER:
+            args, kwargs = tree_map_only(Tensor, self._lower, (args, kwargs))
+        elif autocast and func in UPPER:
+            args, kwargs = tree_map_only(Tensor, self._upper, (args, kwargs))
         return func(*args, **kwargs)
 
+    def _lower(self, tensor: Tensor) -> Tensor:
+        if not (tensor.requires_grad and tensor.is_leaf and tensor.dtype == torch.float32):
+            return tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        if id(tensor) not in self.cache:
+            self.cache[id(tensor)] = tensor.to(self.dtype)
+        return self.cache[id(tensor)]
+
     @staticmethod
-    def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _named(kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    return kwargs["query"], kwargs["key"], kwargs["value"]
+    def _upper(tensor: Tensor) -> Tensor:
+        return tensor.float() if tensor.is_floating_point() else tensor
 
 
 class FlashAttention(torch.autograd.Function):
@@ -127,7 +149,7 @@ def enable_checkpointing(module: nn.Module, dtype: torch.dtype) -> None:
 
     def run(block: nn.Module, *arguments: Any) -> Any:
         def in_mode(*inputs: Any) -> Any:
-            with AsOnGPU(dtype):
+            with nullcontext() if AsOnGPU.active else AsOnGPU(dtype):
                 return block(*inputs)
 
         return checkpoint(in_mode, *arguments, use_reentrant=False)
