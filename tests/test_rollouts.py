@@ -1,4 +1,4 @@
-"""The rollouts benchmark: its baseline learns what ours learns, its FLOPs are those torch counts, its figures are right."""
+"""The rollouts benchmark: its baseline learns what ours learns; FLOPs are those torch counts; its sums are right."""
 
 
 import diffusers
@@ -11,6 +11,8 @@ from rollout_bench import Bench, bytes_of, iterate
 from rollout_figures import figures, network_rows, rank_correlation
 from rollout_report import read, summarise
 from rollout_variants import REFERENCE, VARIANTS, settings_of
+
+from tempflow.models.network import TrainedNetwork
 
 SMALL = {"branch.prompts": 2, "branch.seeds": 2, "branch.siblings": 3, "sample.steps": 5, "learn.rows": 4,
          "branch.rows": 10, "learn.kl": 0.05}  # fmt: skip
@@ -102,24 +104,27 @@ def test_flops_of_a_row_are_those_torch_counts(build):
 
 def test_network_rows_are_the_calls_that_are_made(bench, monkeypatch):
     """Counted at the network's door: forward rows of trunk, tails, learning and reference."""
+    rows, forward = [], TrainedNetwork.forward
+
+    def counting(self, inputs, device):
+        rows.append(len(inputs["hidden_states"]))
+        return forward(self, inputs, device)
+
+    monkeypatch.setattr(TrainedNetwork, "forward", counting)
     for name in ("official", REFERENCE):
-        case, rows = bench.case(BY_NAME[name]), []
-        network = case.run.policy.network
-        forward = type(network).forward
-        monkeypatch.setattr(type(network), "forward", lambda self, inputs, device: rows.append(
-            len(inputs["hidden_states"])) or forward(self, inputs, device))  # fmt: skip
-        measured = iterate(case, 0)
-        found = network_rows(case, measured)
-        monkeypatch.setattr(type(network), "forward", forward)
+        case = bench.case(BY_NAME[name])
+        rows.clear()
+        found = network_rows(case, iterate(case, 0))
         assert sum(rows) == found.trunk + found.tails + found.learn + found.reference
         assert found.learn == 4 * 4 * (3 if name == "official" else 1)
 
 
 def test_settings_add_up_level_by_level():
-    last = [variant for variant in VARIANTS if not variant.official][-1]
+    last, beside = BY_NAME["+stride 3"], settings_of(BY_NAME["compiled decoder"], True)
     assert settings_of(BY_NAME[REFERENCE], True)["tails.merged"] is False
     assert settings_of(last, True)["tails.fp8"] is True and settings_of(last, True)["model.dtype"] == "bf16"
     assert "tails.fp8" not in settings_of(last, False) and settings_of(last, False)["model.dtype"] == "fp32"
+    assert beside["tails.compile_vae"] and beside["branch.overlap"] and "tails.fp8" not in beside
     assert settings_of(BY_NAME["official"], True)["model.dtype"] == "fp32"
 
 
