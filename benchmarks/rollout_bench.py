@@ -40,7 +40,7 @@ from tempflow.settings import Config
 from tempflow.tail_engine import TailWork
 from tempflow.train import train_step
 
-DIGITS = {"branch.prompts": 2, "branch.rows": 48, "branch.decode_rows": 48, "learn.rows": 8, "eval.prompts": 1}
+DIGITS = {"branch.prompts": 2, "branch.rows": 48, "branch.decode_rows": 48, "learn.rows": 4, "eval.prompts": 1}
 DISTURBANCE = 0.02
 """size of the normal noise on adapters, so that they do something"""
 

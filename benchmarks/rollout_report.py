@@ -134,11 +134,11 @@ def _heading(limits: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 def _legend(floor: float | None) -> list[str]:
     told = f" ({floor:.1f} s per 1000 rollouts)" if floor else ""
     return [
-        "\\* approximate: changes rewards, never log-probabilities or gradients. Each level of ours includes those above "
-        "it, unless it says otherwise. Rank correlation: Spearman's of the K siblings' rewards with those of `ours`, "
-        "mean over forks. MFU: FLOPs of the network rows over seconds and the rate of large matrix products. Of the "
-        f"floor: the time in which this device could multiply the matrices of `ours`{told} over the time taken. ±: half "
-        "the range over the median, (number of iterations). GiB: memory above what lay there before the iteration."
+        "\\* approximate: changes rewards, never log-probabilities or gradients. Each level of ours includes those "
+        "above it, unless it says otherwise. Rank correlation: Spearman's of the K siblings' rewards with those of "
+        "`ours`, mean over forks. MFU: FLOPs of the network rows over seconds and the rate of large matrix products. "
+        f"Of the floor: the time in which this device could multiply the matrices of `ours`{told} over the time taken. "
+        "±: half the range over the median, (number of iterations). GiB: memory above what lay there before."
     ]
 
 

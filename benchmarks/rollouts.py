@@ -7,8 +7,8 @@
 An iteration is a full one: trunk, tails, decode, score, learn. Each variant is set up, warmed up (compilation is
 told apart) and run once; then all run in turn, round after round, until the minutes are over. Nothing is started that
 would not end in time. Each timed iteration is written at once to `rollouts_NAME.jsonl` in the output folder, one JSON
-object with device, versions, commit and date; table and plots are drawn from that file (`python benchmarks/rollout_report.py FILE`).
-A variant that cannot run here is listed with the reason.
+object with device, versions, commit and date; table and plots are drawn from that file (`python
+benchmarks/rollout_report.py FILE`). A variant that cannot run here is listed with the reason.
 """
 
 from __future__ import annotations

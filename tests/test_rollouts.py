@@ -2,7 +2,9 @@
 
 
 import diffusers
+import linearity
 import official
+import profile_iteration
 import pytest
 import rollouts
 import torch
@@ -169,3 +171,35 @@ def test_pil_images_and_back():
     pixels = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).to(torch.uint8)
     images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
     assert torch.equal(bytes_of(images), pixels)
+
+
+def test_cost_grows_with_size_and_the_curve_says_how(tmp_path):
+    """Two sizes of one quantity on the real pipeline, and the exponent of a known curve."""
+    sizes = {"siblings": (1, 2)}
+    assert linearity.main(["--rounds", "1", "--out", str(tmp_path)], sizes, {"sample.steps": 2}) == 0
+    rows = read(tmp_path / "linearity_digits.jsonl")
+    assert [(row["size"], row["rollouts"]) for row in rows] == [(1, 4), (1, 4), (2, 8), (2, 8)]
+    assert (tmp_path / "linearity_digits.png").stat().st_size > 5_000
+    assert linearity.exponent([(1, 3.0), (2, 12.0), (4, 48.0)]) == pytest.approx(2)
+    assert linearity.exponent([(3, 5.0), (6, 5.0)]) == pytest.approx(0)
+
+
+def test_the_profile_names_costs(bench, monkeypatch):
+    monkeypatch.setattr(bench, "overrides", SMALL | {"sample.steps": 2, "tails.level": "eager"})
+    text = profile_iteration.profiled(bench, REFERENCE)
+    assert "| 1 | matrix products |" in text and "tails" in text
+    assert 10 <= sum(line.startswith("| ") for line in text.splitlines()) <= 12
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matrix products"),
+    ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NTN", "matrix products"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+    ("void pytorch_flash::flash_fwd_kernel", "attention"),
+    ("aten::convolution_backward", "convolutions"),
+    ("triton_poi_fused_gelu_3", "compiled elementwise chains"),
+    ("Memcpy DtoH (Device -> Pageable)", "copies to and from the host"),
+    ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "elementwise"),
+])  # fmt: skip
+def test_kernels_are_sorted_by_kind(name, kind):
+    assert profile_iteration.kind_of(name) == kind
