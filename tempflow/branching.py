@@ -29,7 +29,7 @@ from tempflow.policy import Conditioning, Policy
 from tempflow.schedule import NoiseSchedule
 from tempflow.settings import LearnConfig
 from tempflow.tail_engine import TailEngine, ode_step
-from tempflow.tail_solver import to_device
+from tempflow.transfer import to_device
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,16 @@ from tempflow.schedule import NoiseSchedule
 from tempflow.tail_engine import Numerics
 from tempflow.tail_solver import TailSolver
 
-FIRST_PROBE, GROWTH = 8, 4
-"""Sizes that are tried: 8, 32, 128, ..."""
+FIRST_PROBE, GROWTH = 4, 4
+"""Sizes that are tried: 4, 16, 64, ..."""
 CALLS = 3
 """Calls of each size; the first may allocate or choose kernels."""
 BUDGET = {"cpu": 1.5, "cuda": 20.0}
 """Seconds; a probe that would take longer than what is left is not made."""
 MEMORY_SHARE = 0.8
 """Part of the free memory that a chunk may take; the rest is for decoding and scoring beside it."""
+BEYOND = 2
+"""How far beyond the largest size tried one may go."""
 NEAR_ENOUGH = 1.05
 """Of all sizes this near to the fastest, the smallest is taken: less memory, earlier to the scorer."""
 
@@ -62,7 +64,7 @@ def choose_rows(lengths: Sequence[int], probes: Sequence[Probe], free: float, pa
         free: bytes a call may take beyond what is held already.
         padded: every call has the full chunk's rows (static engines); else only those under way (eager).
     """
-    most = min(len(lengths), _fitting(probes, free))
+    most = min(len(lengths), BEYOND * probes[-1].rows, _fitting(probes, free))
     sizes = sorted({size for count in range(1, len(lengths) + 1) if (size := -(-len(lengths) // count)) <= most})
     seconds = {size: _seconds(lengths, probes, size, padded) for size in sizes}
     rows = next(size for size in sizes if seconds[size] <= NEAR_ENOUGH * min(seconds.values()))
@@ -70,13 +72,12 @@ def choose_rows(lengths: Sequence[int], probes: Sequence[Probe], free: float, pa
     return ChunkChoice(rows, 1 - sum(lengths) / computed, tuple(probes))
 
 
-def _fitting(probes: Sequence[Probe], free: float) -> int:
-    """The largest size that may be taken: four times what was tried, if memory that grows evenly allows it."""
-    largest = probes[-1].rows * GROWTH if probes[-1].peak else probes[-1].rows
-    if len(probes) < 2 or probes[-1].peak <= probes[0].peak:
-        return largest
-    slope = (probes[-1].peak - probes[0].peak) / (probes[-1].rows - probes[0].rows)
-    return max(1, min(largest, int((free - probes[0].peak) / slope) + probes[0].rows))
+def _fitting(probes: Sequence[Probe], free: float) -> float:
+    """The rows whose call fits into `free` bytes, by a straight line through the smallest and the largest probe."""
+    small, large = probes[0], probes[-1]
+    if large.peak <= small.peak:
+        return float("inf")
+    return max(1, small.rows + (free - small.peak) * (large.rows - small.rows) / (large.peak - small.peak))
 
 
 def _seconds(lengths: Sequence[int], probes: Sequence[Probe], size: int, padded: bool) -> float:
@@ -113,7 +114,13 @@ def measure(policy: Policy, numerics: Numerics, most: int, text: str) -> list[Pr
     _call(policy, numerics, conditioning.repeat(size))  # whatever happens only once, happens here
     deadline = time.perf_counter() + BUDGET.get(policy.device.type, BUDGET["cpu"])
     while True:
-        probes.append(_probe(policy, numerics, conditioning.repeat(size)))
+        try:
+            probes.append(_probe(policy, numerics, conditioning.repeat(size)))
+        except torch.OutOfMemoryError:
+            if not probes:
+                raise
+            torch.cuda.empty_cache()
+            return probes
         following = min(size * GROWTH, most)
         late = time.perf_counter() + CALLS * probes[-1].seconds * following / size > deadline
         if following == size or late or _fitting(probes, free_memory(policy.device)) < following:

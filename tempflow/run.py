@@ -201,7 +201,7 @@ def _engines(
     config: Config, policy: Policy, schedule: NoiseSchedule, plan: BranchPlan, prompts: list[Prompt], ranks: Ranks
 ) -> Engines:
     """What carries the tails; not tried out where only the plan is asked for."""
-    if config.run.plan_only and not config.tails.check:
+    if config.run.plan_only:
         idle = EagerEngine(policy, 1)
         return Engines("eager", idle, idle)
     first_row = read_metrics(Path(config.run.dir).expanduser() / "metrics.jsonl")[:1] if config.run.resume else []
@@ -245,7 +245,7 @@ def _explain(config: Config, policy: Policy, schedule: NoiseSchedule, plan: Bran
     rows_per_update = rows * len(plan.steps) // learn.updates
     return "\n".join((
         f"tempflow: {config.model.path} on {ranks.size} x {policy.device.type}, {parameters:,} trained parameters "
-        f"({config.model.train}), latents {tuple(policy.latent_shape)}; operators: "
+        f"({config.model.train}), latents {tuple(policy.latent_shape)}; attention: {policy.attention}; operators: "
         f"{backend_info()['cuda' if policy.device.type == 'cuda' else 'cpu']}",
         f"groups: {branch.prompts} prompts x {branch.seeds} seeds, each trunk forks into {plan.siblings} siblings; "
         f"advantages among {group_size(config)} branches (group={learn.group}); {rows_per_update} network rows per "

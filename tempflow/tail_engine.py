@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tempflow.policy import Conditioning, Policy
 from tempflow.schedule import NoiseSchedule
-from tempflow.tail_solver import EXACT, IDLE, KEEP_V, KEEP_X, MEMORY, SIGMA, TailSolver, to_device
+from tempflow.tail_solver import EXACT, IDLE, KEEP_V, KEEP_X, MEMORY, SIGMA, TailSolver
+from tempflow.transfer import to_device
 
 Numerics = Callable[[], AbstractContextManager[None]]
 """Makes the context in which a tail calls the network: merged weights, compiled blocks, or nothing."""

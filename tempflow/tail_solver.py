@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from tempflow.schedule import NoiseSchedule
+from tempflow.transfer import to_device
 
 COLUMNS = ("x_coef", "v_coef", "std", "sigma", "memory_coef", "keep_x", "keep_v")
 """x_coef, v_coef, std first: what `transition_step` takes; std is 0."""
@@ -127,10 +128,3 @@ class TailSolver:
 
 
 EXACT = TailSolver()
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """Host values on `device`, without waiting for it."""
-    if device.type != "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)

@@ -146,9 +146,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run, progress = set_up(load(arguments))
         speak = True
-        if run.config.tails.check and run.ranks.first:
-            print(f"tempflow: {check_tails(run).describe()}", file=sys.stderr)
         if not run.config.run.plan_only:
+            if run.config.tails.check and run.ranks.first:
+                print(f"tempflow: {check_tails(run).describe()}", file=sys.stderr)
             train(run, progress)
             run.finish()
         return 0

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import tiny_pipelines
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from tempflow.models import load_policy
 from tempflow.policy import Conditioning
@@ -70,6 +74,65 @@ class ToyPolicy(nn.Module):
     def blocks(self) -> list[nn.Module]:
         return []
 
+    def prepare_decoder(self, compiled: bool) -> None:
+        pass
+
+
+class StrictRecorder:
+    """Stands in for CUDA graphs on a CPU: repeats the work, and fails where a captured graph would not have followed.
+
+    That is where a tensor from outside of the work has moved or changed its shape, where a number that the host passed
+    to an operator has changed, or where the operators themselves have.
+    """
+
+    def __init__(self) -> None:
+        self.recorded, self.replayed = 0, 0
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        work()
+        captured = self._traced(work)
+        self.recorded += 1
+
+        def replay() -> None:
+            assert self._traced(work) == captured, "a captured graph would not have seen this change"
+            self.replayed += 1
+
+        return replay
+
+    @staticmethod
+    def _traced(work: Callable[[], None]) -> list[tuple]:
+        calls, own = [], set()
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+                before, _ = tree_flatten((args, kwargs))
+                calls.append((str(operator), *(_identity(value, own) for value in before)))
+                result = operator(*args, **(kwargs or {}))
+                outside = {_place(value) for value in before if isinstance(value, Tensor)} - own
+                made = {_place(value) for value in tree_flatten(result)[0] if isinstance(value, Tensor)}
+                own.update(made - outside)
+                return result
+
+        with Watch():
+            work()
+        return calls
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _identity(value, own: set[int]):
+    """What a graph holds fast of an argument: shape and, of tensors from outside, the place; any other value itself."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, None if _place(value) in own else value.data_ptr()
+    return repr(value)
+
+
+@pytest.fixture
+def strict_recorder() -> StrictRecorder:
+    return StrictRecorder()
+
 
 @pytest.fixture
 def toy() -> ToyPolicy:
@@ -96,7 +159,32 @@ def digits_policy(cpu: torch.device):
     return policy
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """name -> folder of a saved tiny pipeline (see tiny_pipelines.py), written once."""
+    folders: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tiny_pipelines.save(name, tmp_path_factory.mktemp("tiny") / name)
+        return folders[name]
+
+    return folder
+
+
 @pytest.fixture
+def load_tiny(tiny, cpu: torch.device):
+    """Loads a tiny pipeline as a policy, with `model` settings: `load_tiny(name, guidance, size, dtype="bf16")`."""
+
+    def load(name, guidance=None, size=tiny_pipelines.SIZE, keep_reference=True, **model):
+        torch.manual_seed(1)
+        settings = tiny_pipelines.model_config(tiny(name), name, **model)
+        return load_policy(settings, tiny_pipelines.sample_config(name, guidance, size), cpu, keep_reference)
+
+    return load
+
+
+@pytest.fixture(scope="session")
 def disturb():
     """Moves every parameter by normal noise of a size: `disturb(parameters, size)`."""
     return _disturb

@@ -13,7 +13,7 @@ KERNELS = ROOT / "kernels" / "tempflow_kernels"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
 LAYERS = [
-    {"errors", "batching", "paths", "settings", "compiled"},
+    {"errors", "batching", "paths", "settings", "compiled", "transfer"},
     {"config", "draws"},
     {"schedule", "policy", "plan", "prompts", "usage"},
     {"tail_solver"},
@@ -26,7 +26,7 @@ LAYERS = [
 ]
 """Bottom to top; a module may import from lower layers, or from its own file or folder."""
 
-RANKS = {"train", "run", "run_folder", "distributed", "evaluation"}
+RANKS = {"train", "tails_check", "run", "run_folder", "distributed", "evaluation"}
 DIFFUSERS = {"models", "digits maker"}
 
 
