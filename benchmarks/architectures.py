@@ -1,9 +1,9 @@
 """Real architectures without their weights: published configurations, random numbers, no hub.
 
-`make_pipeline` writes a diffusers pipeline folder that `tempflow.models.load_policy` reads like any other. Text encoders
-are left out: every text is encoded once and kept, so they cost a run nothing; `random_texts` puts random embeddings of
-the right shapes in their place. Random weights cost what trained ones cost, but they make no pictures: rank
-correlations of rewards under approximations are only meaningful with the trained digits pipeline.
+`make_pipeline` writes a diffusers pipeline folder that `tempflow.models.load_policy` reads like any other. Text
+encoders are left out: every text is encoded once and kept, so they cost a run nothing; `random_texts` puts random
+embeddings of the right shapes in their place. Random weights cost what trained ones cost, but they make no pictures:
+rank correlations of rewards under approximations are only meaningful with the trained digits pipeline.
 
 Sources: `config.json` of stabilityai/stable-diffusion-3.5-medium and black-forest-labs/FLUX.1-dev.
 """
@@ -138,7 +138,7 @@ def make_pipeline(architecture: Architecture, folder: Path, device: torch.device
     diffusers.FlowMatchEulerDiscreteScheduler(**architecture.scheduler).save_pretrained(folder / "scheduler")
     index = {"_class_name": architecture.pipeline, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
              "transformer": ["diffusers", architecture.transformer_class], "vae": ["diffusers", "AutoencoderKL"]}
-    index |= dict.fromkeys(TEXT_PARTS[architecture.pipeline], [None, None])
+    index |= {part: [None, None] for part in TEXT_PARTS[architecture.pipeline]}
     (folder / "model_index.json").write_text(json.dumps(index))
     return folder
 

@@ -14,8 +14,8 @@ An implementation of its own of what the public code does (Shredded-Pork/TempFlo
 * Transformer weights fp32 in a 16-bit autocast, fp32 image decoder, fp32 scorer, torch's default attention, no compile.
 
 Differences, each in favour of this baseline or without effect on its speed: texts are encoded once (the released code
-runs three text encoders for every initial noise); images cross to the host as bytes, not as floats; the constant 2.25 is
-the noise weight of the schedule in use; rows without any advantage are not dropped; bf16 stands in for fp16, whose
+runs three text encoders for every initial noise); images cross to the host as bytes, not as floats; the constant 2.25
+is the noise weight of the schedule in use; rows without any advantage are not dropped; bf16 stands in for fp16, whose
 rate is the same, since random weights may overflow in fp16; epochs 0 and 1 are not thrown away.
 """
 

@@ -1,6 +1,6 @@
 """One architecture on one device: policies, scorers and runs for the variants of `rollouts.py`, and timed iterations.
 
-Runs are real ones, set up by `tempflow.run.set_up` from a real configuration and stepped by `tempflow.train.train_step`;
+Runs are real, set up by `tempflow.run.set_up` from a real configuration and stepped by `tempflow.train.train_step`;
 only the policy is shared between variants that have the same weights, and the scorer is the architecture's own. Every
 timed iteration starts from the same parameters and a fresh optimizer, so all variants solve the same problem and their
 rewards can be compared branch by branch.
@@ -9,6 +9,7 @@ rewards can be compared branch by branch.
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import io
 import time
@@ -36,9 +37,10 @@ from tempflow.rewards import Scorer
 from tempflow.rewards.digits import DigitsReward
 from tempflow.run import Run, set_up
 from tempflow.settings import Config
+from tempflow.tail_engine import TailWork
 from tempflow.train import train_step
 
-DIGITS = {"branch.prompts": 2, "branch.rows": 144, "branch.decode_rows": 144, "learn.rows": 8, "eval.prompts": 1}
+DIGITS = {"branch.prompts": 2, "branch.rows": 48, "branch.decode_rows": 48, "learn.rows": 4, "eval.prompts": 1}
 DISTURBANCE = 0.02
 """size of the normal noise on adapters, so that they do something"""
 
@@ -58,6 +60,17 @@ class Recording:
 
 
 @dataclass
+class TotalWork(TailWork):
+    """Counts network rows of tails, and never anew."""
+
+    total: int = 0
+
+    def add(self, computed: int, needed: int) -> None:
+        super().add(computed, needed)
+        self.total += computed
+
+
+@dataclass
 class Case:
     """A variant ready to run."""
 
@@ -67,6 +80,8 @@ class Case:
     """scorer of PIL images, for the released algorithm"""
     start: dict[str, Tensor]
     """trained parameters that every iteration starts from"""
+    decoder: Callable | None
+    """torch's compiled call of the image decoder, which variants share, where this variant compiles it"""
 
 
 @dataclass(frozen=True)
@@ -81,7 +96,7 @@ class Iteration:
     gib: float | None
     """memory above what was held before it began"""
     tail_rows: int | None
-    """network rows of tails that were computed, padding included; None where the engine does not count"""
+    """network rows of tails that were computed, padding included; None for the released algorithm"""
 
 
 class Bench:
@@ -130,28 +145,42 @@ class Bench:
         def scorer(setting: str, name: str, rows: int) -> Scorer:
             return Scorer(setting, self.name, function, rows)
 
-        quiet = contextlib.redirect_stderr(io.StringIO())
-        with quiet, patch.object(tempflow.run, "load_policy", lambda *_, **__: policy):
-            with patch.object(tempflow.run, "load_scorer", scorer):
-                run, _ = set_up(config)
-        from tempflow.tail_levels import make_engines  # TODO
-
-        engine = make_engines(policy, config.tails, config.branch.rows, run.schedule, "a", False).explore
-        run = replace(run, scores=Recording(run.scores), engine=engine)
-        return Case(variant, run, judge if variant.official else None, self.starts[repr(config.model)])
+        with (
+            contextlib.redirect_stderr(io.StringIO()),
+            patch.object(tempflow.run, "load_policy", lambda *_, **__: policy),
+            patch.object(tempflow.run, "load_scorer", scorer),
+        ):
+            run, _ = set_up(config)
+        run = replace(run, scores=Recording(run.scores))
+        object.__setattr__(run.engine, "work", TotalWork())
+        decoder = policy.pipeline.vae.decoder._compiled_call_impl if config.tails.compile_vae else None
+        judge = judge if variant.official else None
+        return Case(variant, run, judge, self.starts[repr(config.model)], decoder)
 
     def policy(self, config: Config) -> Policy:
-        """The policy of a configuration's `model` section."""
+        """The policy of a configuration's `model` section; in fp8 it has a merged copy of its own."""
         key = repr(config.model)
         if key not in self.policies:
             with self.texts():
                 policy = load_policy(config.model, config.sample, self.device, keep_reference=True)
             if self.on_gpu and config.model.dtype == "fp32":
                 policy.network.dtype = torch.bfloat16  # fp32 weights in a 16-bit autocast, as the released code
+                policy.prepare_decoder = lambda compiled: None  # torch's own memory layout, as the released code
             self._same_adapters(policy)
             self.policies[key] = policy
             self.starts[key] = {name: value.detach().clone() for name, value in policy.trainable().items()}
-        return self.policies[key]
+        return self._twin(key) if config.tails.fp8 else self.policies[key]
+
+    def _twin(self, key: str) -> Policy:
+        """A policy of the same weights whose merged copy is another one."""
+        if f"{key} fp8" not in self.policies:
+            twin = copy.copy(self.policies[key])
+            twin.network = copy.copy(twin.network)
+            twin.network._merged = None
+            twin.quantise_merged()
+            twin.quantise_merged = lambda: "in fp8 already"
+            self.policies[f"{key} fp8"] = twin
+        return self.policies[f"{key} fp8"]
 
     @torch.no_grad()
     def _same_adapters(self, policy: Policy) -> None:
@@ -199,8 +228,7 @@ def iterate(case: Case, iteration: int) -> Iteration:
     """One timed iteration from the case's starting point."""
     run = case.run
     _reset(case)
-    work = getattr(run.engine, "work", None)
-    before = work.computed if work else 0
+    before = run.engine.work.total
     run.clock.read()
     peak = MemoryPeak(run.policy.device)
     synchronise(run.policy.device)
@@ -213,7 +241,7 @@ def iterate(case: Case, iteration: int) -> Iteration:
     synchronise(run.policy.device)
     seconds = time.perf_counter() - began
     phases = run.clock.read()
-    rows = None if work is None or case.judge else (work.computed - before if work.computed > before else None)
+    rows = None if case.judge else run.engine.work.total - before
     return Iteration(seconds, phases, figures["rewards"].cpu(), figures["grad_norm"], peak.gib(), rows)
 
 
@@ -225,7 +253,7 @@ def _reset(case: Case) -> None:
         parameter.copy_(case.start[name])
         parameter.grad = None
     case.run.optimizer.state.clear()
-    case.run.policy.refresh_merged()  # TODO
+    case.run.policy.pipeline.vae.decoder._compiled_call_impl = case.decoder
 
 
 def warm_up(case: Case) -> float:

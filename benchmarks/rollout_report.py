@@ -132,14 +132,13 @@ def _heading(limits: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _legend(floor: float | None) -> list[str]:
+    told = f" ({floor:.1f} s per 1000 rollouts)" if floor else ""
     return [
-        "\\* approximate: changes rewards, never log-probabilities or gradients. Each level of ours includes those above "
-        "it. Rank correlation: Spearman's of the K siblings' rewards with those of `ours`, mean over forks. MFU: "
-        "FLOPs of the network rows over seconds and the rate of large matrix products. Of the floor: the time in which "
-        "this device could multiply the matrices of `ours`"
-        + (f" ({floor:.1f} s per 1000 rollouts)" if floor else "")
-        + " over the time taken. ±: half the range over the median, (number of iterations). GiB: memory above what "
-        "lay there before the iteration."
+        "\\* approximate: changes rewards, never log-probabilities or gradients. Each level of ours includes those "
+        "above it, unless it says otherwise. Rank correlation: Spearman's of the K siblings' rewards with those of "
+        "`ours`, mean over forks. MFU: FLOPs of the network rows over seconds and the rate of large matrix products. "
+        f"Of the floor: the time in which this device could multiply the matrices of `ours`{told} over the time taken. "
+        "±: half the range over the median, (number of iterations). GiB: memory above what lay there before."
     ]
 
 
@@ -193,7 +192,8 @@ def picture(rows: list[dict[str, Any]], file: Path) -> None:
     axis.set_xlabel("seconds per 1000 branch rollouts")
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(ncols=len(PHASES), fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.45, -0.16))
-    axis.set_title(f"{limits['architecture']}, {limits['device']}, torch {limits['torch']}, {limits['date']}", fontsize=9)
+    title = ", ".join((limits["architecture"], limits["device"], f"torch {limits['torch']}", limits["date"]))
+    axis.set_title(title, fontsize=9)
     figure.savefig(file, dpi=130, bbox_inches="tight")
     plt.close(figure)
 

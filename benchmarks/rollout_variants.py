@@ -21,10 +21,15 @@ class Variant:
     """rewards are those of the plain computation, up to rounding of the precision"""
     gpu_only: str = ""
     """why it says nothing on a CPU; empty if it does"""
+    base: str = ""
+    """the level whose settings it adds to; empty for the one before it"""
 
 
 REFERENCE = "ours"
 """The variant whose rewards are the exact ones that the others' are compared with."""
+
+EXACT_END = "+overlap"
+"""The last of the exact levels that add up."""
 
 FP32_ON_CPU = "on a CPU everything is fp32 and this is `official` again"
 VARIANTS = (
@@ -38,8 +43,7 @@ VARIANTS = (
     Variant("+compile", "transformer blocks of the tails compiled", {"tails.level": "compile"}),
     Variant("+graph", "tails replayed as CUDA graphs", {"tails.level": "compiled_graph"},
             gpu_only="CUDA graphs need a GPU"),
-    Variant("+compiled decoder", "image decoder compiled", {"tails.compile_vae": True}),
-    Variant("+overlap", "decoding and scoring beside the next chunk", {"branch.overlap": True},
+    Variant(EXACT_END, "decoding and scoring beside the next chunk", {"branch.overlap": True},
             gpu_only="on a CPU with a scorer of its own it would only divide the cores"),
     Variant("+drop last", "tails end before the last, nearly empty step", {"tails.drop_below": 0.01}, exact=False),
     Variant("+fp8", "the copy's large linear layers in 8 bits", {"tails.fp8": True}, exact=False,
@@ -47,15 +51,28 @@ VARIANTS = (
     Variant("+multistep", "tails take every second sigma with DPM-Solver++(2M)",
             {"tails.solver": "dpmpp_2m", "tails.stride": 2}, exact=False),
     Variant("+stride 3", "tails take every third sigma", {"tails.stride": 3}, exact=False),
+    Variant("stride 2 alone", f"`{EXACT_END}` with tails that take every second sigma with Euler steps",
+            {"tails.stride": 2}, exact=False, base=EXACT_END),
+    Variant("compiled decoder", f"`{EXACT_END}` with the image decoder compiled", {"tails.compile_vae": True},
+            base=EXACT_END),
+    Variant("compiled learning", f"`{EXACT_END}` with the blocks of trunk and learning compiled",
+            {"learn.compile": True}, base=EXACT_END),
 )  # fmt: skip
 
 
+def chain(variant: Variant) -> list[Variant]:
+    """The levels that a variant consists of, itself last."""
+    if variant.official or variant.name == REFERENCE:
+        return [variant]
+    names = [level.name for level in VARIANTS]
+    before = VARIANTS[names.index(variant.base or names[names.index(variant.name) - 1])]
+    return [*chain(before), variant]
+
+
 def settings_of(variant: Variant, on_gpu: bool) -> dict[str, Any]:
-    """All settings of a variant: those of the levels up to it; on a CPU everything stays in fp32."""
-    levels = [level for level in VARIANTS if not level.official]
-    chain = [variant] if variant.official else levels[: levels.index(variant) + 1]
+    """All settings of a variant; on a CPU those of GPU levels are left out and everything stays in fp32."""
     merged: dict[str, Any] = {}
-    for level in chain:
+    for level in chain(variant):
         if on_gpu or not level.gpu_only:
             merged |= level.settings
     if not on_gpu:

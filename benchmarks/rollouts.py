@@ -4,11 +4,11 @@
     python benchmarks/rollouts.py --architecture flux-dev-512 --minutes 9
     python benchmarks/rollouts.py --variants official,ours --set branch.rows=48 --set branch.prompts=2
 
-An iteration is a full one: trunk, tails, decode, score, learn. Variants are set up and warmed up first (compilation is
-told apart), then run in turn, round after round, until the minutes are over; nothing is started that would not end in
-time. Each timed iteration is written at once to `rollouts_NAME.jsonl` in the output folder, one JSON object with device,
-versions, commit and date; table and plots are drawn from that file (`python benchmarks/rollout_report.py FILE`).
-A variant that cannot run here is listed with the reason.
+An iteration is a full one: trunk, tails, decode, score, learn. Each variant is set up, warmed up (compilation is
+told apart) and run once; then all run in turn, round after round, until the minutes are over. Nothing is started that
+would not end in time. Each timed iteration is written at once to `rollouts_NAME.jsonl` in the output folder, one JSON
+object with device, versions, commit and date; table and plots are drawn from that file (`python
+benchmarks/rollout_report.py FILE`). A variant that cannot run here is listed with the reason.
 """
 
 from __future__ import annotations
@@ -51,10 +51,9 @@ class Comparison:
         self.bench, self.file, self.start = bench, file, time.perf_counter()
         self.deadline = self.start + 60 * minutes - CLOSING_SECONDS
         self.environment = environment(bench.device) | {"architecture": bench.name}
-        self.cases: list[Case] = []
         self.seconds: dict[str, list[float]] = {}
         self.exact: dict[int, Iteration] = {}
-        self.peak = 0.0
+        self.peak = self.longest_warm_up = 0.0
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("")
 
@@ -69,59 +68,62 @@ class Comparison:
         """What the device can do, in the precision of the run."""
         dtype = torch.bfloat16 if self.bench.on_gpu else torch.float32
         self.peak, copied = matmul_peak(self.bench.device, dtype), copy_bandwidth(self.bench.device)
-        self.write("limits", dtype=str(dtype), matmul_tflops=round(self.peak / 1e12, 3), copy_gbs=round(copied / 1e9, 1))
-        say(f"{self.environment['device']}: {self.peak / 1e12:.2f} TFLOP/s matrix products, {copied / 1e9:.0f} GB/s copied")
+        tflops, gigabytes = round(self.peak / 1e12, 3), round(copied / 1e9, 1)
+        self.write("limits", dtype=str(dtype), matmul_tflops=tflops, copy_gbs=gigabytes)
+        say(f"{self.environment['device']}: {tflops} TFLOP/s of matrix products, {gigabytes} GB/s copied")
 
-    def prepare(self, variant: Variant) -> None:
+    def prepare(self, variant: Variant) -> Case | None:
         """Sets a variant up and warms it up, or writes down why not."""
         if variant.gpu_only and not self.bench.on_gpu:
-            self.skip(variant, variant.gpu_only)
-            return
-        began = time.perf_counter()
+            return self.skip(variant, variant.gpu_only)
+        if self.left() < self.longest_warm_up + self.guess(variant):
+            return self.skip(variant, f"no time left to set it up and run it: {self.left():.0f} s")
+        began, problem = time.perf_counter(), ""
         try:
-            with self.bench.texts():
-                case = self.bench.case(variant)
-                made = time.perf_counter()
-                first, second = warm_up(case), warm_up(case)
-        except torch.OutOfMemoryError as error:
-            self.skip(variant, f"out of memory: {error}")
-            return
-        except (BadInput, NotImplementedError, RuntimeError) as error:
-            self.skip(variant, " ".join(f"{type(error).__name__}: {error}".split())[:500])
-            return
-        self.cases.append(case)
+            case = self.bench.case(variant)
+            made = time.perf_counter()
+            first, again = warm_up(case), warm_up(case)
+        except (BadInput, NotImplementedError, RuntimeError) as error:  # out of memory is a RuntimeError
+            problem = told(error)
+        if problem:
+            return self.skip(variant, problem)
+        self.longest_warm_up = max(self.longest_warm_up, time.perf_counter() - began)
         self.write("warm-up", variant=variant.name, set_up_seconds=round(made - began, 2),
-                   first_seconds=round(first, 2), again_seconds=round(second, 2))  # fmt: skip
-        say(f"{variant.name}: set up {made - began:.1f} s, first call {first:.1f} s, again {second:.2f} s")
+                   first_seconds=round(first, 2), again_seconds=round(again, 2))  # fmt: skip
+        say(f"{variant.name}: set up {made - began:.1f} s, first call {first:.1f} s, again {again:.2f} s")
+        return case
 
     def skip(self, variant: Variant, reason: str) -> None:
-        torch.cuda.empty_cache()
+        if self.bench.on_gpu:
+            torch.cuda.empty_cache()
         self.write("skipped", variant=variant.name, reason=reason)
         say(f"{variant.name}: not run ({reason})")
 
-    def rounds(self, most: int) -> None:
-        """Iterations in turn until time is up or there are `most` of each."""
-        for number in range(most):
-            done = [self.one(case, number) for case in self.cases]
-            if not any(done):
-                return
-        return
+    def compare(self, chosen: list[Variant], most: int) -> None:
+        """Each variant once, right after its set-up; then all in turn until time is up or each has `most`."""
+        cases = []
+        with self.bench.texts():
+            for variant in chosen:
+                case = self.prepare(variant)
+                if case is not None and self.one(case, 0):
+                    cases.append(case)
+            for number in range(1, most):
+                cases = [case for case in cases if self.one(case, number)]
 
     def one(self, case: Case, number: int) -> bool:
-        """One timed iteration, if it fits."""
+        """One timed iteration, if it fits; False is the variant's end."""
         name = case.variant.name
-        expected = median(self.seconds[name]) if name in self.seconds else self.guess(case)
-        if expected * 1.1 > self.left():
-            if name not in self.seconds:
-                self.skip(case.variant, f"no time left: about {expected:.0f} s needed, {self.left():.0f} s left")
-                self.seconds[name] = [float("inf")]
+        if self.guess(case.variant) * 1.1 > self.left():
+            if number == 0:
+                self.skip(case.variant, f"no time left to run it: {self.left():.0f} s")
             return False
+        problem = ""
         try:
-            with self.bench.texts():
-                measured = iterate(case, number)
+            measured = iterate(case, number)
         except torch.OutOfMemoryError as error:
-            self.skip(case.variant, f"out of memory: {error}")
-            self.seconds[name] = [float("inf")]
+            problem = told(error)
+        if problem:  # outside of the handler, where what the error holds on to is free
+            self.skip(case.variant, f"round {number}: {problem}")
             return False
         if name == REFERENCE:
             self.exact[number] = measured
@@ -131,10 +133,15 @@ class Comparison:
         say(f"round {number}: {name} {measured.seconds:.2f} s, {row['rollouts_per_hour']:,.0f} rollouts/h")
         return True
 
-    def guess(self, case: Case) -> float:
-        """Seconds of an iteration never run: from the rows of the others."""
-        known = [median(times) for times in self.seconds.values() if times[0] < float("inf")]
-        return min(known) if known and not case.judge else (max(known) if known else 0.0)
+    def guess(self, variant: Variant) -> float:
+        """Seconds of an iteration: its own median, or that of the variant before it, which is seldom faster."""
+        if variant.name in self.seconds:
+            return median(self.seconds[variant.name])
+        return median(list(self.seconds.values())[-1]) if self.seconds else 0.0
+
+
+def told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
 def say(text: str) -> None:
@@ -150,7 +157,8 @@ def override(text: str) -> tuple[str, Any]:
 
 def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--architecture", choices=["digits", *ARCHITECTURES], help="default: sd35-medium-512 on a GPU, else digits")
+    names = ["digits", *ARCHITECTURES]
+    parser.add_argument("--architecture", choices=names, help="default: sd35-medium-512 on a GPU, else digits")
     parser.add_argument("--minutes", type=float, default=9.0, help="all included")
     parser.add_argument("--rounds", type=int, default=100, help="at most so many iterations of each variant")
     parser.add_argument("--variants", default="", help="names, separated by commas; default: all")
@@ -164,7 +172,7 @@ SMOKE = {"branch.prompts": 1, "branch.seeds": 2, "branch.siblings": 3, "sample.s
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the comparison; returns 1 if a variant that was asked for could not run on this device."""
+    """Runs the comparison and draws its report."""
     asked = options(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = asked.architecture or ("sd35-medium-512" if device.type == "cuda" else "digits")
@@ -178,9 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
         bench = Bench(name, device, Path(workshop), overrides)
         comparison = Comparison(bench, folder / f"rollouts_{name}.jsonl", asked.minutes)
         comparison.limits()
-        for variant in chosen:
-            comparison.prepare(variant)
-        comparison.rounds(1 if asked.smoke else asked.rounds)
+        comparison.compare(chosen, 1 if asked.smoke else asked.rounds)
     say(write_report(comparison.file))
     return 0
 

@@ -1,8 +1,10 @@
-"""The rollouts benchmark: its baseline learns what ours learns, its FLOPs are those torch counts, its figures are right."""
+"""The rollouts benchmark: its baseline learns what ours learns; FLOPs are those torch counts; its sums are right."""
 
 
 import diffusers
+import linearity
 import official
+import profile_iteration
 import pytest
 import rollouts
 import torch
@@ -11,6 +13,8 @@ from rollout_bench import Bench, bytes_of, iterate
 from rollout_figures import figures, network_rows, rank_correlation
 from rollout_report import read, summarise
 from rollout_variants import REFERENCE, VARIANTS, settings_of
+
+from tempflow.models.network import TrainedNetwork
 
 SMALL = {"branch.prompts": 2, "branch.seeds": 2, "branch.siblings": 3, "sample.steps": 5, "learn.rows": 4,
          "branch.rows": 10, "learn.kl": 0.05}  # fmt: skip
@@ -102,24 +106,27 @@ def test_flops_of_a_row_are_those_torch_counts(build):
 
 def test_network_rows_are_the_calls_that_are_made(bench, monkeypatch):
     """Counted at the network's door: forward rows of trunk, tails, learning and reference."""
+    rows, forward = [], TrainedNetwork.forward
+
+    def counting(self, inputs, device):
+        rows.append(len(inputs["hidden_states"]))
+        return forward(self, inputs, device)
+
+    monkeypatch.setattr(TrainedNetwork, "forward", counting)
     for name in ("official", REFERENCE):
-        case, rows = bench.case(BY_NAME[name]), []
-        network = case.run.policy.network
-        forward = type(network).forward
-        monkeypatch.setattr(type(network), "forward", lambda self, inputs, device: rows.append(
-            len(inputs["hidden_states"])) or forward(self, inputs, device))  # fmt: skip
-        measured = iterate(case, 0)
-        found = network_rows(case, measured)
-        monkeypatch.setattr(type(network), "forward", forward)
+        case = bench.case(BY_NAME[name])
+        rows.clear()
+        found = network_rows(case, iterate(case, 0))
         assert sum(rows) == found.trunk + found.tails + found.learn + found.reference
         assert found.learn == 4 * 4 * (3 if name == "official" else 1)
 
 
 def test_settings_add_up_level_by_level():
-    last = [variant for variant in VARIANTS if not variant.official][-1]
+    last, beside = BY_NAME["+stride 3"], settings_of(BY_NAME["compiled decoder"], True)
     assert settings_of(BY_NAME[REFERENCE], True)["tails.merged"] is False
     assert settings_of(last, True)["tails.fp8"] is True and settings_of(last, True)["model.dtype"] == "bf16"
     assert "tails.fp8" not in settings_of(last, False) and settings_of(last, False)["model.dtype"] == "fp32"
+    assert beside["tails.compile_vae"] and beside["branch.overlap"] and "tails.fp8" not in beside
     assert settings_of(BY_NAME["official"], True)["model.dtype"] == "fp32"
 
 
@@ -164,3 +171,35 @@ def test_pil_images_and_back():
     pixels = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).to(torch.uint8)
     images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
     assert torch.equal(bytes_of(images), pixels)
+
+
+def test_cost_grows_with_size_and_the_curve_says_how(tmp_path):
+    """Two sizes of one quantity on the real pipeline, and the exponent of a known curve."""
+    sizes = {"siblings": (1, 2)}
+    assert linearity.main(["--rounds", "1", "--out", str(tmp_path)], sizes, {"sample.steps": 2}) == 0
+    rows = read(tmp_path / "linearity_digits.jsonl")
+    assert [(row["size"], row["rollouts"]) for row in rows] == [(1, 4), (1, 4), (2, 8), (2, 8)]
+    assert (tmp_path / "linearity_digits.png").stat().st_size > 5_000
+    assert linearity.exponent([(1, 3.0), (2, 12.0), (4, 48.0)]) == pytest.approx(2)
+    assert linearity.exponent([(3, 5.0), (6, 5.0)]) == pytest.approx(0)
+
+
+def test_the_profile_names_costs(bench, monkeypatch):
+    monkeypatch.setattr(bench, "overrides", SMALL | {"sample.steps": 2, "tails.level": "eager"})
+    text = profile_iteration.profiled(bench, REFERENCE)
+    assert "| 1 | matrix products |" in text and "tails" in text
+    assert 10 <= sum(line.startswith("| ") for line in text.splitlines()) <= 12
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matrix products"),
+    ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NTN", "matrix products"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+    ("void pytorch_flash::flash_fwd_kernel", "attention"),
+    ("aten::convolution_backward", "convolutions"),
+    ("triton_poi_fused_gelu_3", "compiled elementwise chains"),
+    ("Memcpy DtoH (Device -> Pageable)", "copies to and from the host"),
+    ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "elementwise"),
+])  # fmt: skip
+def test_kernels_are_sorted_by_kind(name, kind):
+    assert profile_iteration.kind_of(name) == kind
