@@ -23,7 +23,7 @@ sys.path[:0] = [str(path) for path in (ROOT / "benchmarks", ROOT / "kernels", RO
 
 import torch  # noqa: E402
 from architectures import ARCHITECTURES  # noqa: E402
-from kernel_bench import environment  # noqa: E402
+from kernel_machine import environment  # noqa: E402
 from rollout_bench import Bench, iterate, warm_up  # noqa: E402
 from rollout_variants import EXACT_END, VARIANTS  # noqa: E402
 

@@ -63,8 +63,10 @@ def official_step(run: Run, iteration: int, judge: Judge) -> dict[str, Any]:
     samples = explore(run, iteration, judge)
     advantages = seed_advantages(samples.rewards, run.config.learn.advantage_clip)
     with run.clock("learn"):
-        norms = [run.optimizer_step(idle=False) for _ in learn(run, samples, advantages)]
-    return {"rewards": samples.rewards, "grad_norm": float(norms[-1])}
+        for _ in learn(run, samples, advantages):
+            run.optimizer_step(idle=False)
+        figures = run.stepper.read()
+    return {"rewards": samples.rewards, **figures}
 
 
 @torch.no_grad()

@@ -32,7 +32,7 @@ import torch  # noqa: E402
 import yaml  # noqa: E402
 from architectures import ARCHITECTURES  # noqa: E402
 from flops import copy_bandwidth, matmul_peak  # noqa: E402
-from kernel_bench import environment  # noqa: E402
+from kernel_machine import environment  # noqa: E402
 from rollout_bench import Bench, Case, Iteration, iterate, warm_up  # noqa: E402
 from rollout_figures import figures  # noqa: E402
 from rollout_report import write_report  # noqa: E402

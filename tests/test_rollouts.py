@@ -31,11 +31,11 @@ def gradients(case) -> dict[str, torch.Tensor]:
     """What an iteration hands to its optimizer."""
     seen = {}
 
-    def keep(idle: bool) -> float:
+    def keep(idle: bool) -> None:
         seen.update({name: value.grad.clone() for name, value in case.run.policy.trainable().items()})
         for value in case.run.policy.trainable().values():
             value.grad = None
-        return 0.0
+        case.run.stepper.idle()
 
     object.__setattr__(case.run, "optimizer_step", keep)
     case.rewards = iterate(case, 0).rewards
