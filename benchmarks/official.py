@@ -54,6 +54,8 @@ class Samples:
     """(S, R, K)"""
     rewards: Tensor
     """(S, R, K)"""
+    reward_seconds: float
+    """of all scoring threads together"""
     conditioning: Conditioning
     """R rows"""
 
@@ -66,7 +68,7 @@ def official_step(run: Run, iteration: int, judge: Judge) -> dict[str, Any]:
         for _ in learn(run, samples, advantages):
             run.optimizer_step(idle=False)
         figures = run.stepper.read()
-    return {"rewards": samples.rewards, **figures}
+    return {"rewards": samples.rewards, "reward_seconds": samples.reward_seconds, **figures}
 
 
 @torch.no_grad()
@@ -85,9 +87,10 @@ def explore(run: Run, iteration: int, judge: Judge) -> Samples:
             forks.append(states)
             scores += [pool.submit(timed, judge, batch, [prompt] * siblings) for batch in images]
         with run.clock("wait"):
-            rewards = collect(run, scores).view(len(prompts), -1, siblings).transpose(0, 1)
+            rewards, seconds = collect(scores)
+            rewards = rewards.view(len(prompts), -1, siblings).transpose(0, 1)
     stacked = [torch.stack(parts, dim=1) for parts in zip(*forks, strict=True)]
-    return Samples(*stacked, rewards, conditioning)
+    return Samples(*stacked, rewards, seconds, conditioning)
 
 
 def one_noise(run: Run, state: Tensor, keys: Tensor, prompt: Conditioning) -> tuple[tuple, list[list[Image.Image]]]:
@@ -143,11 +146,10 @@ def timed(judge: Judge, images: list[Image.Image], prompts: Sequence[Prompt]) ->
     return judge(images, prompts).float().cpu(), time.perf_counter() - start
 
 
-def collect(run: Run, scores: list[Future]) -> Tensor:
-    """All scores in order; the threads' seconds go to the phase `reward`."""
-    answers = [future.result() for future in scores]
-    run.clock.seconds["reward"] = sum(seconds for _, seconds in answers)
-    return torch.cat([values for values, _ in answers])
+def collect(scores: list[Future]) -> tuple[Tensor, float]:
+    """All scores in order, and the threads' seconds."""
+    values, seconds = zip(*(future.result() for future in scores), strict=True)
+    return torch.cat(values), sum(seconds)
 
 
 def seed_advantages(rewards: Tensor, clip: float) -> Tensor:

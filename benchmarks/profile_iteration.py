@@ -7,7 +7,8 @@
 One iteration (after two to warm up) runs under torch.profiler. Time is that of the device: kernels on a GPU, operators
 on a CPU, each counted once, without what it calls. Costs of one kind are added up: all matrix products, all attention,
 all convolutions and so on, with the kernel or operator that took most of it; the shares are of the whole iteration, so
-what is missing to 1 is a GPU that waits, or on a CPU Python between the operators. Profiling itself slows the host, not the kernels.
+what is missing to 1 is a GPU that waits, or on a CPU Python between the operators. Profiling slows the host, not the
+kernels.
 """
 
 from __future__ import annotations

@@ -91,6 +91,8 @@ class Iteration:
     """What one timed iteration gave."""
 
     seconds: float
+    cpu_seconds: float
+    """of all threads of this process"""
     phases: dict[str, float]
     rewards: Tensor
     """(S, R, K)"""
@@ -235,17 +237,19 @@ def iterate(case: Case, iteration: int) -> Iteration:
     run.clock.read()
     peak = MemoryPeak(run.policy.device)
     synchronise(run.policy.device)
-    began = time.perf_counter()
+    began, began_cpu = time.perf_counter(), time.process_time()
     if case.judge:
         figures = official_step(run, iteration, case.judge)
     else:
         figures = train_step(run, iteration)
         figures["rewards"] = run.scores.rewards.view(len(run.plan.steps), -1, run.plan.siblings)
     synchronise(run.policy.device)
-    seconds = time.perf_counter() - began
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
     phases = run.clock.read()
+    if case.judge:
+        phases["reward"] = round(figures["reward_seconds"], 4)
     rows = None if case.judge else run.engine.work.total - before
-    return Iteration(seconds, phases, figures["rewards"].cpu(), figures["grad_norm"], peak.gib(), rows)
+    return Iteration(seconds, cpu_seconds, phases, figures["rewards"].cpu(), figures["grad_norm"], peak.gib(), rows)
 
 
 @torch.no_grad()

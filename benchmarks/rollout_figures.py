@@ -53,6 +53,7 @@ def figures(bench: Bench, case: Case, measured: Iteration, exact: Iteration | No
     tail_seconds = measured.phases["tails"]
     row = {
         "seconds": round(measured.seconds, 4),
+        "cpu_seconds": round(measured.cpu_seconds, 4),
         "rollouts": rollouts,
         "rollouts_per_hour": round(rollouts / measured.seconds * 3600, 1),
         "phase_seconds": measured.phases,

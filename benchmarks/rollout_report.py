@@ -30,6 +30,8 @@ class Summary:
     iterations: int
     seconds: float
     """of an iteration"""
+    cpu_seconds: float
+    """of all threads of the process in an iteration: on a CPU that others use too, the steadier measure"""
     phases: dict[str, float]
     """seconds per 1000 rollouts that the iteration spent in each phase, waiting included, what ran beside left out"""
     rows: dict[str, int]
@@ -74,6 +76,7 @@ def _summary(name: str, exact: bool, rows: list[dict[str, Any]]) -> Summary:
         spread=(max(row["seconds"] for row in rows) - min(row["seconds"] for row in rows)) / 2 / seconds,
         iterations=len(rows),
         seconds=seconds,
+        cpu_seconds=middle("cpu_seconds"),
         phases={phase: scale * value for phase, value in _phases(rows, seconds).items()},
         rows=rows[0]["rows"],
         rollouts=rollouts,
@@ -101,11 +104,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     found, limits = summarise(rows), next(row for row in rows if row["kind"] == "limits")
     bases = [found.get(name) for name in ("official", "official-tuned")]
     floor = found[REFERENCE].floor if REFERENCE in found else None
-    head = ["variant", "rollouts/h", "x official", "x tuned", "s per iteration", "rows", "MFU tails", "MFU",
-            "of the floor", "GiB", "rank correlation"]  # fmt: skip
+    on_cpu = limits["threads"] is not None
+    head = ["variant", "rollouts/h", "x official", "x official, CPU time" if on_cpu else "x tuned", "s per iteration",
+            "rows", "MFU tails", "MFU", "of the floor", "GiB", "rank correlation"]  # fmt: skip
     lines = [_line(head), _line(["---"] * len(head))]
     for item in found.values():
         ratios = [f"{item.rate / base.rate:.2f}" if base else "" for base in bases]
+        if on_cpu and bases[0]:
+            ratios[1] = f"{bases[0].cpu_seconds / item.cpu_seconds:.2f}"
         lines.append(_line([
             f"{item.name}{'' if item.exact else ' *'}", f"{item.rate:,.0f}", *ratios,
             f"{item.seconds:.2f} ±{100 * item.spread:.0f} % ({item.iterations})", f"{sum(item.rows.values()):,}",
@@ -138,7 +144,8 @@ def _legend(floor: float | None) -> list[str]:
         "above it, unless it says otherwise. Rank correlation: Spearman's of the K siblings' rewards with those of "
         "`ours`, mean over forks. MFU: FLOPs of the network rows over seconds and the rate of large matrix products. "
         f"Of the floor: the time in which this device could multiply the matrices of `ours`{told} over the time taken. "
-        "±: half the range over the median, (number of iterations). GiB: memory above what lay there before."
+        "±: half the range over the median, (number of iterations). GiB: memory above what lay there before. CPU time: "
+        "of all threads of the process, which other work on the machine disturbs less."
     ]
 
 

@@ -28,7 +28,7 @@ LAYERS = [
 ]
 """Bottom to top; a module may import from lower layers, or from its own file or folder."""
 
-RANKS = {"train", "tails_check", "run", "run_folder", "distributed", "evaluation"}
+RANKS = {"train", "tails_check", "assembly", "run", "run_folder", "distributed", "evaluation"}
 DIFFUSERS = {"models", "digits maker"}
 
 

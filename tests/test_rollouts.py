@@ -57,8 +57,8 @@ def test_the_baseline_learns_the_same_from_the_same_rewards(bench, monkeypatch):
     """With rewards taken from noise identities instead of pixels nothing is left but rounding of the loss."""
     rewards = torch.randn(4, 4, 3, generator=torch.Generator().manual_seed(3))
     ours, released = bench.case(BY_NAME[REFERENCE]), bench.case(BY_NAME["official"])
-    monkeypatch.setattr(official, "collect", lambda run, scores: rewards.transpose(0, 1).flatten())
-    monkeypatch.setattr(ours.run.scores, "collect", lambda: setattr(ours.run.scores, "rewards", rewards) or rewards)
+    monkeypatch.setattr(official, "collect", lambda scores: (rewards.transpose(0, 1).flatten(), 0.0))
+    monkeypatch.setattr(ours.run.scores, "collect", lambda: setattr(ours.run.scores, "rewards", rewards) or rewards.view(1, -1))
     found, expected = gradients(ours), gradients(released)
     assert torch.equal(ours.rewards, released.rewards)
     size = max(value.abs().max() for value in expected.values())
@@ -175,10 +175,10 @@ def test_pil_images_and_back():
 
 def test_cost_grows_with_size_and_the_curve_says_how(tmp_path):
     """Two sizes of one quantity on the real pipeline, and the exponent of a known curve."""
-    sizes = {"siblings": (1, 2)}
+    sizes = {"siblings": (2, 3)}
     assert linearity.main(["--rounds", "1", "--out", str(tmp_path)], sizes, {"sample.steps": 2}) == 0
     rows = read(tmp_path / "linearity_digits.jsonl")
-    assert [(row["size"], row["rollouts"]) for row in rows] == [(1, 4), (1, 4), (2, 8), (2, 8)]
+    assert [(row["size"], row["rollouts"]) for row in rows] == [(2, 8), (2, 8), (3, 12), (3, 12)]
     assert (tmp_path / "linearity_digits.png").stat().st_size > 5_000
     assert linearity.exponent([(1, 3.0), (2, 12.0), (4, 48.0)]) == pytest.approx(2)
     assert linearity.exponent([(3, 5.0), (6, 5.0)]) == pytest.approx(0)
@@ -187,7 +187,7 @@ def test_cost_grows_with_size_and_the_curve_says_how(tmp_path):
 def test_the_profile_names_costs(bench, monkeypatch):
     monkeypatch.setattr(bench, "overrides", SMALL | {"sample.steps": 2, "tails.level": "eager"})
     text = profile_iteration.profiled(bench, REFERENCE)
-    assert "| 1 | matrix products |" in text and "tails" in text
+    assert "| matrix products |" in text and "convolutions" in text and "tails" in text
     assert 10 <= sum(line.startswith("| ") for line in text.splitlines()) <= 12
 
 
