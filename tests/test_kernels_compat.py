@@ -98,7 +98,7 @@ def test_flow_grpo_step_that_draws_is_differentiable(kind):
     given = sde_step_with_logprob(Scheduler(), leaves[1], timesteps, sample, 0.7, drawn[0], sde_type=kind)
     for found, expected in zip(drawn[:3], given[:3], strict=True):
         torch.testing.assert_close(found, expected)
-    for leaf, result in zip(leaves, (drawn, given), strict=True):
+    for result in (drawn, given):
         (result[1].sum() + result[2].square().sum()).backward()
     assert torch.equal(leaves[0].grad, leaves[1].grad)
     log_prob = sde_step_with_logprob(Scheduler(), velocity, timesteps, sample, sde_type=kind)[1]
