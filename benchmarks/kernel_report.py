@@ -87,8 +87,9 @@ def plot(rows, path):
     )  # fmt: skip
     for axis, (provider, panel) in zip(axes[0], panels.items(), strict=True):
         _panel(axis, panel, f"times faster than {'torch.compile' if provider == 'compiled' else provider}")
-    machine = [rows[0]["device"], f"{rows[0].get('threads')} threads" if rows[0].get("threads") else "bf16"]
-    figure.suptitle(", ".join([*machine, f"torch {rows[0]['torch']}", rows[0]["date"]]), fontsize=9)
+    first = rows[0]
+    threads = f", threads: {first['threads']} ({first.get('clock', 'wall')} clock)" if first.get("threads") else ""
+    figure.suptitle(f"{first['device']}{threads}, torch {first['torch']}, {first['date']}", fontsize=9)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -108,7 +108,9 @@ def test_gpu_check_judges_parts_by_what_their_process_did(gpu_check, tmp_path, m
         out=tmp_path, device="cpu", tiny=True, parts=["numerics", "determinism", "graph", "sanitizer"],
         deadline=time.monotonic() + 60,
     )  # fmt: skip
+    start = time.monotonic()
     assert gpu_check.run_parts(options) == 1
+    assert time.monotonic() - start < 40, "a part's children are ended with it"
     found = json.loads((tmp_path / "verdicts.json").read_text())
     assert [found[name] for name in options.parts] == ["FAILED", "ok", "skipped", "OUT OF TIME"]
     options.parts = ["determinism", "graph"]
