@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 
 import pytest
+import tiny_pipelines
 import torch
 from torch import nn
 
@@ -10,6 +11,7 @@ from tempflow.branching import sample_branches, sample_trunk
 from tempflow.compiled import CompiledBlocks
 from tempflow.draws import Draw
 from tempflow.plan import BranchPlan
+from tempflow.schedule import build_schedule
 from tempflow.tail_engine import BufferStore, Direct, EagerEngine, StaticEngine
 from tempflow.tail_solver import EXACT, TailSolver
 
@@ -59,8 +61,6 @@ def test_one_recording_serves_training_and_evaluation(toy, schedule, strict_reco
 
 
 def _schedule_of(policy, steps):
-    from tempflow.schedule import build_schedule
-
     return build_schedule(policy.sigmas(steps), "flow_sde", 0.7)
 
 
@@ -109,6 +109,19 @@ def test_levels_agree_on_the_sd3_pipeline(digits_policy, schedule, strict_record
     for engine in (merged, recorded):
         assert (images(engine, trunk, schedule) - expected).abs().max() < 2e-4
     assert expected.std() > 0.3
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "flux2_klein", "z_image"])
+def test_every_family_but_one_can_be_captured(load_tiny, strict_recorder, name):
+    """Guided where it can be, merged, padded. (Qwen-Image makes a tensor of a number in every call.)"""
+    policy = load_tiny(name, 2.0)
+    steps = _schedule_of(policy, 4)
+    noise, conditioning = torch.randn(3, *policy.latent_shape), policy.encode(tiny_pipelines.TEXTS)
+    found, expected = noise.clone(), noise.clone()
+    static(policy, 4, strict_recorder, EXACT, policy.merged).finish(found, [1, 1, 2], conditioning, steps)
+    EagerEngine(policy, 4).finish(expected, [1, 1, 2], conditioning, steps)
+    assert (found - expected).abs().max() < 1e-4 < (found - noise).abs().max()
+    assert strict_recorder.replayed == 3 and policy.blocks()
 
 
 def test_merged_weights_follow_training_only_when_refreshed(digits_policy, schedule, strict_recorder, disturb):
