@@ -46,6 +46,21 @@ def test_recorded_calls_equal_plain_ones(toy, schedule, strict_recorder, solver,
     assert len(toy.calls) == strict_recorder.replayed + 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("solver", SOLVERS, ids=TailSolver.describe)
+def test_engines_follow_their_tables(toy, schedule, strict_recorder, solver):
+    """Against the rows of the table taken one by one, for each branch alone."""
+    firsts, noise, conditioning = [1, 4, 4, 9], torch.randn(4, 2, 3), toy.encode([*TEXTS, "twenty"])
+    found, table = noise.clone(), solver.table(schedule)
+    static(toy, 6, strict_recorder, solver).finish(found, firsts, conditioning, schedule)
+    for row, first in enumerate(firsts):
+        x, kept = noise[row : row + 1], torch.zeros(1, 2, 3)
+        for x_coef, v_coef, _, sigma, memory, keep_x, keep_v in table.steps[first][-table.lengths[first] :].tolist():
+            v = toy.velocity(x, torch.tensor([sigma]), conditioning.rows(slice(row, row + 1)))
+            x, kept = x_coef * x + v_coef * v + memory * kept, keep_x * x + keep_v * v
+        assert (found[row] - x[0]).abs().max() < 1e-5
+
+
 def test_one_recording_serves_training_and_evaluation(toy, schedule, strict_recorder):
     """Other schedules, other solvers without memory, other first steps: nothing is recorded again."""
     store = BufferStore(toy, 6, strict_recorder, nullcontext)
@@ -76,9 +91,9 @@ def test_waste_counts_padding_and_waiting(toy, schedule, strict_recorder):
 
 
 def test_other_rows_of_the_buffers_do_not_matter(toy, schedule, strict_recorder):
-    """What an earlier chunk left in rows that a short chunk does not fill changes nothing, even if it is huge."""
+    """What an earlier chunk left in rows that a short chunk does not fill changes nothing, even if it is not finite."""
     engine = static(toy, 5, strict_recorder, TailSolver("adams_2"))
-    engine.finish(torch.full((5, 2, 3), 1e30), [2] * 5, toy.encode(["a" * 99] * 5), schedule)
+    engine.finish(torch.full((5, 2, 3), float("inf")), [2] * 5, toy.encode(["a" * 99] * 5), schedule)
     short, alone = torch.randn(2, 2, 3), None
     alone = short.clone()
     engine.finish(short, [2, 2], toy.encode(TEXTS[:2]), schedule)
