@@ -142,6 +142,16 @@ def test_what_is_missing_is_said(options, words, folder, monkeypatch):
         load_scorer("reward.name", "pickscore", 4, {"path": folder, "processor": folder} | options)
 
 
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2"])
+def test_missing_tokenizer_is_said(name, folder, weights, tmp_path):
+    """transformers makes an empty tokenizer of an empty folder."""
+    torch.save(weights, tmp_path / "HPS.pt")
+    (tmp_path / "empty").mkdir()
+    path = folder if name == "pickscore" else tmp_path / "HPS.pt"
+    with pytest.raises(BadInput, match=rf"{name}\.processor=.*empty: cannot be loaded.*: 2 tokens found, 54 expected"):
+        load_scorer("reward.name", name, 4, {"path": path, "processor": tmp_path / "empty"})
+
+
 def test_missing_hub_file_is_said(folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match=r"hpsv2\.path=xswu/HPSv2/HPS_v2\.1_compressed\.pt: cannot be loaded"):

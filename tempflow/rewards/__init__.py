@@ -139,4 +139,14 @@ def _construct(kind: type, name: str, options: dict[str, Any], device: torch.dev
     for key, required in known.items():
         if required and key not in options:
             raise BadInput(f"reward.options.{name}.{key}", None, "this scorer needs it; give a value")
+    if "device" in known and "device" in options:
+        _check_device(name, options["device"])
     return kind(**options)
+
+
+def _check_device(name: str, device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch asserts that it was built for the device
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"reward.options.{name}.device", device, f"cannot be used here ({reason})") from error
