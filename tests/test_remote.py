@@ -21,7 +21,7 @@ from tempflow.prompts import Prompt, read_prompts
 from tempflow.rewards import Scorer, load_scorer
 from tempflow.rewards.panel import load_panels
 from tempflow.rewards.remote import Fleet, Terms
-from tempflow.rewards.serve import main
+from tempflow.rewards.serve import Bodies, main
 from tempflow.rewards.wire import Request, pack_request
 from tempflow.scoring import ScoreQueue
 from tempflow.settings import RewardConfig
@@ -108,6 +108,21 @@ def test_garbage_through_the_socket_leaves_a_server_well(digits):
         with socket.create_connection((host, int(port)), timeout=10) as line:
             line.sendall(dice.randbytes(dice.randrange(1, 400)) + b"\r\n\r\n")
     assert Fleet([digits], TERMS, "secret").survey() == {"digits", "digits_gold"}
+
+
+def test_memory_of_a_request_is_used_again_only_when_nobody_holds_its_images():
+    bodies = Bodies()
+    first = bodies.take(12)
+    first[:] = b"x" * 12
+    held = torch.frombuffer(first, dtype=torch.uint8)[6:]
+    del first
+    bodies.take(12)[:] = bytes(12)
+    assert held.tolist() == [ord("x")] * 6 and len(bodies.buffers) == 2
+    del held
+    for size in (12, 5, 0):
+        assert len(bodies.take(size)) == size and len(bodies.buffers) == 2
+    views = [bodies.take(3) for _ in range(20)]
+    assert len(bodies.buffers) <= 4 and len({id(view.obj) for view in views}) == 20
 
 
 @pytest.mark.parametrize("arguments", [["--host", "0.0.0.0"], ["--host", "::"], ["--host", "example.org"]])

@@ -35,8 +35,35 @@ except ImportError as error:
 REMEMBERED = 1024
 """Answers that are kept for requests sent again."""
 
+KEPT = 4
+"""Bodies whose memory is kept."""
+
 BODY_SECONDS = 120.0
 """How long a request may take to arrive."""
+
+
+class Bodies:
+    """Memory for the bodies of requests, used again: to get it fresh from the system costs more than to fill it."""
+
+    def __init__(self) -> None:
+        self.buffers: list[bytearray] = []
+
+    def take(self, size: int) -> memoryview:
+        """`size` bytes, free again as soon as nothing refers to them, no tensor either."""
+        for buffer in self.buffers:
+            if len(buffer) >= size and _is_free(buffer):
+                return memoryview(buffer)[:size]
+        self.buffers = [*self.buffers[-KEPT + 1 :], bytearray(max(size, 1))]
+        return memoryview(self.buffers[-1])[:size]
+
+
+def _is_free(buffer: bytearray) -> bool:
+    """Whether no view of it lives: only then does Python let it change its length."""
+    try:
+        buffer.append(buffer.pop())
+    except BufferError:
+        return False
+    return True
 
 
 class ScorerServer:
@@ -45,7 +72,7 @@ class ScorerServer:
     def __init__(self, scorers: Sequence[Scorer], limits: Limits, requests: int, token: str | None):
         self.scorers = {scorer.name: (scorer, ThreadPoolExecutor(1, scorer.name)) for scorer in scorers}
         self.limits, self.requests, self.token = limits, requests, token
-        self.taken = 0
+        self.taken, self.bodies = 0, Bodies()
         self.answers: OrderedDict[tuple[str, str], asyncio.Future[tuple[int, bytes]]] = OrderedDict()
 
     def application(self) -> web.Application:
@@ -83,7 +110,7 @@ class ScorerServer:
         if size > self.limits.body:
             return _error(413, f"a body of {size} bytes; at most {self.limits.body}, see reward.batch and --max-mib")
         try:
-            job = unpack_request(await _read(request, size), self.limits)
+            job = unpack_request(await _read(request, self.bodies.take(size)), self.limits)
         except Malformed as error:
             return _error(400, str(error))
         except TimeoutError:
@@ -114,18 +141,17 @@ def _work(scorer: Scorer, job: Request) -> tuple[int, bytes]:
         return 422, pack_refusal(job, error.mend)
 
 
-async def _read(request: web.Request, size: int) -> bytearray:
+async def _read(request: web.Request, body: memoryview) -> memoryview:
     """The body, every byte copied once."""
-    body = bytearray(size)
-    view, place = memoryview(body), 0
+    place = 0
     async with asyncio.timeout(BODY_SECONDS):
         async for piece in request.content.iter_any():
-            if place + len(piece) > size:
+            if place + len(piece) > len(body):
                 break
-            view[place : place + len(piece)] = piece
+            body[place : place + len(piece)] = piece
             place += len(piece)
-    if place != size:
-        raise Malformed(f"{place} of {size} bytes arrived")
+    if place != len(body):
+        raise Malformed(f"{place} of {len(body)} bytes arrived")
     return body
 
 

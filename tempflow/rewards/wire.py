@@ -71,8 +71,8 @@ def pack_request(request: Request) -> tuple[bytes, memoryview]:
     return len(text).to_bytes(8, "little") + text, memoryview(images.view(-1).numpy())
 
 
-def unpack_request(body: bytearray, limits: Limits) -> Request:
-    """A request from its bytes; the images are a view of them.
+def unpack_request(body: bytearray | memoryview, limits: Limits) -> Request:
+    """A request from its bytes, which can be written to; the images are a view of them.
 
     Raises:
         Malformed: with the reason.
@@ -80,7 +80,7 @@ def unpack_request(body: bytearray, limits: Limits) -> Request:
     length = int.from_bytes(body[:8], "little")
     if len(body) < 8 or length > min(HEADER_BYTES, len(body) - 8):
         raise Malformed(f"a header of {length} bytes does not fit a body of {len(body)}")
-    header = _json(bytes(memoryview(body)[8 : 8 + length]))
+    header = _json(bytes(body[8 : 8 + length]))
     if not isinstance(header, dict) or header.keys() != {"__metadata__", "images"}:
         raise Malformed("the header must hold __metadata__ and the tensor images, nothing else")
     start, shape = 8 + length, _shape(header["images"], len(body) - 8 - length, limits)
