@@ -45,6 +45,8 @@ class Policy(Protocol):
     """(3, height, width) of a decoded image"""
     network_rows: int
     """network rows that one velocity costs: 2 with classifier-free guidance, else 1"""
+    attention: str
+    """the attention backend, and how it was chosen"""
 
     def sigmas(self, num_steps: int) -> Tensor:
         """(T+1,) float64 from the model's own scheduler at the configured resolution."""

@@ -174,6 +174,8 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     schedule, plan = show_plan(config, ranks)
     reward = load_scorer("reward.name", config.reward.name, config.branch.decode_rows)
     policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
+    if ranks.first:
+        print(f"attention: {policy.attention}", file=sys.stderr)
     evaluator = _evaluator(config, policy, reward, ranks)
     stepper = _stepper(config, policy)
     folder = Path(config.run.dir).expanduser()

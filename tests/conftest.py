@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+import tiny_pipelines
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +78,32 @@ def digits_policy(cpu: torch.device):
     return policy
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """name -> folder of a saved tiny pipeline (see tiny_pipelines.py), written once."""
+    folders: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in folders:
+            folders[name] = tiny_pipelines.save(name, tmp_path_factory.mktemp("tiny") / name)
+        return folders[name]
+
+    return folder
+
+
 @pytest.fixture
+def load_tiny(tiny, cpu: torch.device):
+    """Loads a tiny pipeline as a policy, with `model` settings: `load_tiny(name, guidance, size, dtype="bf16")`."""
+
+    def load(name, guidance=None, size=tiny_pipelines.SIZE, keep_reference=True, **model):
+        torch.manual_seed(1)
+        settings = tiny_pipelines.model_config(tiny(name), name, **model)
+        return load_policy(settings, tiny_pipelines.sample_config(name, guidance, size), cpu, keep_reference)
+
+    return load
+
+
+@pytest.fixture(scope="session")
 def disturb():
     """Moves every parameter by normal noise of a size: `disturb(parameters, size)`."""
     return _disturb

@@ -146,7 +146,7 @@ def test_wrong_input_is_one_clear_line_and_exit_code_2(tmp_path, monkeypatch, ca
     (tmp_path / "bad_scorers.py").write_text(BAD_SCORERS)
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
     monkeypatch.syspath_prepend(str(tmp_path))
     assert train(tmp_path / "run", *(override.format(folder=tmp_path) for override in overrides)) == 2
     printed = capsys.readouterr().err

@@ -14,6 +14,8 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
+from tempflow.settings import ModelConfig, SampleConfig
+
 TEXTS = [
     "a seven at the top left and a three at the bottom right",
     "three fours",
@@ -88,8 +90,8 @@ def t5_encoder(tokenizer: transformers.T5TokenizerFast) -> nn.Module:
 
 def language_model(vocabulary: int, layers: int, width: int = WIDTH) -> dict:
     """Settings that Qwen's and Mistral's decoders share."""
-    return {"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers,
-            "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 512}  # fmt: skip
+    sizes = {"vocab_size": vocabulary, "hidden_size": width, "intermediate_size": width, "num_hidden_layers": layers}
+    return {**sizes, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 512}
 
 
 def autoencoder(kind: type = diffusers.AutoencoderKL, **options) -> nn.Module:
@@ -104,10 +106,11 @@ def kl_autoencoder() -> nn.Module:
     return autoencoder(scaling_factor=0.6, shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False)
 
 
-def dynamic_scheduler() -> diffusers.FlowMatchEulerDiscreteScheduler:
+def dynamic_scheduler(**options) -> diffusers.FlowMatchEulerDiscreteScheduler:
+    """The shift depends on the image size."""
     return diffusers.FlowMatchEulerDiscreteScheduler(
         use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15, base_image_seq_len=256, max_image_seq_len=4096,
-        shift=3.0,
+        **options,
     )  # fmt: skip
 
 
@@ -117,8 +120,8 @@ def sd3() -> diffusers.DiffusionPipeline:
     kind = transformers.CLIPTextModelWithProjection
     transformer = diffusers.SD3Transformer2DModel(
         sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
-        num_attention_heads=2, joint_attention_dim=2 * WIDTH, caption_projection_dim=16, pooled_projection_dim=2 * WIDTH,
-        pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,),
+        num_attention_heads=2, joint_attention_dim=2 * WIDTH, caption_projection_dim=16,
+        pooled_projection_dim=2 * WIDTH, pos_embed_max_size=8, qk_norm="rms_norm", dual_attention_layers=(0,),
     )  # fmt: skip
     return diffusers.StableDiffusion3Pipeline(
         transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), vae=kl_autoencoder(),
@@ -204,7 +207,7 @@ def z_image() -> diffusers.DiffusionPipeline:
     text_encoder = transformers.Qwen3Model(transformers.Qwen3Config(**language_model(len(tokenizer), 3)))
     transformer = diffusers.ZImageTransformer2DModel(
         in_channels=4, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=WIDTH,
-        axes_dims=[4, 6, 6], axes_lens=[160, 32, 32],
+        axes_dims=[4, 6, 6], axes_lens=[256, 32, 32],
     )  # fmt: skip
     nn.init.normal_(transformer.x_pad_token)
     nn.init.normal_(transformer.cap_pad_token)
@@ -217,6 +220,20 @@ def z_image() -> diffusers.DiffusionPipeline:
 BUILDERS = {"sd3": sd3, "flux": flux, "qwen_image": qwen_image, "flux2": flux2, "flux2_klein": flux2_klein,
             "z_image": z_image}  # fmt: skip
 TEXT_TOKENS = {"sd3": 32, "flux": 32, "qwen_image": 48, "flux2": 96, "flux2_klein": 64, "z_image": 96}
+
+NONE = {"z_image": 0.0}
+"""The guidance that means none, where it is not 1."""
+
+SIZE = {"height": 16, "width": 24}
+
+
+def model_config(folder: Path, name: str, **changes) -> ModelConfig:
+    return ModelConfig(**{"path": str(folder), "text_tokens": TEXT_TOKENS[name], "lora_rank": 4, "lora_alpha": 8,
+                          **changes})  # fmt: skip
+
+
+def sample_config(name: str, guidance: float | None = None, size: dict[str, int] = SIZE) -> SampleConfig:
+    return SampleConfig(guidance=NONE.get(name, 1.0) if guidance is None else guidance, **size)
 
 
 def save(name: str, folder: Path) -> Path:

@@ -66,9 +66,10 @@ def load_skeleton(model: ModelConfig, sample: SampleConfig) -> Skeleton:
     """
     check_attention(model.attention)
     _, index, family_class = _find(model)
-    pipeline = build_pipeline(family_class.pipeline_class, model, index)
-    family = family_class(pipeline, model, sample, torch.device("meta"))
-    return Skeleton(family, _network(family, model, keep_reference=False), model)
+    with torch.random.fork_rng(devices=()):  # initialising weights without storage draws numbers all the same
+        pipeline = build_pipeline(family_class.pipeline_class, model, index)
+        family = family_class(pipeline, model, sample, torch.device("meta"))
+        return Skeleton(family, _network(family, model, keep_reference=False), model)
 
 
 def _find(model: ModelConfig) -> tuple[Path, dict[str, Any], type[Family]]:

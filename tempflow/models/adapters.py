@@ -85,7 +85,8 @@ def load_adapters(module: nn.Module, pipeline_class: type[DiffusionPipeline], co
             found, wanted = tuple(weights[name].shape), tuple(tensor.shape)
             mend = f"{name} has shape {found}, not {wanted}; set model.lora_rank={min(found)}, or it is another model's"
             raise BadInput("model.lora", config.lora, mend)
-    set_peft_model_state_dict(module, {name: tensor.float() for name, tensor in weights.items()})
+    if not next(module.parameters()).is_meta:  # a skeleton has nothing to fill
+        set_peft_model_state_dict(module, {name: tensor.float() for name, tensor in weights.items()})
 
 
 def _read(pipeline_class: type[DiffusionPipeline], source: str) -> tuple[dict[str, Tensor], dict]:

@@ -101,7 +101,7 @@ def build_pipeline(pipeline_class: type[DiffusionPipeline], model: ModelConfig, 
             elif not name.startswith("_"):
                 options[name] = value
         return pipeline_class(**modules, **options)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, ImportError) as error:
         raise _not_loading(model, error) from error
 
 

@@ -17,8 +17,9 @@ from diffusers import DiffusionPipeline, ZImagePipeline
 from torch import Tensor
 from torch.nn import functional as F
 
+from tempflow.errors import BadInput
 from tempflow.models.family import Family
-from tempflow.models.z_image_rows import forward_rows, round_up
+from tempflow.models.z_image_rows import SEQ_MULTI_OF, forward_rows, round_up
 from tempflow.settings import ModelConfig, SampleConfig
 
 
@@ -30,6 +31,9 @@ class ZImage(Family):
 
     def __init__(self, pipeline: DiffusionPipeline, model: ModelConfig, sample: SampleConfig, device: torch.device):
         super().__init__(pipeline, model, sample, device)
+        if round_up(model.text_tokens) + 2 > pipeline.transformer.axes_lens[0]:
+            limit = pipeline.transformer.axes_lens[0] - SEQ_MULTI_OF - 2
+            raise BadInput("model.text_tokens", model.text_tokens, f"this model has positions for at most {limit}")
         pipeline.transformer.forward = types.MethodType(forward_rows, pipeline.transformer)
 
     @property

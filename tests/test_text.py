@@ -1,0 +1,105 @@
+"""Encoded texts: once each, the same row in any company, kept in memory and on disk; padding changes nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_pipelines import BUILDERS, TEXT_TOKENS, TEXTS
+
+from tempflow.errors import BadInput
+from tempflow.models import text as text_module
+
+
+def count_calls(policy):
+    """The list of texts that the policy's encoders will have seen."""
+    seen, encode = [], policy.texts.encode
+
+    def counted(text):
+        seen.append(text)
+        return encode(text)
+
+    policy.texts.encode = counted
+    return seen
+
+
+def equal_rows(left, right):
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[name], right[name]) and left[name].dtype == right[name].dtype for name in left)
+
+
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_a_row_is_the_same_in_any_company_and_encoded_once(load_tiny, name):
+    policy = load_tiny(name, 2.0)
+    seen = count_calls(policy)
+    together = policy.encode([TEXTS[2], TEXTS[0], TEXTS[2], TEXTS[1]])
+    assert seen == [TEXTS[2], TEXTS[0], TEXTS[1]]
+    alone = load_tiny(name, 2.0).encode([TEXTS[0]])
+    assert equal_rows(alone.tensors, together.rows(slice(1, 2)).tensors)
+    assert equal_rows(policy.encode([TEXTS[0]]).tensors, alone.tensors) and len(seen) == 3
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "z_image"])
+def test_padding_changes_no_velocity(load_tiny, name):
+    """Longer padded rows give the same velocity, to rounding, so that one length can serve all texts of a run."""
+    latents, sigma, velocities = None, torch.tensor([0.9, 0.5, 0.1]), []
+    for tokens in (TEXT_TOKENS[name], TEXT_TOKENS[name] + 50):
+        policy = load_tiny(name, 2.0, text_tokens=tokens)
+        conditioning = policy.encode(TEXTS)
+        assert {row.shape[1] >= tokens for row in conditioning.tensors.values()} == {True}
+        latents = torch.linspace(-1, 1, 3 * policy.latent_shape[0] * torch.Size(policy.latent_shape[1:]).numel())
+        with torch.no_grad():
+            velocities.append(policy.velocity(latents.view(3, *policy.latent_shape), sigma, conditioning))
+    assert (velocities[0] - velocities[1]).abs().max() < 2e-6
+
+
+def test_rows_are_kept_on_disk(load_tiny, tmp_path, capsys):
+    folder = tmp_path / "texts"
+    fresh = load_tiny("z_image", text_cache=str(folder)).encode(TEXTS)
+    assert len(list(folder.iterdir())) == 3 and not list(folder.glob("*.partial"))
+    policy = load_tiny("z_image", text_cache=str(folder))
+    seen = count_calls(policy)
+    assert equal_rows(policy.encode(TEXTS).tensors, fresh.tensors) and not seen
+    other = load_tiny("z_image", text_cache=str(folder), text_tokens=64)
+    seen = count_calls(other)
+    other.encode(TEXTS[:1])
+    assert seen == TEXTS[:1] and len(list(folder.iterdir())) == 4 and not capsys.readouterr().err.count("anew")
+
+
+def test_a_broken_file_is_encoded_anew_with_a_word(load_tiny, tmp_path, capsys):
+    fresh = load_tiny("flux", text_cache=str(tmp_path)).encode(TEXTS[:1])
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    again = load_tiny("flux", text_cache=str(tmp_path)).encode(TEXTS[:1])
+    assert equal_rows(again.tensors, fresh.tensors) and file.read_bytes() == whole
+    assert f"{file} does not load" in capsys.readouterr().err
+
+
+def test_an_unusable_cache_folder_is_refused(load_tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"model.text_cache=.*cannot be written"):
+        load_tiny("flux", text_cache=str(tmp_path / "file"))
+
+
+def test_memory_is_bounded(load_tiny, monkeypatch):
+    """The texts used longest ago are dropped, and encoded again when they are asked for."""
+    policy = load_tiny("flux")
+    seen = count_calls(policy)
+    expected = policy.encode(TEXTS)
+    monkeypatch.setattr(text_module, "MEMORY_LIMIT", policy.texts.bytes - 1)
+    policy.encode([TEXTS[0], "another"])
+    assert policy.texts.bytes <= text_module.MEMORY_LIMIT and list(policy.texts.memory)[-1] == "another"
+    assert equal_rows(policy.encode(TEXTS).tensors, expected.tensors)
+    assert seen[:3] == TEXTS and seen[3] == "another" and set(seen[4:]) <= {TEXTS[1], TEXTS[2]} and len(seen) > 4
+
+
+def test_encoders_are_on_the_device_only_while_they_work(load_tiny):
+    policy = load_tiny("sd3", offload_text=True)
+    moves = []
+    for encoder in policy.texts.encoders:
+        encoder.to = lambda device: moves.append(str(device))
+    policy.texts.device = torch.device("meta")  # stands for a GPU: nothing can be read from there
+    policy.texts.encode = lambda text: moves.append(text) or {"embeds": torch.ones(1, 2)}
+    policy.encode(["one", "two"])
+    policy.encode(["one"])
+    assert moves == ["meta"] * 3 + ["one", "two"] + ["cpu"] * 3
