@@ -29,6 +29,7 @@ from tempflow.policy import Conditioning, Policy
 from tempflow.schedule import NoiseSchedule
 from tempflow.settings import LearnConfig
 from tempflow.tail_engine import TailEngine, ode_step
+from tempflow.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,9 @@ def sample_branches(engine: TailEngine, trunk: Trunk, schedule: NoiseSchedule) -
     branches = fork_siblings(trunk, schedule).view(-1, *latent_shape)
     first_steps = [step + 1 for step in plan.steps for _ in range(rows * plan.siblings)]
     trunks = torch.arange(rows).repeat_interleave(plan.siblings).repeat(forks)
+    indices = to_device(trunks, branches.device)
     for part in chunks(len(branches), engine.rows):
-        conditioning = trunk.conditioning.rows(trunks[part].to(branches.device))
+        conditioning = trunk.conditioning.rows(indices[part])
         engine.finish(branches[part], first_steps[part], conditioning, schedule)
         yield FinishedBranches(branches[part], trunks[part].tolist())
 

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
+from torch.nn import Module, Parameter
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,22 @@ class Policy(Protocol):
 
     def refresh_merged(self) -> None:
         """Brings that copy, if there is one, up to the trained parameters, in place: its storage never moves."""
+        ...
+
+    def quantise_merged(self) -> str:
+        """Turns large linear layers of that copy to 8-bit floating point, before its first use; says which.
+
+        Raises:
+            BadInput: this device or precision does not allow it.
+        """
+        ...
+
+    def blocks(self) -> list[Module]:
+        """The repeated blocks of the network that `velocity` uses in the present context, for compilation."""
+        ...
+
+    def prepare_decoder(self, compiled: bool) -> None:
+        """Puts the decoder's weights into the layout that is fastest here; compiles it where asked for."""
         ...
 
     def save(self, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ from torch import Tensor
 
 from tempflow import checkpoint, distributed
 from tempflow.checkpoint import Progress
+from tempflow.compiled import CompiledBlocks
 from tempflow.distributed import Ranks
 from tempflow.draws import Draw
 from tempflow.evaluation import Evaluator
 from tempflow.explain import explain, explain_memory
-from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers
+from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, read_metrics
 from tempflow.models import load_policy, load_skeleton
 from tempflow.optim import MovingAverage, make_optimizer, state_bytes
 from tempflow.plan import BranchPlan
@@ -29,7 +31,9 @@ from tempflow.schedule import NoiseSchedule, build_schedule
 from tempflow.scoring import ScoreQueue
 from tempflow.settings import Config
 from tempflow.stepping import LossScale, Stepper
-from tempflow.tail_engine import EagerEngine, TailEngine
+from tempflow.tail_engine import Numerics, TailEngine
+from tempflow.tail_levels import Engines
+from tempflow.tail_setup import set_up_tails
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,8 @@ class Run:
     schedule: NoiseSchedule
     plan: BranchPlan
     engine: TailEngine
+    numerics: Numerics
+    """the context of trunk and learning, alike: compiled blocks, or nothing"""
     prompts: list[Prompt]
     scores: ScoreQueue
     evaluator: Evaluator | None
@@ -121,6 +127,7 @@ class Run:
             "sigmas": self.schedule.sigmas.tolist(),
             "noise_weights": weights.tolist(),
             "picture_prompts": [prompt.text for prompt in shown],
+            "tail_rows": self.engine.rows,
         }
 
     def record(self, row: dict[str, Any]) -> None:
@@ -176,17 +183,18 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
     if ranks.first:
         print(f"attention: {policy.attention}", file=sys.stderr)
-    evaluator = _evaluator(config, policy, reward, ranks)
+    engines = _engines(config, policy, schedule, plan, prompts, ranks)
+    evaluator = _evaluator(config, policy, reward, ranks, engines.evaluate)
     stepper = _stepper(config, policy)
     folder = Path(config.run.dir).expanduser()
     progress = checkpoint.restore(folder / "checkpoints", stepper)
     write_settings(config, ranks)
     last = progress.iteration if progress.iteration else None
     writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
-    engine, clock = EagerEngine(policy, config.branch.rows), PhaseClock(ranks.device)
+    clock, numerics = PhaseClock(ranks.device), CompiledBlocks(policy.blocks()) if config.learn.compile else nullcontext
     scores = ScoreQueue(policy, reward, config.branch.decode_rows, clock, config.branch.overlap)
-    run = Run(config, folder, ranks, policy, schedule, plan, engine, prompts, scores, evaluator, stepper, clock,
-              writer)  # fmt: skip
+    run = Run(config, folder, ranks, policy, schedule, plan, engines.explore, numerics, prompts, scores, evaluator,
+              stepper, clock, writer)  # fmt: skip
     return run, progress
 
 
@@ -208,6 +216,20 @@ def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[Noise
     return schedule, plan
 
 
+def _engines(
+    config: Config, policy: Policy, schedule: NoiseSchedule, plan: BranchPlan, prompts: list[Prompt], ranks: Ranks
+) -> Engines:
+    """What carries the tails."""
+    first_row = read_metrics(Path(config.run.dir).expanduser() / "metrics.jsonl")[:1] if config.run.resume else []
+    known_rows = first_row[0].get("tail_rows") if first_row else None
+    trunks = config.branch.prompts * config.branch.seeds // ranks.size
+
+    def agree(rows: int) -> int:
+        return int(ranks.gather(torch.tensor([rows]), 0).min())
+
+    return set_up_tails(config, policy, schedule, plan, trunks, prompts[0].text, known_rows, agree, ranks.first)
+
+
 def _stepper(config: Config, policy: Policy) -> Stepper:
     """The optimizer and what goes with it."""
     parameters, learn = policy.trainable(), config.learn
@@ -217,7 +239,9 @@ def _stepper(config: Config, policy: Policy) -> Stepper:
     return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale)
 
 
-def _evaluator(config: Config, policy: Policy, reward: Scorer, ranks: Ranks) -> Evaluator | None:
+def _evaluator(
+    config: Config, policy: Policy, reward: Scorer, ranks: Ranks, engine: TailEngine
+) -> Evaluator | None:
     """Held-out evaluation, or None where there are no held-out prompts."""
     if config.prompts.test is None:
         return None
@@ -228,6 +252,5 @@ def _evaluator(config: Config, policy: Policy, reward: Scorer, ranks: Ranks) -> 
     if config.reward.gold is not None:
         scorers["gold"] = load_scorer("reward.gold", config.reward.gold, config.branch.decode_rows)
     schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
-    engine = EagerEngine(policy, config.branch.rows)
     return Evaluator(policy, engine, schedule, prompts, scorers, ranks, config.run.seed, config.branch.decode_rows,
                      config.eval.pictures)  # fmt: skip

@@ -16,7 +16,7 @@ from tempflow.settings import Config
 
 MAY_CHANGE = {"run.resume", "run.dir", "run.save_every", "run.keep_checkpoints", "run.trackers", "run.plan_only",
               "run.device", "learn.iterations", "eval.every", "branch.rows", "branch.decode_rows",
-              "branch.overlap"}  # fmt: skip
+              "branch.overlap", "tails.level", "tails.check", "tails.compile_vae", "learn.compile"}  # fmt: skip
 """Settings that may differ when a run is resumed: none of them changes what was learnt so far."""
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from tempflow.errors import BadInput
+from tempflow.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Transition:
     def coef(self, step: int, rows: int, device: torch.device | str = "cpu") -> Tensor:
         """(rows, 3) fp32: the coefficients of `step`, once per row, as the operators take them."""
         row = torch.stack((self.x_coef[step], self.v_coef[step], self.std[step]))
-        return row.to(device=device, dtype=torch.float32).expand(rows, 3).contiguous()
+        return to_device(row.float(), device).expand(rows, 3).contiguous()
 
 
 def ode(sigmas: Tensor, level: float = 0.0) -> Transition:

@@ -86,12 +86,33 @@ class BranchConfig:
     """Initial noises (trunks) per prompt, N."""
     siblings: Count = 6
     """Branches that leave one fork, K."""
-    rows: Count = 128
-    """Branches that travel together, in one network call a step, per process."""
+    rows: Count | Literal["auto"] = 128
+    """Branches that travel together, in one network call a step, per process; auto measures which size is fastest."""
     decode_rows: Count = 128
     """Images decoded and scored in one call."""
     overlap: bool = True
     """Decode and score a chunk while the next one is sampled: on a GPU, and with a scorer on another machine."""
+
+
+@section
+class TailConfig:
+    level: Literal["auto", "eager", "graph", "compile", "compiled_graph"] = "auto"
+    """How tails call the network: as trunks do, captured in a CUDA graph, with compiled blocks, or both; auto takes
+    the last that works on a GPU, and eager on a CPU."""
+    merged: bool = True
+    """Tails use a second copy of the weights with the adapters merged in; evaluation never does."""
+    fp8: bool = False
+    """The copy's large linear layers in 8-bit floating point, on GPUs that have it (Hopper, Ada and newer)."""
+    solver: Literal["euler", "dpmpp_2m", "adams_2"] = "euler"
+    """Solver of the tails' ODE; the other two are of second order. Trunk and evaluation always take Euler steps."""
+    stride: Count = 1
+    """Sigmas of the schedule that a tail's step spans."""
+    drop_below: Fraction = 0.0
+    """Tails take no step from a sigma below this (SD3.5's last one of ten is .0089), but end one step earlier."""
+    check: bool = False
+    """Before the first iteration, tell what these settings change in the rewards of one iteration's branches."""
+    compile_vae: bool = False
+    """Compile the image decoder."""
 
 
 @section
@@ -104,6 +125,8 @@ class LearnConfig:
     """Optimizer steps per inner epoch; each takes an equal share of the trunks."""
     inner_epochs: Count = 1
     """Passes over one iteration's branches, with the true importance ratio from the second update on."""
+    compile: bool = False
+    """Compile the repeated blocks for trunk and training, both alike."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     """AdamW of torch, or of bitsandbytes: moments in 8 bits; paged, they move to the host when the GPU is full."""
     min_8bit_size: Count = 4096
@@ -193,6 +216,7 @@ class Config:
     model: ModelConfig = Field(default_factory=ModelConfig)
     sample: SampleConfig = Field(default_factory=SampleConfig)
     branch: BranchConfig = Field(default_factory=BranchConfig)
+    tails: TailConfig = Field(default_factory=TailConfig)
     learn: LearnConfig = Field(default_factory=LearnConfig)
     prompts: PromptConfig = Field(default_factory=PromptConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)

@@ -33,6 +33,7 @@ from tempflow.errors import BadInput
 from tempflow.metrics import LossRecord, loss_figures
 from tempflow.optim import set_learning_rate
 from tempflow.run import Run, set_up, show_plan
+from tempflow.tails_check import check_tails
 from tempflow.usage import help_text
 
 
@@ -42,10 +43,11 @@ def train_step(run: Run, iteration: int) -> dict[str, Any]:
     prompts, draw = run.prompts_of(iteration)
 
     # Explore: an ODE trunk per initial noise; at each fork K siblings take one SDE step, then the ODE to an image.
-    with clock("trunk"):
+    with clock("trunk"), run.numerics():
         seeds = run.config.branch.seeds
         conditioning = run.policy.encode([prompt.text for prompt in prompts[::seeds]]).repeat(seeds)
         trunk = sample_trunk(run.policy, conditioning, run.schedule, plan, draw, learn.rows)
+    run.policy.refresh_merged()
     for chunk in clock.over("tails", sample_branches(run.engine, trunk, run.schedule)):
         run.scores.submit(chunk.latents, [prompts[row] for row in chunk.trunks])  # decoded and scored meanwhile
     with clock("wait"):
@@ -61,7 +63,7 @@ def train_step(run: Run, iteration: int) -> dict[str, Any]:
     # Learn: weighted clipped policy gradient; each fork is one network row, its K siblings are K Gaussian terms on it.
     set_learning_rate(run.stepper.optimizer, learn, iteration)
     record = LossRecord()
-    with clock("learn"):
+    with clock("learn"), run.numerics():
         for number, batches in enumerate(updates(trunk, advantages, weights, learn)):
             for batch in batches:
                 record.add(backward(run, batch), number)
@@ -104,6 +106,7 @@ def describe(rewards: Tensor, credit: Credit, run: Run, steps: Sequence[int]) ->
         "reward_mean": rewards.mean().item(),
         "reward_std_per_step": spread,
         "groups_masked": credit.masked,
+        "tail_waste": round(run.engine.work.read(), 4),
     }
 
 
@@ -150,6 +153,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         run, progress = set_up(config)
         speak = True
+        if config.tails.check and run.ranks.first:
+            print(f"tempflow: {check_tails(run).describe()}", file=sys.stderr)
         train(run, progress)
         run.finish()
         return 0

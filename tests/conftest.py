@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,6 +10,8 @@ import pytest
 import tiny_pipelines
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from tempflow.models import load_policy
 from tempflow.policy import Conditioning
@@ -29,6 +31,8 @@ class ToyPolicy(nn.Module):
         self.scale = nn.Parameter(torch.tensor([0.7, -0.4, 0.2]))
         self.bias = nn.Parameter(torch.tensor([[0.1], [-0.3]]))
         self.calls: list[int] = []
+        self.own = (self.scale, self.bias)
+        self.copies: tuple[Tensor, Tensor] | None = None
 
     def sigmas(self, num_steps: int) -> Tensor:
         return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
@@ -39,7 +43,8 @@ class ToyPolicy(nn.Module):
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         self.calls.append(len(latents))
         shift = conditioning.tensors["shift"].view(-1, 1, 1) * sigma.view(-1, 1, 1)
-        return latents * self.scale + self.bias * shift
+        scale, bias = self.own
+        return latents * scale + bias * shift
 
     def decode(self, latents: Tensor) -> Tensor:
         grey = (latents.clamp(-2, 2) * 60 + 128).round().to(torch.uint8)
@@ -51,6 +56,82 @@ class ToyPolicy(nn.Module):
     @contextmanager
     def reference(self) -> Iterator[None]:
         yield
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """A copy that is in the trained weights' precision, so that only being out of date can tell them apart."""
+        if self.copies is None:
+            self.copies = (self.scale.detach().clone(), self.bias.detach().clone())
+        before, self.own = self.own, self.copies
+        yield
+        self.own = before
+
+    @torch.no_grad()
+    def refresh_merged(self) -> None:
+        for copy, own in zip(self.copies or (), (self.scale, self.bias), strict=False):
+            copy.copy_(own)
+
+    def blocks(self) -> list[nn.Module]:
+        return []
+
+    def prepare_decoder(self, compiled: bool) -> None:
+        pass
+
+
+class StrictRecorder:
+    """Stands in for CUDA graphs on a CPU: repeats the work, and fails where a captured graph would not have followed.
+
+    That is where a tensor from outside of the work has moved or changed its shape, where a number that the host passed
+    to an operator has changed, or where the operators themselves have.
+    """
+
+    def __init__(self) -> None:
+        self.recorded, self.replayed = 0, 0
+
+    def record(self, work: Callable[[], None]) -> Callable[[], None]:
+        work()
+        captured = self._traced(work)
+        self.recorded += 1
+
+        def replay() -> None:
+            assert self._traced(work) == captured, "a captured graph would not have seen this change"
+            self.replayed += 1
+
+        return replay
+
+    @staticmethod
+    def _traced(work: Callable[[], None]) -> list[tuple]:
+        calls, own = [], set()
+
+        class Watch(TorchDispatchMode):
+            def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+                before, _ = tree_flatten((args, kwargs))
+                calls.append((str(operator), *(_identity(value, own) for value in before)))
+                result = operator(*args, **(kwargs or {}))
+                outside = {_place(value) for value in before if isinstance(value, Tensor)} - own
+                made = {_place(value) for value in tree_flatten(result)[0] if isinstance(value, Tensor)}
+                own.update(made - outside)
+                return result
+
+        with Watch():
+            work()
+        return calls
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _identity(value, own: set[int]):
+    """What a graph holds fast of an argument: shape and, of tensors from outside, the place; any other value itself."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype, None if _place(value) in own else value.data_ptr()
+    return repr(value)
+
+
+@pytest.fixture
+def strict_recorder() -> StrictRecorder:
+    return StrictRecorder()
 
 
 @pytest.fixture

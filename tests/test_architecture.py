@@ -13,19 +13,21 @@ KERNELS = ROOT / "kernels" / "tempflow_kernels"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
 LAYERS = [
-    {"errors", "batching", "paths", "settings"},
+    {"errors", "batching", "paths", "settings", "compiled", "transfer"},
     {"config", "draws"},
     {"schedule", "policy", "plan", "prompts", "usage", "optim"},
+    {"tail_solver"},
     {"advantage", "tail_engine", "stepping", "geneval_prompts", "distributed", "digits"},
-    {"branching", "rewards", "models", "checkpoint", "metrics"},
-    {"scoring", "evaluation", "report", "run_folder", "memory_plan", "digits maker"},
+    {"branching", "rewards", "models", "checkpoint", "metrics", "tail_levels", "chunk_planner"},
+    {"scoring", "evaluation", "report", "run_folder", "memory_plan", "digits maker", "tail_setup"},
     {"explain"},
     {"run"},
+    {"tails_check"},
     {"train"},
 ]
 """Bottom to top; a module may import from lower layers, or from its own file or folder."""
 
-RANKS = {"train", "run", "run_folder", "distributed", "evaluation"}
+RANKS = {"train", "tails_check", "run", "run_folder", "distributed", "evaluation"}
 DIFFUSERS = {"models", "digits maker"}
 
 

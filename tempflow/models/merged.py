@@ -9,10 +9,11 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 
 from tempflow.models.adapters import NAME, adapted_layers
+from tempflow.models.float8 import Float8Linear, takes_float8, told
 
 
 class MergedNetwork:
@@ -27,6 +28,7 @@ class MergedNetwork:
         self.module = copy.deepcopy(module, shared)
         self.adapted = adapted_layers(module)
         self.cast: dict[str, Parameter] = {}
+        self.float8: dict[str, Float8Linear] = {}
         for name, layer in self.adapted.items():
             self._take_adapter_off(name, layer.get_base_layer())
         if not self.adapted:
@@ -49,7 +51,30 @@ class MergedNetwork:
     def refresh(self) -> None:
         """Takes over the trained weights, in place: W + scale B A in fp32, then rounded to the copy's precision."""
         for name, layer in self.adapted.items():
-            merged = layer.get_base_layer().weight.float() + layer.get_delta_weight(NAME).float()
-            self.module.get_submodule(name).weight.copy_(merged)
+            self._store(name, "weight", layer.get_base_layer().weight.float() + layer.get_delta_weight(NAME).float())
         for name, source in self.cast.items():
-            self.module.get_parameter(name).copy_(source)
+            self._store(*name.rpartition(".")[::2], source)
+
+    def _store(self, name: str, parameter: str, value: Tensor) -> None:
+        """Puts a value into a parameter of the layer `name`, wherever that layer keeps it."""
+        if name in self.float8 and parameter == "weight":
+            self.float8[name].refresh(value)
+        else:
+            getattr(self.module.get_submodule(name), parameter).copy_(value)
+
+    def quantise(self, smallest: int) -> str:
+        """Turns the linear layers of the repeated blocks with sides of at least `smallest` to fp8; says which.
+
+        Once, before the copy is first used; weights are rounded from fp32 sums at every refresh.
+        """
+        linear = {name: part for name, part in self.module.named_modules() if type(part) is nn.Linear}
+        inside = {name: part for name, part in linear.items() if self._in_a_block(name)}
+        for name, part in inside.items():
+            if takes_float8(name, part, smallest):
+                self.float8[name] = Float8Linear(part.weight, part.bias)
+                self._put(name, self.float8[name])
+        self.refresh()
+        return told(self.float8, inside.keys() - self.float8.keys())
+
+    def _in_a_block(self, name: str) -> bool:
+        return isinstance(getattr(self.module, name.split(".")[0], None), nn.ModuleList)

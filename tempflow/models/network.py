@@ -12,7 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from tempflow.errors import BadInput
 from tempflow.models.adapters import adapted_layers, add_adapters, load_adapters, save_adapters
+from tempflow.models.float8 import why_not
 from tempflow.models.merged import MergedNetwork
 from tempflow.settings import ModelConfig
 
@@ -95,6 +97,23 @@ class TrainedNetwork:
             yield
         finally:
             self.active = before
+
+    def blocks(self) -> list[nn.Module]:
+        """The repeated blocks of the network that `forward` uses in the present context."""
+        lists = [part for part in self.active.children() if isinstance(part, nn.ModuleList)]
+        return [block for blocks in lists for block in blocks]
+
+    def quantise_merged(self, smallest: int) -> str:
+        """Turns large linear layers of the merged copy to fp8; says which.
+
+        Raises:
+            BadInput: the GPU or the network's precision does not allow it.
+        """
+        problem = why_not(next(self.module.parameters()).device, self.dtype)
+        if problem:
+            raise BadInput("tails.fp8", "true", problem)
+        with self.merged():
+            return self._merged.quantise(smallest)
 
     def merged_weights(self) -> list[nn.Parameter]:
         """The parameters of which a merged copy has its own; it shares the rest."""

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from tempflow.models.family import Family
@@ -70,6 +71,19 @@ class PipelinePolicy:
 
     def refresh_merged(self) -> None:
         self.network.refresh_merged()
+
+    def quantise_merged(self, smallest: int = 1024) -> str:
+        return self.network.quantise_merged(smallest)
+
+    def blocks(self) -> list[nn.Module]:
+        return self.network.blocks()
+
+    def prepare_decoder(self, compiled: bool) -> None:
+        vae = self.pipeline.vae
+        if self.device.type == "cuda" and isinstance(vae, AutoencoderKL):
+            vae.to(memory_format=torch.channels_last)
+        if compiled:
+            vae.decoder.compile()
 
     def save(self, folder: Path) -> None:
         """`pytorch_lora_weights.safetensors` for `load_lora_weights`, or the whole transformer in `transformer/`."""

@@ -1,0 +1,60 @@
+"""The engines of a run from its settings: chunk size, merged copy, level."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from tempflow.chunk_planner import choose_rows, free_memory, measure, tail_lengths
+from tempflow.errors import BadInput
+from tempflow.plan import BranchPlan
+from tempflow.policy import Policy
+from tempflow.schedule import NoiseSchedule
+from tempflow.settings import Config
+from tempflow.tail_levels import LEVELS, Engines, levels_of, make_engines
+from tempflow.tail_solver import TailSolver
+
+
+def set_up_tails(
+    config: Config,
+    policy: Policy,
+    schedule: NoiseSchedule,
+    plan: BranchPlan,
+    trunks: int,
+    text: str,
+    known_rows: int | None,
+    agree: Callable[[int], int],
+    speak: bool,
+) -> Engines:
+    """Engines that have carried a branch each already.
+
+    Args:
+        trunks: R of this process. text: a prompt, for trials.
+        known_rows: what an earlier part of this run chose where branch.rows=auto, so that rounding stays the same.
+        agree: one chunk size for all processes out of each one's own.
+    Raises:
+        BadInput: a level or fp8 that does not work here.
+    """
+    tails = config.tails
+    if tails.fp8 and not tails.merged:
+        raise BadInput("tails.fp8", True, "only the merged copy can be in fp8; use tails.merged=true")
+    say = (lambda words: print(f"tempflow: {words}", file=sys.stderr)) if speak else (lambda words: None)
+    policy.prepare_decoder(tails.compile_vae)
+    if tails.fp8:
+        say(f"tails: {policy.quantise_merged()}")
+    rows = config.branch.rows
+    if rows == "auto" and known_rows:
+        rows = known_rows
+    elif rows == "auto":
+        solver = TailSolver(tails.solver, tails.stride, tails.drop_below)
+        lengths = tail_lengths(plan, trunks, solver, schedule)
+        probes = measure(policy, policy.merged if tails.merged else nullcontext, len(lengths), text)
+        padded = LEVELS[levels_of(policy, tails)[0]].recorder is not None
+        choice = choose_rows(lengths, probes, free_memory(policy.device), padded)
+        say(choice.describe())
+        rows = agree(choice.rows)
+    engines = make_engines(policy, tails, rows, schedule, text, speak)
+    if engines.level != "eager":
+        say(f"tails: {engines.level}, {rows} rows a call")
+    return engines

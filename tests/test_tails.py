@@ -1,0 +1,174 @@
+"""Tail engines: all levels give the images of plain calls; merged weights are fresh; waste is counted."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from tempflow.branching import sample_branches, sample_trunk
+from tempflow.compiled import CompiledBlocks
+from tempflow.draws import Draw
+from tempflow.plan import BranchPlan
+from tempflow.tail_engine import BufferStore, Direct, EagerEngine, StaticEngine
+from tempflow.tail_solver import EXACT, TailSolver
+
+TEXTS = ("one", "three", "eleven")
+DIGITS = ("a two at the top left", "three fours")
+SOLVERS = (EXACT, TailSolver("dpmpp_2m"), TailSolver("adams_2", stride=2), TailSolver(drop_below=0.3))
+
+
+def trunk_of(policy, schedule, plan, texts=TEXTS):
+    draw = Draw.grid(7, 3, range(len(texts)), 2)
+    return sample_trunk(policy, policy.encode(texts).repeat(2), schedule, plan, draw, 3)
+
+
+def images(engine, trunk, schedule):
+    return torch.cat([chunk.latents for chunk in sample_branches(engine, trunk, schedule)])
+
+
+def static(policy, rows, recorder, solver=EXACT, numerics=nullcontext):
+    return StaticEngine(BufferStore(policy, rows, recorder, numerics), solver)
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=TailSolver.describe)
+@pytest.mark.parametrize("rows", [1, 7, 24, 54, 100])
+def test_recorded_calls_equal_plain_ones(toy, schedule, strict_recorder, solver, rows):
+    """Chunks that straddle forks, short last chunks, chunks larger than everything: to the last bit."""
+    trunk = trunk_of(toy, schedule, BranchPlan.parse([0, 3, 8], 10, 4))
+    expected = images(EagerEngine(toy, 5, solver), trunk, schedule)
+    toy.calls.clear()
+    found = images(static(toy, rows, strict_recorder, solver), trunk, schedule)
+    assert torch.equal(found, expected)
+    assert set(toy.calls) == {rows} and strict_recorder.recorded == 1
+    assert len(toy.calls) == strict_recorder.replayed + 2
+
+
+def test_one_recording_serves_training_and_evaluation(toy, schedule, strict_recorder):
+    """Other schedules, other solvers without memory, other first steps: nothing is recorded again."""
+    store = BufferStore(toy, 6, strict_recorder, nullcontext)
+    conditioning = toy.encode(TEXTS)
+    for solver, first in ((EXACT, 0), (TailSolver(stride=2), 4), (TailSolver(drop_below=0.5), 9)):
+        for steps in (schedule, _schedule_of(toy, 25)):
+            latents = torch.randn(3, 2, 3)
+            expected = latents.clone()
+            StaticEngine(store, solver).finish(latents, [first] * 3, conditioning, steps)
+            EagerEngine(toy, 6, solver).finish(expected, [first] * 3, conditioning, steps)
+            assert torch.equal(latents, expected)
+    assert strict_recorder.recorded == 1
+
+
+def _schedule_of(policy, steps):
+    from tempflow.schedule import build_schedule
+
+    return build_schedule(policy.sigmas(steps), "flow_sde", 0.7)
+
+
+def test_waste_counts_padding_and_waiting(toy, schedule, strict_recorder):
+    engine = static(toy, 6, strict_recorder)
+    conditioning = toy.encode(TEXTS + TEXTS[:1])
+    engine.finish(torch.randn(4, 2, 3), [6, 6, 8, 8], conditioning, schedule)
+    assert (engine.work.computed, engine.work.needed) == (6 * 4, 2 * 4 + 2 * 2)
+    assert engine.work.read() == 0.5 and engine.work.read() == 0.0
+    eager = EagerEngine(toy, 6)
+    eager.finish(torch.randn(4, 2, 3), [6, 6, 8, 8], conditioning, schedule)
+    assert eager.work.computed == 12 and eager.work.read() == 0.0
+
+
+def test_other_rows_of_the_buffers_do_not_matter(toy, schedule, strict_recorder):
+    """What an earlier chunk left in rows that a short chunk does not fill changes nothing, even if it is huge."""
+    engine = static(toy, 5, strict_recorder, TailSolver("adams_2"))
+    engine.finish(torch.full((5, 2, 3), 1e30), [2] * 5, toy.encode(["a" * 99] * 5), schedule)
+    short, alone = torch.randn(2, 2, 3), None
+    alone = short.clone()
+    engine.finish(short, [2, 2], toy.encode(TEXTS[:2]), schedule)
+    static(toy, 2, strict_recorder, TailSolver("adams_2")).finish(alone, [2, 2], toy.encode(TEXTS[:2]), schedule)
+    assert torch.equal(short, alone)
+
+
+def test_the_recorder_of_these_tests_notices_what_a_graph_would_miss(strict_recorder):
+    data = {"tensor": torch.zeros(3), "number": 1.0}
+    replay = strict_recorder.record(lambda: data["tensor"].mul_(2).add_(data["number"]))
+    replay()
+    data["tensor"] += 1  # other values in the same place: a graph follows
+    replay()
+    data["number"] = 2.0
+    with pytest.raises(AssertionError, match="captured graph"):
+        replay()
+    data |= {"number": 1.0, "tensor": torch.zeros(3)}
+    with pytest.raises(AssertionError, match="captured graph"):
+        replay()
+
+
+def test_levels_agree_on_the_sd3_pipeline(digits_policy, schedule, strict_recorder):
+    """Plain, merged and recorded calls: rounding only. The stated error of every level in fp32."""
+    trunk = trunk_of(digits_policy, schedule, BranchPlan.parse([1, 6], 10, 2), DIGITS)
+    expected = images(EagerEngine(digits_policy, 8), trunk, schedule)
+    merged = EagerEngine(digits_policy, 8, EXACT, digits_policy.merged)
+    recorded = static(digits_policy, 6, strict_recorder, EXACT, digits_policy.merged)
+    for engine in (merged, recorded):
+        assert (images(engine, trunk, schedule) - expected).abs().max() < 2e-4
+    assert expected.std() > 0.3
+
+
+def test_merged_weights_follow_training_only_when_refreshed(digits_policy, schedule, strict_recorder, disturb):
+    """In place, so that a recorded call sees them."""
+    engine = static(digits_policy, 4, strict_recorder, EXACT, digits_policy.merged)
+    conditioning, noise = digits_policy.encode(DIGITS), torch.randn(2, 4, 8, 8)
+
+    def finished(by):
+        latents = noise.clone()
+        by.finish(latents, [5, 5], conditioning, schedule)
+        return latents
+
+    before = finished(engine)
+    disturb(digits_policy.trainable(), 0.05)
+    assert torch.equal(finished(engine), before)
+    digits_policy.refresh_merged()
+    after = finished(engine)
+    assert (after - finished(EagerEngine(digits_policy, 4))).abs().max() < 2e-4 < (after - before).abs().max()
+    assert strict_recorder.recorded == 1
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + torch.nn.functional.gelu(self.linear(x)) * torch.sigmoid(x)
+
+
+def test_compiled_blocks_share_one_artefact_and_leave_nothing_behind(schedule):
+    torch.manual_seed(0)
+    blocks = nn.Sequential(Block(), Block(), Block()).requires_grad_(False)
+    x = torch.randn(5, 8)
+    expected = blocks(x)
+    torch._dynamo.utils.counters.clear()
+    compiled = CompiledBlocks(list(blocks))
+    with compiled():
+        inside = blocks(x)
+        for block in blocks:
+            block.linear.weight.mul_(2)  # in place: compiled code reads the parameters
+        changed = blocks(x)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert (inside - expected).abs().max() < 1e-5 < (changed - expected).abs().max()
+    calls = torch._dynamo.utils.counters["frames"]["ok"]
+    assert torch.equal(blocks(x), nn.Sequential(*blocks)(x)) and not any("forward" in vars(block) for block in blocks)
+    assert torch._dynamo.utils.counters["frames"]["ok"] == calls
+
+
+def test_compiled_tails_equal_plain_ones(toy, schedule):
+    """A network with repeated blocks, through the engine, with a short last chunk."""
+    torch.manual_seed(1)
+    blocks = nn.Sequential(Block(), Block()).requires_grad_(False)
+    plain = toy.velocity
+    toy.velocity = lambda latents, sigma, conditioning: plain(
+        latents + blocks(torch.cat((latents.flatten(1), latents.flatten(1)[:, :2]), 1))[:, :6].view_as(latents),
+        sigma,
+        conditioning,
+    )
+    trunk = trunk_of(toy, schedule, BranchPlan.parse([2, 7], 10, 3))
+    expected = images(EagerEngine(toy, 9), trunk, schedule)
+    found = images(static(toy, 16, Direct(), EXACT, CompiledBlocks(list(blocks))), trunk, schedule)
+    assert (found - expected).abs().max() < 1e-5 and not torch.equal(found, torch.zeros_like(found))

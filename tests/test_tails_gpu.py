@@ -1,0 +1,174 @@
+"""Tails on a real GPU: captured graphs against plain calls, without a host synchronisation, beside a decoder."""
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+
+from tempflow.branching import sample_branches, sample_trunk
+from tempflow.chunk_planner import choose_rows, free_memory, measure
+from tempflow.draws import Draw
+from tempflow.metrics import PhaseClock
+from tempflow.models import load_policy
+from tempflow.models.float8 import Float8Linear, to_float8
+from tempflow.plan import BranchPlan
+from tempflow.policy import Conditioning
+from tempflow.prompts import Prompt
+from tempflow.rewards import Scorer
+from tempflow.schedule import build_schedule
+from tempflow.scoring import ScoreQueue
+from tempflow.settings import ModelConfig, SampleConfig, TailConfig
+from tempflow.tail_engine import BufferStore, CudaGraphs, Direct, EagerEngine, StaticEngine
+from tempflow.tail_levels import make_engines
+from tempflow.tail_solver import EXACT, TailSolver
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
+]
+TEXTS = ("a two at the top left", "three fours", "a one above a nine")
+DEVICE = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def policy(disturb):
+    torch.manual_seed(0)
+    policy = load_policy(ModelConfig(text_tokens=16), SampleConfig(), DEVICE)
+    disturb(policy.trainable(), 0.05)
+    return policy
+
+
+@pytest.fixture
+def trunk(policy, schedule):
+    draw = Draw.grid(7, 3, range(len(TEXTS)), 2)
+    plan = BranchPlan.parse([1, 5, 8], 10, 4)
+    return sample_trunk(policy, policy.encode(TEXTS).repeat(2), schedule, plan, draw, 3)
+
+
+def images(engine, trunk, schedule):
+    return torch.cat([chunk.latents for chunk in sample_branches(engine, trunk, schedule)])
+
+
+def graphed(policy, rows=16, solver=EXACT, numerics=nullcontext):
+    return StaticEngine(BufferStore(policy, rows, CudaGraphs(DEVICE), numerics), solver)
+
+
+@contextmanager
+def no_synchronisation():
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("solver", [EXACT, TailSolver("dpmpp_2m", 2), TailSolver("adams_2")], ids=TailSolver.describe)
+def test_graphs_equal_plain_calls(policy, trunk, schedule, solver):
+    """Chunks that straddle forks and a short last one; plain calls of the same shapes to rounding."""
+    found = images(graphed(policy, 16, solver), trunk, schedule)
+    direct = images(StaticEngine(BufferStore(policy, 16, Direct(), nullcontext), solver), trunk, schedule)
+    assert (found - direct).abs().max() < 1e-5
+    assert (found - images(EagerEngine(policy, 16, solver), trunk, schedule)).abs().max() < 2e-2
+    assert found.std() > 0.3
+
+
+def test_one_graph_serves_every_step_and_both_schedules(policy, schedule):
+    engine, conditioning = graphed(policy), policy.encode(TEXTS)
+    other = build_schedule(policy.sigmas(25), "flow_sde", 0.7)
+    for steps, first in ((schedule, 0), (other, 7), (schedule, 8)):
+        latents = torch.randn(3, *policy.latent_shape, device=DEVICE)
+        expected = latents.clone()
+        engine.finish(latents, [first] * 3, conditioning, steps)
+        EagerEngine(policy, 16).finish(expected, [first] * 3, conditioning, steps)
+        assert (latents - expected).abs().max() < 2e-2
+    assert len(engine.store.known) == 1
+
+
+def test_tails_wait_for_nothing(policy, trunk, schedule):
+    """From the first step of the first chunk to the last of the last, once recorded."""
+    engine = graphed(policy)
+    first = images(engine, trunk, schedule)
+    conditioning, latents = policy.encode(TEXTS), torch.randn(3, *policy.latent_shape, device=DEVICE)
+    with no_synchronisation():
+        engine.finish(latents, [2, 2, 4], conditioning, schedule)
+        again = list(sample_branches(engine, trunk, schedule))
+    assert torch.equal(torch.cat([chunk.latents for chunk in again]), first)
+
+
+def test_graphs_see_refreshed_and_trained_weights(policy, trunk, schedule, disturb):
+    merged, own = graphed(policy, numerics=policy.merged), graphed(policy)
+    stale = images(merged, trunk, schedule)
+    images(own, trunk, schedule)
+    disturb(policy.trainable(), 0.05)
+    assert torch.equal(images(merged, trunk, schedule), stale)
+    policy.refresh_merged()
+    expected = images(EagerEngine(policy, 16), trunk, schedule)
+    for engine in (merged, own):
+        assert (images(engine, trunk, schedule) - expected).abs().max() < 2e-2
+    assert (expected - stale).abs().max() > 5e-2
+
+
+def test_graphs_share_a_pool_without_harm(policy, schedule):
+    """Two shapes of conditioning, two graphs, used in turns."""
+    engine, texts = graphed(policy, 4), policy.encode(TEXTS)
+    short = Conditioning({**texts.tensors, "embeds": texts.tensors["embeds"][:, :9].contiguous()})
+    noise = torch.randn(3, *policy.latent_shape, device=DEVICE)
+    seen = {}
+    for _ in range(3):
+        for name, conditioning in (("whole", texts), ("short", short)):
+            latents = noise.clone()
+            engine.finish(latents, [4, 4, 4], conditioning, schedule)
+            assert torch.equal(seen.setdefault(name, latents), latents)
+    assert len(engine.store.known) == 2
+    expected = noise.clone()
+    EagerEngine(policy, 4).finish(expected, [4, 4, 4], short, schedule)
+    assert (seen["short"] - expected).abs().max() < 2e-2
+
+
+def test_decoding_beside_graphs_gives_the_same_rewards(policy, trunk, schedule):
+    """The queue reads latents of one chunk while graphs make the next."""
+
+    def brightness(images, prompts):
+        return images.float().mean((1, 2, 3))
+
+    engine, rewards = graphed(policy, 8), []
+    for overlap in (True, False):
+        scores = ScoreQueue(policy, Scorer("reward.name", "mine", brightness, 8), 8, PhaseClock(DEVICE), overlap)
+        for chunk in sample_branches(engine, trunk, schedule):
+            scores.submit(chunk.latents, [Prompt("x")] * len(chunk.trunks))
+        rewards.append(scores.collect())
+        assert set(scores.clock.read()) == {"decode", "reward"}
+    assert (rewards[0] - rewards[1]).abs().max() < 0.5 and rewards[0].std() > 0.5
+
+
+@pytest.mark.parametrize("level", ["eager", "graph", "compile", "compiled_graph"])
+def test_every_level_works(policy, trunk, schedule, level):
+    engines = make_engines(policy, TailConfig(level=level), 16, schedule, TEXTS[0], speak=True)
+    expected = images(EagerEngine(policy, 16), trunk, schedule)
+    assert engines.level == level
+    for engine in (engines.explore, engines.evaluate):
+        assert (images(engine, trunk, schedule) - expected).abs().max() < 2e-2
+
+
+def test_chunks_are_measured(policy):
+    probes = measure(policy, policy.merged, 64, TEXTS[0])
+    assert [probe.rows for probe in probes] == [4, 16, 64]
+    assert 0 < probes[0].peak < probes[2].peak < free_memory(DEVICE)
+    assert 4 <= choose_rows([5] * 64, probes, free_memory(DEVICE), padded=True).rows <= 64
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9), reason="no 8-bit floating point"
+)
+def test_float8_layers_multiply_what_they_rounded_also_in_graphs():
+    torch.manual_seed(0)
+    weight, inputs = torch.randn(256, 512, device=DEVICE), torch.randn(3, 33, 512, device=DEVICE)
+    layer, output = Float8Linear(weight, torch.randn(256, device=DEVICE)), torch.zeros(3, 33, 256, device=DEVICE)
+    replay = CudaGraphs(DEVICE).record(lambda: output.copy_(layer(inputs)))
+    for scale in (1.0, 3.0):
+        layer.refresh(weight * scale)
+        replay()
+        (x, x_scale), (w, w_scale) = to_float8(inputs.view(99, 512)), to_float8(weight * scale)
+        oracle = (x.double() * x_scale) @ (w.double() * w_scale).t() + layer.bias.double()
+        assert (output.double().view(99, 256) - oracle).abs().max() < 2e-2 * oracle.abs().max()
