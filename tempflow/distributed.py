@@ -13,10 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from tempflow.batching import BUCKET
 from tempflow.errors import BadInput
-
-BUCKET = 256 * 2**20
-"""bytes of gradients that travel together"""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tempflow.distributed import BUCKET
+from tempflow.batching import BUCKET
 from tempflow.models.dry_model import DryModel
 from tempflow.models.network import DTYPES
 from tempflow.models.skeleton import Skeleton
