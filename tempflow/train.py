@@ -120,7 +120,8 @@ def train(run: Run, progress: Progress) -> None:
                     "phase_seconds": run.clock.read()})  # fmt: skip
         start = time.perf_counter()
     bar = tqdm(total=total, initial=progress.iteration, unit="it", disable=not run.ranks.first, dynamic_ncols=True)
-    for iteration in range(progress.iteration, total):
+    first = progress.iteration
+    for iteration in range(first, total):
         began, done = time.perf_counter(), iteration + 1
         row = train_step(run, iteration)
         rollouts = run.rollouts_per_iteration
@@ -130,7 +131,7 @@ def train(run: Run, progress: Progress) -> None:
         progress = Progress(done, time.perf_counter() - start, progress.rollouts + rollouts)
         run.record({"step": done, "seconds": round(progress.seconds, 3), "rollouts": progress.rollouts,
                     "rollouts_per_hour": round(rate, 1), **row, "phase_seconds": run.clock.read()})  # fmt: skip
-        if bar.n == bar.initial:
+        if iteration == first:
             run.announce()
         if done == total or (save_every and done % save_every == 0):
             run.save(progress)
