@@ -48,6 +48,8 @@ def set_up(config: Config) -> tuple[Run, Progress]:
         print(rewards.describe("rewards"), gold.describe("gold"), sep="\n", file=sys.stderr)
     torch.manual_seed(config.run.seed)  # here: the adapters' first values must not depend on what scorers drew
     policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
+    if ranks.first:
+        print(f"attention: {policy.attention}", file=sys.stderr)
     engines = _engines(config, policy, schedule, plan, prompts, ranks)
     evaluator = _evaluator(config, policy, rewards, gold, ranks, engines.evaluate)
     stepper = _stepper(config, policy)

@@ -14,12 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from tempflow.batching import BUCKET
 from tempflow.errors import BadInput, Unscored
 
 Result = TypeVar("Result")
-
-BUCKET = 256 * 2**20
-"""bytes of gradients that travel together"""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ operator by operator without data (`tempflow.models.rehearsal`); phases do not m
     reference          model.dtype, a copy of everything; only with full training and learn.kl
     moving average     fp32, as the trained parameters
     optimizer state    `tempflow.optim.estimated_state_bytes`; paged states may move to the host
-    gradients          fp32, from the first batch of an update to its step; a second time while ranks average them
+    gradients          fp32, from the first batch of an update to its step; a bucket twice while ranks average them
     trunk states       latents and velocities at every fork, fp32; branches: one latent each, fp32
     text encoders      beside all else, or with model.offload_text only while new prompts are encoded
     learning           one batch: what its forward pass keeps, and the peak of its backward pass
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tempflow.batching import BUCKET
 from tempflow.models.dry_model import DryModel
 from tempflow.models.network import DTYPES
 from tempflow.models.skeleton import Skeleton
@@ -30,8 +31,8 @@ from tempflow.plan import BranchPlan
 from tempflow.settings import Config
 
 CUDA = 2**30
-BUCKET = 256 * 2**20
-"""bytes of gradients that ranks average at a time"""
+AUTO_ROWS = 32
+"""what branch.rows=auto is planned with; on the GPU it takes what memory allows"""
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,8 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan_memory(
-    config: Config, skeleton: Skeleton, plan: BranchPlan, ranks: int = 1, merged: bool = False
-) -> MemoryPlan:
-    """The plan of one process; `merged` says whether tails use a merged copy of the weights."""
+def plan_memory(config: Config, skeleton: Skeleton, plan: BranchPlan, ranks: int = 1) -> MemoryPlan:
+    """The plan of one process."""
     dry = DryModel(skeleton, config.model)
     branch, learn, checkpointing = config.branch, config.learn, config.model.gradient_checkpointing
     parts, trainable = skeleton.parts, skeleton.parts["trainable"].bytes
@@ -74,16 +73,17 @@ def plan_memory(
     trunks = branch.prompts * branch.seeds // ranks
     forks = trunks * len(plan.steps)
     states, branches = 8 * elements * forks, 4 * elements * forks * plan.siblings
-    trunk_call, tail_call = (dry.sampling(rows).peak for rows in (learn.rows, min(branch.rows, forks * plan.siblings)))
+    chunk = min(AUTO_ROWS if branch.rows == "auto" else branch.rows, forks * plan.siblings)
+    trunk_call, tail_call = dry.sampling(learn.rows).peak, dry.sampling(chunk).peak
     decode = dry.decoding(branch.decode_rows).peak
     batch = {choice: _learning(dry, learn.rows, choice, learn.kl > 0, trunk_call) for choice in (False, True)}
     encoding = {"encoding": {"text encoders": text}} if config.model.offload_text else {}
-    averaging = {"averaging": min(2 * BUCKET, trainable)} if ranks > 1 else {}
+    averaging = {"averaging": min(BUCKET, trainable)} if ranks > 1 else {}
     other = "without" if checkpointing else "with"
     return MemoryPlan(
         stays={
             "weights": parts["transformer"].bytes,
-            "merged copy": parts["merged"].bytes if merged else 0,
+            "merged copy": parts["merged"].bytes if config.tails.merged else 0,
             "reference": _reference(config, skeleton),
             "moving average": trainable,
             "optimizer state": estimated_state_bytes(learn, skeleton.trainable_sizes),

@@ -131,6 +131,7 @@ def train(run: Run, progress: Progress) -> dict[str, Any]:
         start = time.perf_counter()
     bar = tqdm(total=config.learn.iterations, initial=progress.iteration, unit="it", disable=not run.ranks.first,
                dynamic_ncols=True)  # fmt: skip
+    first = progress.iteration + 1
     try:
         progress, row = settle(run, progress)
         while progress.iteration < config.learn.iterations and not stops(run, row):
@@ -141,7 +142,7 @@ def train(run: Run, progress: Progress) -> dict[str, Any]:
             progress = Progress(progress.iteration + 1, time.perf_counter() - start,
                                 progress.rollouts + run.rollouts_per_iteration, row)  # fmt: skip
             progress, row = settle(run, progress)
-            if bar.n == bar.initial:
+            if progress.iteration == first:
                 run.announce()
             bar.update()
             bar.set_postfix(run.shown(row, rate))

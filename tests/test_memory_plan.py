@@ -61,11 +61,11 @@ def test_activations_grow_with_rows_and_shrink_with_checkpointing(tmp_path):
     assert dry.decoding(4).peak == pytest.approx(2 * dry.decoding(2).peak, rel=0.05)
 
 
-def planned(tmp_path, name: str, *overrides: str, merged: bool = True) -> MemoryPlan:
+def planned(tmp_path, name: str, *overrides: str) -> MemoryPlan:
     folder = published_models.write(name, tmp_path / name)
     config = load([*overrides[:1], f"model.path={folder}", *overrides[1:]])
     plan = BranchPlan.parse(config.branch.steps, config.sample.steps, config.branch.siblings)
-    return plan_memory(config, load_skeleton(config.model, config.sample), plan, merged=merged)
+    return plan_memory(config, load_skeleton(config.model, config.sample), plan)
 
 
 def test_adapters_of_sd35_medium_fit_24_gb(tmp_path):
