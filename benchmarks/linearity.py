@@ -18,14 +18,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(path) for path in (ROOT / "benchmarks", ROOT / "kernels", ROOT)]
+from importable import ROOT  # isort: skip
 
-import torch  # noqa: E402
-from architectures import ARCHITECTURES  # noqa: E402
-from kernel_machine import environment  # noqa: E402
-from rollout_bench import Bench, iterate, warm_up  # noqa: E402
-from rollout_variants import EXACT_END, VARIANTS  # noqa: E402
+import torch
+from architectures import ARCHITECTURES
+from kernel_machine import environment
+from rollout_bench import Bench, iterate, warm_up
+from rollout_variants import EXACT_END, VARIANTS
 
 BASE = {"prompts": 2, "seeds": 2, "siblings": 6}
 SIZES = {"prompts": (1, 2, 4), "seeds": (1, 2, 4), "siblings": (3, 6, 12)}

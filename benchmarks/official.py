@@ -22,7 +22,7 @@ rate is the same, since random weights may overflow in fp16; epochs 0 and 1 are 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -60,12 +60,16 @@ class Samples:
     """R rows"""
 
 
-def official_step(run: Run, iteration: int, judge: Judge) -> dict[str, Any]:
-    """One iteration of the released algorithm with the settings of `run`; returns rewards and gradient norm."""
+def official_step(run: Run, iteration: int, judge: Judge, copies: int) -> dict[str, Any]:
+    """One iteration of the released algorithm with the settings of `run`; returns rewards and gradient norm.
+
+    Args:
+        copies: rows of a micro-batch in training; K in the released code.
+    """
     samples = explore(run, iteration, judge)
     advantages = seed_advantages(samples.rewards, run.config.learn.advantage_clip)
     with run.clock("learn"):
-        for _ in learn(run, samples, advantages):
+        for _ in learn(run, samples, advantages, copies):
             run.optimizer_step(idle=False)
         figures = run.stepper.read()
     return {"rewards": samples.rewards, "reward_seconds": samples.reward_seconds, **figures}
@@ -158,33 +162,33 @@ def seed_advantages(rewards: Tensor, clip: float) -> Tensor:
     return (centred / (rewards.std(2, keepdim=True, correction=0) + STD_EPSILON)).clamp(-clip, clip)
 
 
-def learn(run: Run, samples: Samples, advantages: Tensor):
+def learn(run: Run, samples: Samples, advantages: Tensor, copies: int) -> Iterator[None]:
     """Accumulates the gradient of each optimizer step and yields when it is complete."""
-    siblings, count = run.plan.siblings, samples.latents.shape[1] * run.plan.siblings
+    count = samples.latents.shape[1] * run.plan.siblings
     weights = run.step_weights(run.plan).tolist()
     order = torch.randperm(count, generator=torch.Generator().manual_seed(run.config.run.seed))
-    micro_batches = order.split(siblings)
+    micro_batches = order.split(copies)
     per_update = len(micro_batches) // run.config.learn.updates
-    for number, copies in enumerate(micro_batches, 1):
+    for number, branches in enumerate(micro_batches, 1):
         for fork, step in enumerate(run.plan.steps):
-            loss = copied_loss(run, samples, advantages, fork, step, copies, weights[fork])
+            loss = copied_loss(run, samples, advantages, fork, step, branches, weights[fork])
             (loss / (per_update * len(run.plan.steps))).backward()
         if number % per_update == 0:
             yield
 
 
 def copied_loss(
-    run: Run, samples: Samples, advantages: Tensor, fork: int, step: int, copies: Tensor, weight: float
+    run: Run, samples: Samples, advantages: Tensor, fork: int, step: int, branches: Tensor, weight: float
 ) -> Tensor:
     """Loss of a micro-batch of copies: each row is one sibling, numbered within (R, K)."""
     policy, settings, device = run.policy, run.config.learn, run.policy.device
-    rows, branch = (copies // run.plan.siblings).to(device), copies.to(device)
+    rows, places = (branches // run.plan.siblings).to(device), branches.to(device)
     latents, prompts = samples.latents[fork][rows], samples.conditioning.rows(rows)
-    next_latents, before = samples.next_latents[fork].flatten(0, 1)[branch], samples.log_probs[fork].flatten()[branch]
+    next_latents, before = samples.next_latents[fork].flatten(0, 1)[places], samples.log_probs[fork].flatten()[places]
     sigma = run.schedule.sigma_rows(step, len(rows), device)
     mean, std = sde_mean(run, step, latents, policy.velocity(latents, sigma, prompts))
     ratio = torch.exp(log_prob(next_latents, mean, std) - before)
-    gain = weight * advantages[fork].flatten()[copies].to(device)
+    gain = weight * advantages[fork].flatten()[branches].to(device)
     clipped = ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range)
     loss = torch.maximum(-gain * ratio, -gain * clipped).mean()
     if settings.kl:

@@ -22,16 +22,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(path) for path in (ROOT / "benchmarks", ROOT / "kernels", ROOT)]
+import importable  # noqa: F401, isort: skip
 
-import torch  # noqa: E402
-from architectures import ARCHITECTURES  # noqa: E402
-from kernel_machine import environment  # noqa: E402
-from rollout_bench import Bench, iterate, warm_up  # noqa: E402
-from rollout_variants import EXACT_END, VARIANTS  # noqa: E402
-from rollouts import override, say  # noqa: E402
-from torch.profiler import ProfilerActivity, profile  # noqa: E402
+import torch
+from architectures import ARCHITECTURES
+from kernel_machine import environment
+from rollout_bench import Bench, iterate, warm_up
+from rollout_variants import EXACT_END, VARIANTS
+from rollouts import override, say
+from torch.profiler import ProfilerActivity, profile
 
 KINDS = (
     ("fp8 matrix products", r"scaled_mm|e4m3|fp8"),

@@ -1,6 +1,6 @@
 """One architecture on one device: policies, scorers and runs for the variants of `rollouts.py`, and timed iterations.
 
-Runs are real, set up by `tempflow.assembly.set_up` from a real configuration and stepped by `tempflow.train.train_step`;
+Runs are real, set up by `tempflow.assembly.set_up` from a real configuration, stepped by `tempflow.train.train_step`;
 only the policy is shared between variants that have the same weights, and the scorer is the architecture's own. Every
 timed iteration starts from the same parameters and a fresh optimizer, so all variants solve the same problem and their
 rewards can be compared branch by branch.
@@ -43,6 +43,8 @@ from tempflow.tail_engine import TailWork
 from tempflow.train import train_step
 
 DIGITS = {"branch.prompts": 2, "branch.rows": 48, "branch.decode_rows": 48, "learn.rows": 4, "eval.prompts": 1}
+COPIES = 4.5
+"""Memory of the device over that of a transformer, from which on several policies are kept at a time."""
 DISTURBANCE = 0.02
 """size of the normal noise on adapters, so that they do something"""
 
@@ -84,6 +86,8 @@ class Case:
     """trained parameters that every iteration starts from"""
     decoder: Callable | None
     """torch's compiled call of the image decoder, which variants share, where this variant compiles it"""
+    copies: int | None = None
+    """rows of a training micro-batch of the released algorithm"""
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,8 @@ class Bench:
         object.__setattr__(run.engine, "work", TotalWork())
         decoder = policy.pipeline.vae.decoder._compiled_call_impl if config.tails.compile_vae else None
         judge = judge if variant.official else None
-        return Case(variant, run, judge, self.starts[repr(config.model)], decoder)
+        copies = run.plan.siblings if judge else None
+        return Case(variant, run, judge, self.starts[repr(config.model)], decoder, copies)
 
     def policy(self, config: Config) -> Policy:
         """The policy of a configuration's `model` section; in fp8 it has a merged copy of its own."""
@@ -186,6 +191,16 @@ class Bench:
             twin.quantise_merged = lambda: "in fp8 already"
             self.policies[f"{key} fp8"] = twin
         return self.policies[f"{key} fp8"]
+
+    def has_room(self, policy: Policy) -> bool:
+        """Whether further copies of a transformer of that size fit on the device beside it, and work with them."""
+        held = sum(parameter.nbytes for parameter in policy.pipeline.transformer.parameters())
+        return not self.on_gpu or torch.cuda.mem_get_info(self.device)[1] > COPIES * held
+
+    def forget(self, policy: Policy) -> None:
+        """Lets go of a policy."""
+        for key in [key for key, known in self.policies.items() if known is policy]:
+            del self.policies[key], self.starts[key]
 
     @torch.no_grad()
     def _same_adapters(self, policy: Policy) -> None:
@@ -239,7 +254,7 @@ def iterate(case: Case, iteration: int) -> Iteration:
     synchronise(run.policy.device)
     began, began_cpu = time.perf_counter(), time.process_time()
     if case.judge:
-        figures = official_step(run, iteration, case.judge)
+        figures = official_step(run, iteration, case.judge, case.copies)
     else:
         figures = train_step(run, iteration)
         figures["rewards"] = run.scores.rewards.view(len(run.plan.steps), -1, run.plan.siblings)

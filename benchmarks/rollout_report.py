@@ -9,8 +9,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from rollout_variants import REFERENCE, VARIANTS
 
 PHASES = {"trunk": "#4269d0", "tails": "#6cc5b0", "decode": "#efb118", "reward": "#ff725c", "wait": "#a463f2",

@@ -34,7 +34,8 @@ EXACT_END = "+overlap"
 FP32_ON_CPU = "on a CPU everything is fp32 and this is `official` again"
 VARIANTS = (
     Variant("official", "the released algorithm: nested loops at batch 6, siblings copied in training, fp32 decoder "
-            "and scorer, PIL images", {"model.dtype": "fp32", "model.attention": "native"}, official=True),
+            "and scorer, PIL images",
+            {"model.dtype": "fp32", "model.vae_dtype": "fp32", "model.attention": "native"}, official=True),
     Variant("official-tuned", "the same with bf16 weights, decoder and scorer, and the fastest attention",
             {"model.dtype": "bf16"}, official=True, gpu_only=FP32_ON_CPU),
     Variant(REFERENCE, "one network row per fork in learning, branches of all forks in chunks, scores from tensors",
