@@ -78,11 +78,15 @@ class ToyPolicy(nn.Module):
         pass
 
 
+ON_THE_HOST = (torch.ops.aten.lift_fresh.default, torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default)
+"""Numbers that the host makes a tensor of, and shapes that depend on values."""
+
+
 class StrictRecorder:
     """Stands in for CUDA graphs on a CPU: repeats the work, and fails where a captured graph would not have followed.
 
     That is where a tensor from outside of the work has moved or changed its shape, where a number that the host passed
-    to an operator has changed, or where the operators themselves have.
+    to an operator has changed, or where the operators themselves have; and where the host would have to wait.
     """
 
     def __init__(self) -> None:
@@ -105,6 +109,7 @@ class StrictRecorder:
 
         class Watch(TorchDispatchMode):
             def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+                assert operator not in ON_THE_HOST, f"{operator} makes the host wait: no graph can hold it"
                 before, _ = tree_flatten((args, kwargs))
                 calls.append((str(operator), *(_identity(value, own) for value in before)))
                 result = operator(*args, **(kwargs or {}))

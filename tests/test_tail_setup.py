@@ -13,13 +13,14 @@ from tempflow.config import load
 from tempflow.errors import BadInput
 from tempflow.metrics import read_metrics
 from tempflow.plan import BranchPlan
+from tempflow.run import set_up
 from tempflow.settings import Config, TailConfig
 from tempflow.tail_engine import EagerEngine, StaticEngine
 from tempflow.tail_levels import Level, make_engines
 from tempflow.tail_setup import set_up_tails
 from tempflow.tail_solver import EXACT, TailSolver
 from tempflow.tails_check import rank_correlations
-from tempflow.train import main
+from tempflow.train import main, train_step
 
 SMALL = ["digits", "branch.prompts=2", "branch.seeds=2", "branch.siblings=3", "branch.steps=[0,3]", "sample.steps=5",
          "learn.rows=2", "prompts.test=null", "learn.iterations=2", "run.trackers=[]"]  # fmt: skip
@@ -134,6 +135,21 @@ def test_the_check_tells_what_fast_tails_change(tmp_path, capsys, monkeypatch):
     assert "over 24 branches: rank correlation of siblings' rewards 1.0000" in told[0]
     assert "1.0000" not in told[1] and not list(tmp_path.iterdir())
     assert tails_check.main([*SMALL, "tails.stride=0"]) == 2
+
+
+@torch.no_grad()
+def test_every_iteration_begins_with_fresh_merged_weights(tmp_path, disturb):
+    """And evaluation in between, with averaged weights, does not touch them."""
+    run, _ = set_up(load([*SMALL, f"run.dir={tmp_path / 'run'}"]))
+    run.evaluate(0)
+    disturb(run.policy.trainable(), 0.05)
+    arguments = torch.randn(2, *run.policy.latent_shape), torch.full((2,), 0.5), run.policy.encode(["a one", "a two"])
+    before = run.policy.velocity(*arguments)
+    with torch.enable_grad():
+        train_step(run, 0)
+    with run.policy.merged():
+        used = run.policy.velocity(*arguments)
+    assert (used - before).abs().max() < 1e-4 < (used - run.policy.velocity(*arguments)).abs().max()
 
 
 def test_a_run_records_chunks_and_waste_and_resumes(tmp_path, capsys):

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 
 import pytest
+import tiny_pipelines
 import torch
 from torch import nn
 
@@ -10,6 +11,7 @@ from tempflow.branching import sample_branches, sample_trunk
 from tempflow.compiled import CompiledBlocks
 from tempflow.draws import Draw
 from tempflow.plan import BranchPlan
+from tempflow.schedule import build_schedule
 from tempflow.tail_engine import BufferStore, Direct, EagerEngine, StaticEngine
 from tempflow.tail_solver import EXACT, TailSolver
 
@@ -44,6 +46,21 @@ def test_recorded_calls_equal_plain_ones(toy, schedule, strict_recorder, solver,
     assert len(toy.calls) == strict_recorder.replayed + 2
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("solver", SOLVERS, ids=TailSolver.describe)
+def test_engines_follow_their_tables(toy, schedule, strict_recorder, solver):
+    """Against the rows of the table taken one by one, for each branch alone."""
+    firsts, noise, conditioning = [1, 4, 4, 9], torch.randn(4, 2, 3), toy.encode([*TEXTS, "twenty"])
+    found, table = noise.clone(), solver.table(schedule)
+    static(toy, 6, strict_recorder, solver).finish(found, firsts, conditioning, schedule)
+    for row, first in enumerate(firsts):
+        x, kept = noise[row : row + 1], torch.zeros(1, 2, 3)
+        for x_coef, v_coef, _, sigma, memory, keep_x, keep_v in table.steps[first][-table.lengths[first] :].tolist():
+            v = toy.velocity(x, torch.tensor([sigma]), conditioning.rows(slice(row, row + 1)))
+            x, kept = x_coef * x + v_coef * v + memory * kept, keep_x * x + keep_v * v
+        assert (found[row] - x[0]).abs().max() < 1e-5
+
+
 def test_one_recording_serves_training_and_evaluation(toy, schedule, strict_recorder):
     """Other schedules, other solvers without memory, other first steps: nothing is recorded again."""
     store = BufferStore(toy, 6, strict_recorder, nullcontext)
@@ -59,8 +76,6 @@ def test_one_recording_serves_training_and_evaluation(toy, schedule, strict_reco
 
 
 def _schedule_of(policy, steps):
-    from tempflow.schedule import build_schedule
-
     return build_schedule(policy.sigmas(steps), "flow_sde", 0.7)
 
 
@@ -76,9 +91,9 @@ def test_waste_counts_padding_and_waiting(toy, schedule, strict_recorder):
 
 
 def test_other_rows_of_the_buffers_do_not_matter(toy, schedule, strict_recorder):
-    """What an earlier chunk left in rows that a short chunk does not fill changes nothing, even if it is huge."""
+    """What an earlier chunk left in rows that a short chunk does not fill changes nothing, even if it is not finite."""
     engine = static(toy, 5, strict_recorder, TailSolver("adams_2"))
-    engine.finish(torch.full((5, 2, 3), 1e30), [2] * 5, toy.encode(["a" * 99] * 5), schedule)
+    engine.finish(torch.full((5, 2, 3), float("inf")), [2] * 5, toy.encode(["a" * 99] * 5), schedule)
     short, alone = torch.randn(2, 2, 3), None
     alone = short.clone()
     engine.finish(short, [2, 2], toy.encode(TEXTS[:2]), schedule)
@@ -109,6 +124,19 @@ def test_levels_agree_on_the_sd3_pipeline(digits_policy, schedule, strict_record
     for engine in (merged, recorded):
         assert (images(engine, trunk, schedule) - expected).abs().max() < 2e-4
     assert expected.std() > 0.3
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "flux2", "flux2_klein", "z_image"])
+def test_every_family_but_one_can_be_captured(load_tiny, strict_recorder, name):
+    """Guided where it can be, merged, padded. (Qwen-Image makes a tensor of a number in every call.)"""
+    policy = load_tiny(name, 2.0)
+    steps = _schedule_of(policy, 4)
+    noise, conditioning = torch.randn(3, *policy.latent_shape), policy.encode(tiny_pipelines.TEXTS)
+    found, expected = noise.clone(), noise.clone()
+    static(policy, 4, strict_recorder, EXACT, policy.merged).finish(found, [1, 1, 2], conditioning, steps)
+    EagerEngine(policy, 4).finish(expected, [1, 1, 2], conditioning, steps)
+    assert (found - expected).abs().max() < 1e-4 < (found - noise).abs().max()
+    assert strict_recorder.replayed == 3 and policy.blocks()
 
 
 def test_merged_weights_follow_training_only_when_refreshed(digits_policy, schedule, strict_recorder, disturb):

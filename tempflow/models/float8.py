@@ -39,7 +39,7 @@ class Float8Linear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         values, scale = to_float8(inputs.reshape(-1, inputs.shape[-1]))
         product = torch._scaled_mm(
-            values, self.values.t(), scale_a=scale, scale_b=self.scale, out_dtype=torch.bfloat16
+            values, self.values.t(), scale_a=scale, scale_b=self.scale, out_dtype=torch.bfloat16, use_fast_accum=True
         )
         if self.bias is not None:
             product = product + self.bias.to(product.dtype)
