@@ -18,6 +18,9 @@ KERNELS_FOLDER = Path(__file__).resolve().parent / "kernels"
 release = os.environ.get("TEMPFLOW_RELEASE") == "1"
 kernels = f"tempflow-kernels=={VERSION}" if release else f"tempflow-kernels @ {KERNELS_FOLDER.as_uri()}"
 
+REWARDS = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3.9", "httpx>=0.27", "aiohttp>=3.11"]
+"""Besides torch and transformers. RapidOCR's wheel holds its models; nothing here needs torchvision."""
+
 setup(
     name="tempflow",
     version=VERSION,
@@ -48,14 +51,16 @@ setup(
     ],
     extras_require={
         "test": [
+            "bitsandbytes>=0.50",
             "pytest>=8",
             "pytest-benchmark>=5",
             "scikit-learn>=1.5",
             "triton>=3.6; platform_system == 'Linux'",
+            *REWARDS,
         ],
         "digits": ["scikit-learn>=1.5"],
         "gpu": ["bitsandbytes>=0.49", "flash-attn>=2.8"],
-        "rewards": [],
+        "rewards": REWARDS,
         "wandb": ["wandb"],
     },
     entry_points={"console_scripts": ["tempflow-train=tempflow.train:main"]},

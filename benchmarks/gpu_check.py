@@ -3,12 +3,15 @@
     python benchmarks/gpu_check.py [--out benchmarks/results/gpu] [--minutes 8.5]
 
 1. numerics on the device against the float64 oracle (the contract of tests/kernel_contract.py, all dtypes);
-2. determinism: 100 repeats bit-identical, and the noise bit-identical to the CPU twin;
+2. determinism: 100 repeats bit-identical, and the noise compared with the CPU twin;
 3. CUDA-graph capture, replayed with changing keys and coefficients, against eager calls;
 4. compute-sanitizer, where it is installed, on one small call of every kernel;
-5. speed: copy bandwidth and launch floor, then every operator against eager torch and torch.compile.
+5. speed (gpu_speed.py): copy bandwidth and launch floor, then every operator and mode against eager torch and
+   torch.compile. Rows are written one by one; a table and a plot come from what is there when the time is over.
 
-Every part runs even if an earlier one failed; the exit status is 1 if any did. Without a GPU,
+Every part is a process of its own with a time limit, so that a crash, a poisoned CUDA context or a hang of one part
+stays there. Exit status: 0 if every part passed or had a stated reason to be skipped, 1 if one failed or ran out of
+time, 2 for wrong use (no GPU, an unknown option). Without a GPU,
 `TRITON_INTERPRET=1 python benchmarks/gpu_check.py --device cpu --tiny` walks the same code with small sizes.
 """
 
@@ -17,12 +20,13 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
+STARTED = time.monotonic()
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests")]
 if importlib.util.find_spec("tempflow_kernels") is None:
@@ -30,14 +34,19 @@ if importlib.util.find_spec("tempflow_kernels") is None:
 
 import kernel_contract as contract  # noqa: E402
 import torch  # noqa: E402
-from kernel_bench import OPERATORS, Inputs, Setting, bytes_moved, eager, environment, fused, peak_bytes  # noqa: E402
+from gpu_speed import measure_speed  # noqa: E402
 from kernel_cases import Case  # noqa: E402
-from kernel_report import write  # noqa: E402
+from kernel_machine import environment  # noqa: E402
+from kernel_report import read, report  # noqa: E402
 from tempflow_kernels import native, native_ops, triton_ops  # noqa: E402
 
-MAX_BYTES = 6 << 30  # largest (R, K, d) array of the speed part; the eager sequence holds several of them
-SIZES = ((1, 1), (4, 6), (16, 6), (64, 6), (4, 24), (16, 24), (64, 1))
-COMPILED = ((4, 6), (16, 6), (4, 24))
+SKIPPED = 77  # exit status of a part that had nothing to do
+LIMITS = {"numerics": 170, "determinism": 60, "graph": 60, "sanitizer": 110, "speed": 500}
+"""Seconds per part; none runs beyond --minutes."""
+
+
+class Skip(Exception):
+    """A part cannot run here; the message says why."""
 
 
 def log(*parts):
@@ -68,8 +77,13 @@ def all_outputs(case):
     gradients = triton_ops.velocity_gradient(slopes, loss, *case.gradient_arguments())
     step = (case.latents, case.velocity, case.coef, case.key, case.siblings, case.velocity_uncond, case.guidance)
     following, log_prob = triton_ops.transition_step(*step)
-    again = triton_ops.transition_log_prob(following, case.latents, case.velocity, case.coef)
-    return [loss, stats, slopes, *gradients, following, log_prob, again]
+    given = (following, case.latents, case.velocity, case.coef)
+    ratio = (case.velocity, case.velocity_old, case.coef, case.key, None, case.siblings)
+    return [
+        loss, stats, slopes, *gradients, following, log_prob, triton_ops.transition_log_prob(*given),
+        triton_ops.transition_log_prob_gradient(slopes, *given), triton_ops.log_ratio(*ratio),
+        triton_ops.normal(case.key, case.siblings, case.elements),
+    ]  # fmt: skip
 
 
 def check_determinism(options):
@@ -94,8 +108,7 @@ def check_determinism(options):
 def check_graph(options):
     """One capture; replays follow keys and coefficients, because both live in device tensors."""
     if options.device == "cpu":
-        log("  skipped: no GPU")
-        return
+        raise Skip("no GPU")
     case = Case(shape=(16, 64, 64), siblings=6, device=options.device)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -105,6 +118,7 @@ def check_graph(options):
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = all_outputs(case)
+    before = [torch.full_like(tensor, float("nan")) for tensor in captured]
     for change in range(5):
         case.key.add_(1000 + change)
         case.coef.mul_(0.99)
@@ -112,122 +126,33 @@ def check_graph(options):
         torch.cuda.synchronize()
         replayed = [tensor.clone() for tensor in captured]
         assert all(map(torch.equal, replayed, all_outputs(case))), f"replay {change} differs from the eager call"
+        assert not torch.equal(replayed[-1], before[-1]), f"replay {change} drew the noise of the one before"
+        before = replayed
     log("  5 replays with changed keys and coefficients equal eager calls bit for bit")
 
 
 def check_sanitizer(options):
     """memcheck over one call of every kernel, odd sizes included."""
     tool = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
-    if tool is None or options.device == "cpu":
-        log("  skipped: " + ("no GPU" if options.device == "cpu" else "compute-sanitizer is not installed"))
-        return
-    command = [tool, "--error-exitcode", "9", sys.executable, __file__, "--sanitized"]
-    environment_ = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        run = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment_)
-    except subprocess.TimeoutExpired:
-        log("  not finished within 100 s: no verdict")
-        return
-    log("  " + (run.stdout.strip().splitlines() or ["no output"])[-1])
-    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    if options.device == "cpu" or tool is None:
+        raise Skip("no GPU" if options.device == "cpu" else "compute-sanitizer is not installed")
+    # Errors of the API are left out: torch asks the driver for functions that older drivers do not have.
+    watch = [tool, "--tool", "memcheck", "--report-api-errors", "no", "--error-exitcode", "9"]
+    command = [*watch, sys.executable, __file__, "--part", "sanitized"]
+    run = subprocess.run(command, env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    assert run.returncode == 0, f"compute-sanitizer: exit status {run.returncode}"
 
 
-def run_sanitized():
+def run_sanitized(options):
     """What compute-sanitizer watches."""
     for shape in ((3, 7, 11), (1,), (2049,), (16, 16)):
         all_outputs(Case(shape=shape, device="cuda"))
     torch.cuda.synchronize()
 
 
-def timer(options):
-    """A function from a callable to (median ms, interquartile range ms) on this device."""
-    if options.device == "cpu":
-        return _time_on_cpu
-    from triton.testing import do_bench
-
-    def measure(call):
-        middle, low, high = do_bench(call, warmup=20, rep=80, quantiles=[0.5, 0.25, 0.75])
-        return middle, high - low
-
-    return measure
-
-
-def _time_on_cpu(call):
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start), 0.0
-
-
-def graph_time(options, call):
-    """Milliseconds per call inside a CUDA graph: device time without launch overhead; None without a GPU."""
-    if options.device == "cpu":
-        return None
-    from triton.testing import do_bench_cudagraph
-
-    return do_bench_cudagraph(call, rep=40)
-
-
-def settings(options):
-    """Sizes of real use, those first that matter most."""
-    if options.tiny:
-        return [Setting("tiny", 2, 2, torch.float32, options.device)]
-    shapes = ("sd35_512", "sd35_1024", "flux_1024", "wan_480p")
-    chosen = [Setting(shape, *size, torch.bfloat16, options.device) for size in SIZES for shape in shapes]
-    return [setting for setting in chosen if 4 * setting.elements * setting.siblings <= MAX_BYTES]
-
-
-def measure_bounds(options, measure):
-    """Copy bandwidth at 256 MiB and the cost of an operation that does nothing."""
-    count = 2**10 if options.tiny else 2**26
-    source = torch.randn(count, device=options.device)
-    target, one = torch.empty_like(source), torch.zeros(1, device=options.device)
-    rows = []
-    for operator, call, size in (("copy", lambda: target.copy_(source), 8 * count), ("launch", lambda: one.add_(1), 8)):
-        median, spread = measure(call)
-        rows.append({"operator": operator, "provider": "bound", "bytes": size, "median_ms": median, "iqr_ms": spread})
-        rows[-1] |= {"graph_ms": graph_time(options, call)} | environment(options.device)
-        log(f"  {operator}: {median:.4f} ms, {size / median / 1e6:.0f} GB/s")
-    return rows
-
-
-def measure_speed(options):
-    """All rows; stops in time, saying what was left out."""
-    measure = timer(options)
-    rows = measure_bounds(options, measure)
-    compiled_sizes = COMPILED if not options.tiny else ()
-    for setting in settings(options):
-        if time.monotonic() > options.deadline:
-            log(f"  out of time before {setting.label}: this and what follows was not measured")
-            break
-        inputs = Inputs(setting)
-        providers = {"fused": fused(inputs), "eager": eager(inputs)}
-        if (setting.rows, setting.siblings) in compiled_sizes and time.monotonic() < options.deadline - 60:
-            torch._dynamo.reset()
-            providers["compiled"] = eager(inputs, lambda function: torch.compile(function, dynamic=False))
-        for operator in OPERATORS:
-            for provider, calls in providers.items():
-                if (operator, provider) != ("normal", "compiled"):
-                    rows.append(_row(options, measure, setting, operator, provider, calls[operator]))
-        del inputs, providers
-        write(rows, options.out)
-    return rows
-
-
-def _row(options, measure, setting, operator, provider, call):
-    median, spread = measure(call)
-    size = {"shape": setting.shape, "rows": setting.rows, "siblings": setting.siblings, "dtype": str(setting.dtype)}
-    row = {"operator": operator, "provider": provider, **size, "median_ms": median, "iqr_ms": spread}
-    row["graph_ms"] = graph_time(options, call) if provider == "fused" else None
-    row |= {"bytes": bytes_moved(operator, setting), "peak_bytes": peak_bytes(call, options.device)}
-    in_graph = f", {row['graph_ms']:.4f} in a graph" if row["graph_ms"] else ""
-    log(f"  {operator} {provider} {setting.label}: {median:.4f} ms{in_graph}")
-    return row | environment(options.device)
-
-
 def check_speed(options):
-    """Measure, write rows, table and plot, and show the table."""
-    write(measure_speed(options), options.out)
-    log((options.out / "table.md").read_text())
+    """Rows of everything that the time allows."""
+    measure_speed(options)
 
 
 PARTS = {
@@ -239,39 +164,71 @@ PARTS = {
 }
 
 
+def run_part(name, options, arguments):
+    """One part in a process group of its own: ok, FAILED, skipped or OUT OF TIME."""
+    left = options.deadline - time.monotonic()
+    if left < 5:
+        return "OUT OF TIME"
+    limit = min(LIMITS[name], left)
+    command = [sys.executable, __file__, *arguments, "--part", name, "--seconds", f"{limit:.0f}"]
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        status = process.wait(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # compute-sanitizer has children of its own
+        process.wait()
+        return "OUT OF TIME"
+    return {0: "ok", SKIPPED: "skipped"}.get(status, "FAILED")
+
+
 def parse():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu")
-    parser.add_argument("--minutes", type=float, default=8.5, help="the speed part stops when they are over")
+    parser.add_argument("--minutes", type=float, default=8.5, help="for all parts together")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
     parser.add_argument("--tiny", action="store_true", help="small sizes, to walk the code without a GPU")
-    parser.add_argument("--sanitized", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=[*PARTS, "sanitized"], help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=500, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main():
     options = parse()
-    if options.sanitized:
-        run_sanitized()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("--device: found cuda, but torch sees no GPU; `--device cpu --tiny` walks the code", file=sys.stderr)
+        return 2
+    if options.part:
+        # What is not done 10 seconds before the limit is left out; the speed part watches this.
+        options.deadline = STARTED + options.seconds - 10
+        try:
+            (PARTS | {"sanitized": run_sanitized})[options.part](options)
+        except Skip as reason:
+            log(f"  skipped: {reason}")
+            return SKIPPED
         return 0
-    options.deadline = time.monotonic() + 60 * options.minutes
+    options.deadline = STARTED + 60 * options.minutes
+    return run_parts(options)
+
+
+def run_parts(options):
+    """All parts asked for, the report of the rows, and a summary in verdicts.json."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    if "speed" in options.parts:
+        (options.out / "rows.jsonl").unlink(missing_ok=True)
     log(json.dumps(environment(options.device)))
+    arguments = ["--device", options.device, "--out", str(options.out), *(["--tiny"] if options.tiny else [])]
     verdicts = {}
     for name in options.parts:
         start = time.monotonic()
         log(f"== {name}")
-        try:
-            PARTS[name](options)
-            verdicts[name] = "ok"
-        except Exception:  # the other parts still have something to say; the status reports it
-            traceback.print_exc()
-            verdicts[name] = "FAILED"
+        verdicts[name] = run_part(name, options, arguments)
         log(f"== {name}: {verdicts[name]} after {time.monotonic() - start:.0f} s")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "verdicts.json").write_text(json.dumps(verdicts | environment(options.device)) + "\n")
+        (options.out / "verdicts.json").write_text(json.dumps(verdicts | environment(options.device)) + "\n")
+    if "speed" in options.parts and (options.out / "rows.jsonl").is_file():
+        log(report(read(options.out), options.out))
     log(json.dumps(verdicts))
-    return int("FAILED" in verdicts.values())
+    return 0 if set(verdicts.values()) <= {"ok", "skipped"} else 1
 
 
 if __name__ == "__main__":

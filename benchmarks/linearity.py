@@ -22,7 +22,7 @@ from importable import ROOT  # isort: skip
 
 import torch
 from architectures import ARCHITECTURES
-from kernel_bench import environment
+from kernel_machine import environment
 from rollout_bench import Bench, iterate, warm_up
 from rollout_variants import EXACT_END, VARIANTS
 

@@ -69,8 +69,10 @@ def official_step(run: Run, iteration: int, judge: Judge, copies: int) -> dict[s
     samples = explore(run, iteration, judge)
     advantages = seed_advantages(samples.rewards, run.config.learn.advantage_clip)
     with run.clock("learn"):
-        norms = [run.optimizer_step(idle=False) for _ in learn(run, samples, advantages, copies)]
-    return {"rewards": samples.rewards, "reward_seconds": samples.reward_seconds, "grad_norm": float(norms[-1])}
+        for _ in learn(run, samples, advantages, copies):
+            run.optimizer_step(idle=False)
+        figures = run.stepper.read()
+    return {"rewards": samples.rewards, "reward_seconds": samples.reward_seconds, **figures}
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """One architecture on one device: policies, scorers and runs for the variants of `rollouts.py`, and timed iterations.
 
-Runs are real, set up by `tempflow.run.set_up` from a real configuration and stepped by `tempflow.train.train_step`;
+Runs are real, set up by `tempflow.assembly.set_up` from a real configuration, stepped by `tempflow.train.train_step`;
 only the policy is shared between variants that have the same weights, and the scorer is the architecture's own. Every
 timed iteration starts from the same parameters and a fresh optimizer, so all variants solve the same problem and their
 rewards can be compared branch by branch.
@@ -29,14 +29,16 @@ from official import official_step
 from rollout_variants import Variant, settings_of
 from torch import Tensor
 
-import tempflow.run
+import tempflow.assembly
+from tempflow.assembly import set_up
 from tempflow.config import read_values, validate
 from tempflow.models import load_policy
 from tempflow.policy import Policy
 from tempflow.rewards import Scorer
 from tempflow.rewards.digits import DigitsReward
-from tempflow.run import Run, set_up
-from tempflow.settings import Config
+from tempflow.rewards.panel import Panel
+from tempflow.run import Run
+from tempflow.settings import Config, RewardConfig
 from tempflow.tail_engine import TailWork
 from tempflow.train import train_step
 
@@ -148,13 +150,14 @@ class Bench:
         policy = self.policy(config)
         function, judge = self.scorers(variant)
 
-        def scorer(setting: str, name: str, rows: int) -> Scorer:
-            return Scorer(setting, self.name, function, rows)
+        def panels(config: RewardConfig, rows: int, device: torch.device) -> tuple[Panel, Panel]:
+            reward = Scorer("reward.name", self.name, function, rows)
+            return Panel({self.name: reward}, torch.ones(1)), Panel({}, torch.ones(0))
 
         with (
             contextlib.redirect_stderr(io.StringIO()),
-            patch.object(tempflow.run, "load_policy", lambda *_, **__: policy),
-            patch.object(tempflow.run, "load_scorer", scorer),
+            patch.object(tempflow.assembly, "load_policy", lambda *_, **__: policy),
+            patch.object(tempflow.assembly, "load_panels", panels),
         ):
             run, _ = set_up(config)
         run = replace(run, scores=Recording(run.scores))
@@ -271,7 +274,7 @@ def _reset(case: Case) -> None:
     for name, parameter in case.run.policy.trainable().items():
         parameter.copy_(case.start[name])
         parameter.grad = None
-    case.run.optimizer.state.clear()
+    case.run.stepper.optimizer.state.clear()
     case.run.policy.pipeline.vae.decoder._compiled_call_impl = case.decoder
 
 

@@ -29,7 +29,7 @@ import torch
 import yaml
 from architectures import ARCHITECTURES
 from flops import copy_bandwidth, matmul_peak
-from kernel_bench import environment
+from kernel_machine import environment
 from rollout_bench import Bench, Case, Iteration, iterate, warm_up
 from rollout_figures import figures
 from rollout_report import write_report

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from tempflow.errors import BadInput
+from tempflow.batching import BUCKET
+from tempflow.errors import BadInput, Unscored
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -40,25 +46,49 @@ class Ranks:
         dist.all_gather(parts, local)
         return torch.cat(parts, dim).cpu()
 
+    def agree(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns; where it fails on any rank, all of them stop instead of waiting for one another.
+
+        Raises:
+            BadInput: of this rank, or one that says that another rank failed.
+        """
+        result, problem = None, None
+        try:
+            result = work()
+        except BadInput as error:
+            problem = error
+        if self.gather(torch.tensor([int(problem is not None)]), 0).any():
+            raise problem or Unscored("reward", f"rank {self.rank}", "another process could not go on and says why")
+        return result
+
     def average_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Replaces each gradient by its mean over ranks; a rank without one counts as 0."""
+        """Replaces each gradient by its mean over ranks, bucket by bucket; a rank without one counts as 0."""
         if self.size == 1:
             return
-        parameters = list(parameters)
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        gradients = [_gradient(parameter) for parameter in parameters]
+        while gradients:
+            sizes = list(accumulate(gradient.nbytes for gradient in gradients))
+            count = max(1, bisect_right(sizes, BUCKET))
+            self._average(gradients[:count])
+            gradients = gradients[count:]
+
+    def _average(self, bucket: list[Tensor]) -> None:
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat)
         flat /= self.size
-        sizes = [parameter.numel() for parameter in parameters]
-        for parameter, part in zip(parameters, flat.split(sizes), strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
+        for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def wait(self) -> None:
         """All ranks meet here."""
         if self.size > 1:
             dist.barrier()
+
+
+def _gradient(parameter: Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def is_first() -> bool:

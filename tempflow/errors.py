@@ -8,4 +8,8 @@ class BadInput(ValueError):
 
     def __init__(self, field: str, value: object, mend: str):
         super().__init__(f"{field}={value}: {mend}")
-        self.field = field
+        self.field, self.value, self.mend = field, value, mend
+
+
+class Unscored(BadInput):
+    """Images that got no reward, from which nothing has been learnt yet: the run is saved before it stops."""

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts: ODE sampling from fixed noises, scored by the reward and by the gold scorer."""
+"""Evaluation on held-out prompts: ODE sampling from fixed noises, scored by the rewards and by the gold panel."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from tempflow.batching import chunks
 from tempflow.branching import decode_branches
 from tempflow.distributed import Ranks
 from tempflow.draws import EVALUATION, Draw
+from tempflow.metrics import known_mean
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt
-from tempflow.rewards import Scorer
+from tempflow.rewards.panel import Panel
 from tempflow.schedule import NoiseSchedule
 from tempflow.tail_engine import TailEngine
 
@@ -23,10 +24,17 @@ from tempflow.tail_engine import TailEngine
 class Evaluation:
     """Scores and pictures of one evaluation."""
 
-    scores: dict[str, float]
-    """scorer -> mean over all prompts"""
+    scores: dict[str, Tensor]
+    """scorer -> scores of all prompts, (n,) fp32; NaN where it has no opinion"""
+    missing: int
+    """how many opinions are missing, of all scorers"""
     pictures: Tensor
     """(n, 3, H, W) uint8, the same prompts and noises every time"""
+
+
+    def figures(self) -> dict[str, float | None]:
+        """scorer -> mean over the prompts it has an opinion of, if any; and how many opinions are missing."""
+        return {name: known_mean(scores) for name, scores in self.scores.items()} | {"scores_missing": self.missing}
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,8 @@ class Evaluator:
     engine: TailEngine
     schedule: NoiseSchedule
     prompts: Sequence[Prompt]
-    scorers: dict[str, Scorer]
+    rewards: Panel
+    gold: Panel
     ranks: Ranks
     run_seed: int
     decode_rows: int
@@ -49,18 +58,36 @@ class Evaluator:
         count = min(self.pictures, len(self.prompts))
         return [place * len(self.prompts) // count for place in range(count)]
 
+    @property
+    def golds(self) -> list[str]:
+        """Names of the gold scores: `gold`, or `gold_` and the scorer's name if there are several."""
+        several = len(self.gold.scorers) > 1
+        return [f"gold_{label}" if several else "gold" for label in self.gold.scorers]
+
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        """One image per prompt. Every rank takes its part of the prompts; all see the same result."""
+        """One image per prompt. Every rank takes its part of the prompts; all see the same result.
+
+        Raises:
+            BadInput: a scorer fails, on any rank, or has no opinion of any picture.
+        """
         padded = -(-len(self.prompts) // self.ranks.size) * self.ranks.size
         slots = self.ranks.share(padded)
         prompts = [self.prompts[min(slot, len(self.prompts) - 1)] for slot in slots]
         images = self._sample(slots, prompts)
-        scores = {
-            name: self.ranks.gather(scorer(images, prompts), 0)[: len(self.prompts)].mean().item()
-            for name, scorer in self.scorers.items()
-        }
-        return Evaluation(scores, self._pictures(images, slots))
+        table = self.ranks.agree(lambda: torch.cat((self.rewards(images, prompts), self.gold(images, prompts))))
+        table = self.ranks.gather(table, 1)[:, : len(self.prompts)]
+        return Evaluation(self._named(table), int(table.isnan().sum()), self._pictures(images, slots))
+
+    def _named(self, table: Tensor) -> dict[str, Tensor]:
+        """The rows of scores (rewards and golds, n) under their names in the metrics; first the rewards' sum."""
+        rewards, golds = table.split((len(self.rewards.scorers), len(self.gold.scorers)))
+        self.rewards.check_opinions(rewards)
+        self.gold.check_opinions(golds)
+        several = self.rewards.scorers if len(rewards) > 1 else ()
+        names = ["reward_test", *(f"reward_test_{label}" for label in several), *self.golds]
+        rows = [self.rewards.total(rewards), *rewards[: len(several)], *golds]
+        return dict(zip(names, rows, strict=True))
 
     def _pictures(self, images: Tensor, slots: range) -> Tensor:
         """The pictured images; each rank contributes those it holds, and zeros for the others."""

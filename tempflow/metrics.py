@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,6 +68,12 @@ def _average(totals: Tensor) -> dict[str, float]:
         return {}
     columns = zip(BranchLossStats._fields, totals[:, 1:].unbind(1), strict=True)
     return {name: (column.max() if name in MAXIMA else column.sum() / count).item() for name, column in columns}
+
+
+def known_mean(values: Tensor, digits: int | None = None) -> float | None:
+    """Mean of the values that are not NaN, rounded if `digits` are given; None if there are none."""
+    mean = values.nanmean().item()
+    return None if math.isnan(mean) else mean if digits is None else round(mean, digits)
 
 
 class PhaseClock:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import textwrap
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from tempflow.paths import write_atomically
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-REWARD, GOLD, WEIGHT = "#4269d0", "#d97706", "#6b7280"
+REWARD, WEIGHT, WARNING = "#4269d0", "#6b7280", "#b91c1c"
+GOLDS = ("#d97706", "#15803d", "#9333ea", "#be185d")
 
 
 def save_pictures(folder: Path, step: int, pictures: Tensor) -> None:
@@ -58,13 +60,19 @@ def draw_report(folder: Path) -> Path:
 
 
 def _curves(axes: Any, rows: list[dict], key: str, unit: float, label: str) -> None:
-    """Training reward, held-out reward and gold score over iterations or seconds."""
-    trained = [row for row in rows if "reward_mean" in row]
+    """Training reward, held-out rewards and gold scores over iterations or seconds; dotted where gold fell alone."""
+    trained = [row for row in rows if row.get("reward_mean") is not None]
     axes.plot([row[key] / unit for row in trained], [row["reward_mean"] for row in trained], color=REWARD, lw=1,
               alpha=0.6, label="reward (training branches)")  # fmt: skip
-    for name, color, words in (("reward_test", REWARD, "reward (held-out)"), ("gold", GOLD, "gold (held-out)")):
-        seen = [row for row in rows if name in row]
-        axes.plot([row[key] / unit for row in seen], [row[name] for row in seen], "o-", ms=3, color=color, label=words)
+    golds = sorted({name for row in rows for name in row if name.startswith("gold") and name != "gold_fall"})
+    lines = [("reward_test", REWARD, "reward"), *zip(golds, cycle(GOLDS), golds, strict=False)]
+    for name, color, words in lines:
+        seen = [row for row in rows if row.get(name) is not None]
+        axes.plot([row[key] / unit for row in seen], [row[name] for row in seen], "o-", ms=3, color=color,
+                  label=f"{words} (held-out)")  # fmt: skip
+    for row in rows:
+        if "gold_fall" in row:
+            axes.axvline(row[key] / unit, color=WARNING, ls=":", lw=1)
     axes.set_xlabel(label)
     axes.set_title(f"reward and gold over {'iterations' if key == 'step' else 'time'}")
     axes.grid(alpha=0.3)

@@ -1,39 +1,34 @@
-"""Setting up a run from its configuration, and what the loop asks of it besides the step itself."""
+"""A run on one rank: what its loop asks of it besides the step itself."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tempflow_kernels import backend_info
 from torch import Tensor
 
-from tempflow import checkpoint, distributed
+from tempflow import checkpoint
 from tempflow.checkpoint import Progress
-from tempflow.compiled import CompiledBlocks
 from tempflow.distributed import Ranks
 from tempflow.draws import Draw
-from tempflow.errors import BadInput
+from tempflow.errors import BadInput, Unscored
 from tempflow.evaluation import Evaluator
-from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, read_metrics
-from tempflow.models import load_policy
-from tempflow.optim import MovingAverage, make_optimizer
-from tempflow.plan import BranchCost, BranchPlan
+from tempflow.hacking import falls, keep_scores, read_scores
+from tempflow.metrics import MetricsWriter, PhaseClock
+from tempflow.optim import state_bytes
+from tempflow.plan import BranchPlan
 from tempflow.policy import Policy
-from tempflow.prompts import Prompt, iteration_prompts, read_prompts
+from tempflow.prompts import Prompt, iteration_prompts
 from tempflow.report import draw_report, save_pictures
-from tempflow.rewards import Scorer, load_scorer
-from tempflow.run_folder import check_consistency, check_folder, group_size, write_settings
-from tempflow.schedule import NoiseSchedule, build_schedule
+from tempflow.rewards.panel import Panel
+from tempflow.schedule import NoiseSchedule
 from tempflow.scoring import ScoreQueue
 from tempflow.settings import Config
-from tempflow.tail_engine import EagerEngine, Numerics, TailEngine
-from tempflow.tail_levels import Engines
-from tempflow.tail_setup import set_up_tails
+from tempflow.stepping import Stepper
+from tempflow.tail_engine import Numerics, TailEngine
 
 
 @dataclass(frozen=True)
@@ -50,10 +45,10 @@ class Run:
     numerics: Numerics
     """the context of trunk and learning, alike: compiled blocks, or nothing"""
     prompts: list[Prompt]
+    rewards: Panel
     scores: ScoreQueue
     evaluator: Evaluator | None
-    optimizer: torch.optim.Optimizer
-    average: MovingAverage
+    stepper: Stepper
     clock: PhaseClock
     writer: MetricsWriter | None
 
@@ -70,6 +65,23 @@ class Run:
         slots = self.ranks.share(branch.prompts)
         draw = Draw.grid(seed, iteration, slots, branch.seeds)
         return [everyone[slot] for slot in slots for _ in range(branch.seeds)], draw
+
+    def collect(self, forks: int, siblings: int) -> Tensor:
+        """(M, S, R of all ranks, K) fp32 rewards of the branches submitted since; NaN where a scorer has no opinion.
+
+        Raises:
+            Unscored: on all ranks, where a scorer failed on one of them, or has no opinion at all.
+        """
+        try:
+            own = self.ranks.agree(self.scores.collect)
+        except BadInput as error:
+            raise Unscored(error.field, error.value, error.mend) from error
+        rewards = self.ranks.gather(own.view(len(own), forks, -1, siblings), dim=2)
+        self.rewards.check_opinions(rewards)
+        if self.config.reward.combine == "sum" and self.rewards.total(rewards).isnan().all():
+            mend = "no image has all of these rewards, so there is no sum of them; use reward.combine=advantages"
+            raise Unscored("reward.name", self.config.reward.name, mend)
+        return rewards
 
     def own_rows(self, values: Tensor) -> Tensor:
         """This rank's part of an (S, R of all ranks, ...) tensor."""
@@ -88,36 +100,49 @@ class Run:
             return None
         return torch.full((rows,), self.schedule.step_size(step), device=self.policy.device)
 
-    def optimizer_step(self, idle: bool) -> float:
-        """Averages gradients over ranks, clips, steps; returns the norm before clipping.
+    def idle_updates(self, weights: Tensor) -> list[bool]:
+        """For each optimizer step of an inner epoch, whether no rank has anything to learn in it.
 
         Args:
-            idle: this rank had nothing to learn; where that is so on all ranks, no parameter moves.
-        Raises:
-            BadInput: the norm is not finite; no parameter has been changed then.
+            weights: (S, R of all ranks); every rank holds them all, so that this needs no word between ranks.
         """
-        if self.ranks.gather(torch.tensor([int(idle)]), 0).all():
-            return 0.0
-        parameters = list(self.policy.trainable().values())
-        self.ranks.average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.learn.max_grad_norm)
-        if not torch.isfinite(norm):
-            mend = f"the gradient is {norm.item()} and nothing was changed; lower it and go on with run.resume=true"
-            raise BadInput("learn.lr", self.config.learn.lr, mend)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update()
-        return norm.item()
+        learn = self.config.learn
+        by_update = weights.ne(0).view(len(weights), self.ranks.size, learn.updates, -1).transpose(1, 2)
+        return [not learn.kl and not by_update[:, update].any() for update in range(learn.updates)]
 
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Held-out scores of the averaged parameters; saves the pictures."""
+    def optimizer_step(self, idle: bool) -> None:
+        """Averages gradients over ranks, clips and steps, without waiting for the device (see `tempflow.stepping`).
+
+        Args:
+            idle: no rank had anything to learn; then no parameter moves.
+        """
+        if idle:
+            return self.stepper.idle()
+        self.ranks.average_gradients(self.stepper.parameters.values())
+        self.stepper.step()
+
+    def evaluate(self, step: int) -> dict[str, Any]:
+        """Mean held-out scores of the averaged parameters, and which gold fell; saves pictures and scores.
+
+        Raises:
+            Unscored: on all ranks, where a scorer failed on one of them, or has no opinion at all.
+        """
         if self.evaluator is None:
             return {}
-        with self.clock("evaluate"), self.average.applied():
-            result = self.evaluator.evaluate()
+        try:
+            with self.clock("evaluate"), self.stepper.average.applied():
+                result = self.evaluator.evaluate()
+        except BadInput as error:
+            raise Unscored(error.field, error.value, error.mend) from error
+        history, threshold = read_scores(self.folder, step), self.config.reward.hacking_drop
+        fallen = falls(history, result.scores, self.evaluator.golds, threshold)
         if self.ranks.first:
             save_pictures(self.folder, step, result.pictures)
-        return result.scores
+            keep_scores(self.folder, step, result.scores)
+            for name, fall in fallen.items():
+                print(f"tempflow: warning: iteration {step}: {name} is {fall:.4g} below its best while the reward "
+                      "rose; the model may please the scorer only: look at the pictures", file=sys.stderr)  # fmt: skip
+        return result.figures() | ({"gold_fall": fallen} if fallen else {})
 
     def constants(self) -> dict[str, Any]:
         """What the first line of metrics.jsonl holds besides the scores before training."""
@@ -139,117 +164,30 @@ class Run:
     @staticmethod
     def shown(row: dict[str, Any], rate: float) -> dict[str, str]:
         """What the progress bar says."""
-        shown = {"reward": f"{row['reward_mean']:.3f}"}
-        if "gold" in row:
-            shown["gold"] = f"{row['gold']:.3f}"
-        return shown | {"rollouts/h": f"{rate:,.0f}"}
+        words = {"reward": row["reward_mean"], "gold": row.get("gold")}
+        known = {name: f"{value:.3f}" for name, value in words.items() if value is not None}
+        return known | {"rollouts/h": f"{rate:,.0f}"}
 
     def save(self, progress: Progress) -> None:
         """A checkpoint, the trained weights (averaged) in the model library's own format, and the report so far."""
         if self.ranks.first:
-            parameters, keep = self.policy.trainable(), self.config.run.keep_checkpoints
-            checkpoint.save(self.folder / "checkpoints", progress, parameters, self.optimizer, self.average, keep)
-            with self.average.applied():
+            checkpoint.save(self.folder / "checkpoints", progress, self.stepper, self.config.run.keep_checkpoints)
+            with self.stepper.average.applied():
                 self.policy.save(self.folder)
             draw_report(self.folder)
         self.ranks.wait()
 
-    def finish(self) -> None:
+    def announce(self) -> None:
+        """After the first iteration: what the plan could only estimate."""
+        if not self.ranks.first:
+            return
+        words = f"measured: optimizer state {state_bytes(self.stepper.optimizer) / 2**20:,.1f} MiB"
+        if self.policy.device.type == "cuda":
+            words += f", most GPU memory {torch.cuda.max_memory_allocated(self.policy.device) / 2**30:.2f} GiB"
+        print(words, file=sys.stderr)
+
+    def finish(self, stopped: bool) -> None:
         """The closing words."""
+        word = "stopped, as reward.hacking_stop asks" if stopped else "done"
         if self.ranks.first:
-            print(f"tempflow: done; figures and pictures in {self.folder / 'report.png'}", file=sys.stderr)
-
-
-def set_up(config: Config) -> tuple[Run, Progress]:
-    """A run ready to go, and how far it has come already. Prints the plan.
-
-    Raises:
-        BadInput: anything in the configuration that cannot work; no file has been changed then.
-    """
-    ranks = distributed.start(config.run.device)
-    check_consistency(config, ranks.size)
-    check_trackers(config.run.trackers)
-    if not config.run.plan_only:
-        check_folder(config)
-    torch.manual_seed(config.run.seed)
-    prompts = read_prompts(config.prompts.train, "prompts.train")
-    reward = load_scorer("reward.name", config.reward.name, config.branch.decode_rows)
-    policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
-    schedule = build_schedule(policy.sigmas(config.sample.steps), config.sample.transition, config.sample.noise_level)
-    plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)
-    engines = _engines(config, policy, schedule, plan, prompts, ranks)
-    evaluator = _evaluator(config, policy, reward, ranks, engines.evaluate)
-    parameters = policy.trainable()
-    optimizer = make_optimizer(config.learn, list(parameters.values()))
-    average = MovingAverage(parameters, config.learn.ema_decay, config.learn.ema_every)
-    if ranks.first:
-        print(_explain(config, policy, schedule, plan, ranks), file=sys.stderr)
-    folder, progress, writer = Path(config.run.dir).expanduser(), Progress(), None
-    if not config.run.plan_only:
-        progress = checkpoint.restore(folder / "checkpoints", parameters, optimizer, average)
-        write_settings(config, ranks)
-        last = progress.iteration if progress.iteration else None
-        writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
-    clock, numerics = PhaseClock(ranks.device), CompiledBlocks(policy.blocks()) if config.learn.compile else nullcontext
-    scores = ScoreQueue(policy, reward, config.branch.decode_rows, clock, config.branch.overlap)
-    run = Run(config, folder, ranks, policy, schedule, plan, engines.explore, numerics, prompts, scores, evaluator,
-              optimizer, average, clock, writer)  # fmt: skip
-    return run, progress
-
-
-def _engines(
-    config: Config, policy: Policy, schedule: NoiseSchedule, plan: BranchPlan, prompts: list[Prompt], ranks: Ranks
-) -> Engines:
-    """What carries the tails; not tried out where only the plan is asked for."""
-    if config.run.plan_only:
-        idle = EagerEngine(policy, 1)
-        return Engines("eager", idle, idle)
-    first_row = read_metrics(Path(config.run.dir).expanduser() / "metrics.jsonl")[:1] if config.run.resume else []
-    known_rows = first_row[0].get("tail_rows") if first_row else None
-    trunks = config.branch.prompts * config.branch.seeds // ranks.size
-
-    def agree(rows: int) -> int:
-        return int(ranks.gather(torch.tensor([rows]), 0).min())
-
-    return set_up_tails(config, policy, schedule, plan, trunks, prompts[0].text, known_rows, agree, ranks.first)
-
-
-def _evaluator(
-    config: Config, policy: Policy, reward: Scorer, ranks: Ranks, engine: TailEngine
-) -> Evaluator | None:
-    """Held-out evaluation, or None where there are no held-out prompts."""
-    if config.prompts.test is None:
-        return None
-    prompts = read_prompts(config.prompts.test, "prompts.test")
-    count = min(config.eval.prompts, len(prompts))
-    prompts = [prompts[place * len(prompts) // count] for place in range(count)]
-    scorers = {"reward_test": reward}
-    if config.reward.gold is not None:
-        scorers["gold"] = load_scorer("reward.gold", config.reward.gold, config.branch.decode_rows)
-    schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
-    return Evaluator(policy, engine, schedule, prompts, scorers, ranks, config.run.seed, config.branch.decode_rows,
-                     config.eval.pictures)  # fmt: skip
-
-
-def _explain(config: Config, policy: Policy, schedule: NoiseSchedule, plan: BranchPlan, ranks: Ranks) -> str:
-    """The plan in words and numbers: groups, cost per rank, and the schedule's forks."""
-    branch, learn = config.branch, config.learn
-    rows = branch.prompts * branch.seeds // ranks.size
-    elements = torch.Size(policy.latent_shape).numel()
-    passes = learn.inner_epochs * (2 if learn.kl else 1)
-    cost = BranchCost.of(plan, rows, elements, torch.Size(policy.image_shape).numel(), passes)
-    parameters = sum(parameter.numel() for parameter in policy.trainable().values())
-    weights = schedule.noise_weights(plan.pool).tolist()
-    forks = ", ".join(f"{step}: {weight:.2f}" for step, weight in zip(plan.pool, weights, strict=True))
-    drawn = f" ({len(plan.steps)} of them drawn each iteration)" if len(plan.steps) < len(plan.pool) else ""
-    rows_per_update = rows * len(plan.steps) // learn.updates
-    return "\n".join((
-        f"tempflow: {config.model.path} on {ranks.size} x {policy.device.type}, {parameters:,} trained parameters "
-        f"({config.model.train}), latents {tuple(policy.latent_shape)}; attention: {policy.attention}; operators: "
-        f"{backend_info()['cuda' if policy.device.type == 'cuda' else 'cpu']}",
-        f"groups: {branch.prompts} prompts x {branch.seeds} seeds, each trunk forks into {plan.siblings} siblings; "
-        f"advantages among {group_size(config)} branches (group={learn.group}); {rows_per_update} network rows per "
-        f"optimizer step and process, {learn.updates * learn.inner_epochs} optimizer steps an iteration",
-        f"forks at steps (step: noise weight){drawn}: {forks}",
-        f"cost per process: {cost.describe(plan, policy.network_rows)}",
-    ))  # fmt: skip
+            print(f"tempflow: {word}; figures and pictures in {self.folder / 'report.png'}", file=sys.stderr)

@@ -14,9 +14,12 @@ from tempflow.errors import BadInput
 from tempflow.paths import write_atomically
 from tempflow.settings import Config
 
-MAY_CHANGE = {"run.resume", "run.dir", "run.save_every", "run.keep_checkpoints", "run.trackers", "run.plan_only",
-              "run.device", "learn.iterations", "eval.every", "branch.rows", "branch.decode_rows",
-              "branch.overlap", "tails.level", "tails.check", "tails.compile_vae", "learn.compile"}  # fmt: skip
+MAY_CHANGE = {
+    "run.resume", "run.dir", "run.save_every", "run.keep_checkpoints", "run.trackers", "run.plan_only", "run.device",
+    "learn.iterations", "learn.compile", "eval.every", "branch.rows", "branch.decode_rows", "branch.overlap",
+    "tails.level", "tails.check", "tails.compile_vae", "reward.hacking_drop", "reward.hacking_stop", "reward.servers",
+    "reward.batch", "reward.requests", "reward.timeout", "reward.patience", "reward.token_file",
+}  # fmt: skip
 """Settings that may differ when a run is resumed: none of them changes what was learnt so far."""
 
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 
 from tempflow.branching import decode_branches
+from tempflow.errors import BadInput
 from tempflow.metrics import PhaseClock
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt
 from tempflow.rewards import Scorer
+from tempflow.rewards.panel import Panel
 
 
 class InTurn(Executor):
@@ -22,7 +24,10 @@ class InTurn(Executor):
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future:
         done: Future = Future()
-        done.set_result(function(*arguments, **named))
+        try:
+            done.set_result(function(*arguments, **named))
+        except BadInput as error:  # raised again where the result is asked for, as in a thread
+            done.set_exception(error)
         return done
 
 
@@ -34,7 +39,7 @@ class ScoreQueue:
     fill each other's gaps; on a CPU alone it would only divide the cores, so there the work is done in turn.
     """
 
-    def __init__(self, policy: Policy, reward: Scorer, rows: int, clock: PhaseClock, overlap: bool):
+    def __init__(self, policy: Policy, reward: Scorer | Panel, rows: int, clock: PhaseClock, overlap: bool):
         self.policy, self.reward, self.rows, self.clock = policy, reward, rows, clock
         on_gpu = policy.device.type == "cuda"
         self.overlap = overlap and (on_gpu or reward.parallel > 0)
@@ -50,7 +55,7 @@ class ScoreQueue:
         self.pending.append(self.judge.submit(self._score, images, prompts))
 
     def collect(self) -> Tensor:
-        """Rewards fp32 of all branches since the last `collect`, (..., B of all chunks).
+        """Rewards fp32 of all branches since the last `collect`: (B of all chunks), (M, B) from a panel of M.
 
         Raises:
             BadInput: what a scorer raised; the queue is empty then, too.

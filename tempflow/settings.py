@@ -5,7 +5,7 @@ pydantic does the typing. `config.py` reads them from presets, YAML files and co
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -127,8 +127,10 @@ class LearnConfig:
     """Passes over one iteration's branches, with the true importance ratio from the second update on."""
     compile: bool = False
     """Compile the repeated blocks for trunk and training, both alike."""
-    optimizer: Literal["adamw"] = "adamw"
-    """Optimizer of the trained parameters."""
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
+    """AdamW of torch, or of bitsandbytes: moments in 8 bits; paged, they move to the host when the GPU is full."""
+    min_8bit_size: Count = 4096
+    """8-bit optimizers keep fp32 moments for tensors of fewer elements; low-rank adapters may be so small."""
     lr: Positive = 3e-4
     """Learning rate."""
     lr_schedule: Literal["constant", "linear"] = "constant"
@@ -171,10 +173,30 @@ class PromptConfig:
 
 @section
 class RewardConfig:
-    name: str = "digits"
-    """What is optimised: a scorer of tempflow.rewards, or `module:attribute` of a callable of your own."""
-    gold: str | None = "digits_gold"
-    """A second opinion that is only watched at evaluation, never optimised."""
+    name: str | Annotated[dict[str, float], Field(min_length=1)] = "digits"
+    """What is optimised: a scorer of tempflow.rewards or `module:attribute` of your own; several as {name: weight}."""
+    combine: Literal["sum", "advantages"] = "sum"
+    """Several rewards: normalise their weighted sum, or normalise each and take the weighted sum of the advantages."""
+    gold: str | list[str] | None = "digits_gold"
+    """A second opinion, or a list of them, only watched at evaluation, never optimised."""
+    hacking_drop: Positive = 3.0
+    """Warn when gold has fallen and the reward risen by so many standard errors since gold's best evaluation."""
+    hacking_stop: bool = False
+    """Save and stop where that warning is due."""
+    options: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    """What scorers are made with, by name, such as {pickscore: {path: /models/pickscore, dtype: bf16}}."""
+    servers: list[Annotated[str, Field(pattern=r"^https?://[^\s/]+/*$")]] = Field(default_factory=list)
+    """Addresses of `python -m tempflow.rewards.serve`; what they serve is scored there, anything else here."""
+    batch: Count | None = None
+    """Images of one request; null takes branch.decode_rows, as many as a scorer here gets in one call."""
+    requests: Count = 8
+    """Requests in flight at once, over all servers, per process."""
+    timeout: Positive = 120.0
+    """Seconds after which a request without an answer is sent again."""
+    patience: Positive = 600.0
+    """Seconds after a request's first failure until the run saves and stops."""
+    token_file: str | None = None
+    """File whose first line is the servers' token; null takes the environment variable TEMPFLOW_SCORER_TOKEN."""
 
 
 @section

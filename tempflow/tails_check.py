@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from tempflow import distributed
+from tempflow.assembly import set_up
 from tempflow.branching import Trunk, sample_branches, sample_trunk
 from tempflow.config import load
 from tempflow.errors import BadInput
 from tempflow.metrics import PhaseClock
-from tempflow.run import Run, set_up
+from tempflow.run import Run
 from tempflow.tail_engine import EagerEngine, TailEngine
 
 

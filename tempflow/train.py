@@ -17,6 +17,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from math import nan
 from typing import Any
 
 import torch
@@ -25,14 +27,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tempflow import distributed
-from tempflow.advantage import Credit, group_advantages
+from tempflow.advantage import Credit, combined_advantages, known_std
+from tempflow.assembly import set_up, show_plan
 from tempflow.branching import TransitionBatch, sample_branches, sample_trunk, updates
 from tempflow.checkpoint import Progress
 from tempflow.config import load
-from tempflow.errors import BadInput
-from tempflow.metrics import LossRecord, loss_figures
+from tempflow.errors import BadInput, Unscored
+from tempflow.metrics import LossRecord, known_mean, loss_figures
 from tempflow.optim import set_learning_rate
-from tempflow.run import Run, set_up
+from tempflow.run import Run
 from tempflow.tails_check import check_tails
 from tempflow.usage import help_text
 
@@ -51,24 +54,25 @@ def train_step(run: Run, iteration: int) -> dict[str, Any]:
     for chunk in clock.over("tails", sample_branches(run.engine, trunk, run.schedule)):
         run.scores.submit(chunk.latents, [prompts[row] for row in chunk.trunks])  # decoded and scored meanwhile
     with clock("wait"):
-        rewards = run.scores.collect().view(len(plan.steps), len(prompts), plan.siblings)
-        rewards = run.ranks.gather(rewards, dim=1)  # (S, R of all ranks, K)
+        rewards = run.collect(len(plan.steps), plan.siblings)  # (M scorers, S, R of all ranks, K)
 
     # Credit: siblings share all but that one step, so the difference of their rewards belongs to it.
-    credit = group_advantages(rewards, run.config.branch.seeds, learn.group, learn.advantage_std, learn.advantage_clip)
+    credit = combined_advantages(rewards, run.rewards.weights, run.config.reward.combine, seeds, learn.group,
+                                 learn.advantage_std, learn.advantage_clip)  # fmt: skip
     weights = run.step_weights(plan)[:, None] * credit.informative  # (S, R of all ranks)
+    idle = run.idle_updates(weights)
     advantages, weights = run.own_rows(credit.advantages), run.own_rows(weights)
 
     # Learn: weighted clipped policy gradient; each fork is one network row, its K siblings are K Gaussian terms on it.
-    set_learning_rate(run.optimizer, learn, iteration)
-    record, norms = LossRecord(), []
+    set_learning_rate(run.stepper.optimizer, learn, iteration)
+    record = LossRecord()
     with clock("learn"), run.numerics():
         for number, batches in enumerate(updates(trunk, advantages, weights, learn)):
             for batch in batches:
                 record.add(backward(run, batch), number)
-            norms.append(run.optimizer_step(idle=not batches))
-    figures = loss_figures(run.ranks.gather(record.totals(), dim=0))
-    return {**describe(rewards, credit, run, plan.steps), **figures, "grad_norm": sum(norms) / len(norms)}
+            run.optimizer_step(idle[number % learn.updates])
+        figures = loss_figures(run.ranks.gather(record.totals(), dim=0)) | run.stepper.read()
+    return {**describe(rewards, credit, run, plan.steps), **figures}
 
 
 def backward(run: Run, batch: TransitionBatch) -> BranchLossStats:
@@ -92,48 +96,87 @@ def backward(run: Run, batch: TransitionBatch) -> BranchLossStats:
         velocity_ref=velocity_ref,
         kl_weights=run.kl_weights(batch.step, rows),
     )
-    (loss * batch.share).backward()
+    run.stepper.backward(loss * batch.share)
     return stats
 
 
 def describe(rewards: Tensor, credit: Credit, run: Run, steps: Sequence[int]) -> dict[str, Any]:
-    """Figures of the (S, R, K) rewards of all ranks; steps without a fork in this iteration have no spread."""
+    """Figures of the (M, S, R, K) rewards of all ranks and of their sum; steps without a fork have no spread."""
+    total = run.rewards.total(rewards)
+    compared = (~total.isnan()).sum(2) > 1
     spread: list[float | None] = [None] * (run.plan.num_steps - 1)
-    for step, value in zip(steps, rewards.std(2, correction=0).mean(1).tolist(), strict=True):
-        spread[step] = round(value, 6)
+    for step, stds in zip(steps, known_std(total, (2,))[1].squeeze(2).where(compared, nan), strict=True):
+        spread[step] = known_mean(stds, 6)
     return {
-        "reward_mean": rewards.mean().item(),
+        "reward_mean": known_mean(total),
+        "reward_means": {name: known_mean(row) for name, row in zip(run.rewards.scorers, rewards, strict=True)},
         "reward_std_per_step": spread,
+        "rewards_missing": int(rewards.isnan().sum()),
         "groups_masked": credit.masked,
         "tail_waste": round(run.engine.work.read(), 4),
     }
 
 
-def train(run: Run, progress: Progress) -> None:
-    """The loop: evaluate, step, record, save; from `progress` to the last iteration."""
+def train(run: Run, progress: Progress) -> dict[str, Any]:
+    """The loop: evaluate, step, record, save; from `progress` to the last iteration. Returns that one's metrics.
+
+    Raises:
+        Unscored: images got no reward; the run is saved as it was before.
+    """
     config, start = run.config, time.perf_counter() - progress.seconds
-    total, every, save_every = config.learn.iterations, config.eval.every, config.run.save_every
     if progress.iteration == 0:
         scores = run.evaluate(0)
         run.record({"step": 0, "seconds": 0.0, "rollouts": 0, **run.constants(), **scores,
                     "phase_seconds": run.clock.read()})  # fmt: skip
         start = time.perf_counter()
-    bar = tqdm(total=total, initial=progress.iteration, unit="it", disable=not run.ranks.first, dynamic_ncols=True)
-    for iteration in range(progress.iteration, total):
-        began, done = time.perf_counter(), iteration + 1
-        row = train_step(run, iteration)
-        rollouts = run.rollouts_per_iteration
-        rate = rollouts / (time.perf_counter() - began) * 3600
-        if done == total or (every and done % every == 0):
-            row |= run.evaluate(done)
-        progress = Progress(done, time.perf_counter() - start, progress.rollouts + rollouts)
-        run.record({"step": done, "seconds": round(progress.seconds, 3), "rollouts": progress.rollouts,
-                    "rollouts_per_hour": round(rate, 1), **row, "phase_seconds": run.clock.read()})  # fmt: skip
-        if done == total or (save_every and done % save_every == 0):
+    bar = tqdm(total=config.learn.iterations, initial=progress.iteration, unit="it", disable=not run.ranks.first,
+               dynamic_ncols=True)  # fmt: skip
+    first = progress.iteration + 1
+    try:
+        progress, row = settle(run, progress)
+        while progress.iteration < config.learn.iterations and not stops(run, row):
+            began = time.perf_counter()
+            row = train_step(run, progress.iteration)
+            rate = run.rollouts_per_iteration / (time.perf_counter() - began) * 3600
+            row = {"rollouts_per_hour": round(rate, 1), **row}
+            progress = Progress(progress.iteration + 1, time.perf_counter() - start,
+                                progress.rollouts + run.rollouts_per_iteration, row)  # fmt: skip
+            progress, row = settle(run, progress)
+            if progress.iteration == first:
+                run.announce()
+            bar.update()
+            bar.set_postfix(run.shown(row, rate))
+        return row
+    except Unscored as error:
+        if progress.iteration:
             run.save(progress)
-        bar.update()
-        bar.set_postfix(run.shown(row, rate))
-    bar.close()
+            mend = f"{error.mend}; iteration {progress.iteration} is saved, go on with run.resume=true"
+            raise Unscored(error.field, error.value, mend) from error
+        raise
+    finally:
+        bar.close()
+
+
+def settle(run: Run, progress: Progress) -> tuple[Progress, dict[str, Any]]:
+    """Ends an iteration whose metrics row is still owed: evaluates, records and saves where that is due."""
+    if not progress.owed:
+        return progress, {}
+    done, config = progress.iteration, run.config
+    last = done == config.learn.iterations
+    row, began = dict(progress.owed), time.perf_counter()
+    if last or (config.eval.every and done % config.eval.every == 0):
+        row |= run.evaluate(done)
+    progress = replace(progress, owed={}, seconds=progress.seconds + time.perf_counter() - began)
+    run.record({"step": done, "seconds": round(progress.seconds, 3), "rollouts": progress.rollouts, **row,
+                "phase_seconds": run.clock.read()})  # fmt: skip
+    if last or stops(run, row) or (config.run.save_every and done % config.run.save_every == 0):
+        run.save(progress)
+    return progress, row
+
+
+def stops(run: Run, row: dict[str, Any]) -> bool:
+    """Whether the run was asked to stop where its reward is being hacked, and it is."""
+    return run.config.reward.hacking_stop and "gold_fall" in row
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,13 +187,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     speak = distributed.is_first()  # before the loop every rank meets the same mistake
     try:
-        run, progress = set_up(load(arguments))
+        config = load(arguments)
+        if config.run.plan_only:
+            show_plan(config, distributed.start(config.run.device), memory=True)
+            return 0
+        run, progress = set_up(config)
         speak = True
-        if not run.config.run.plan_only:
-            if run.config.tails.check and run.ranks.first:
-                print(f"tempflow: {check_tails(run).describe()}", file=sys.stderr)
-            train(run, progress)
-            run.finish()
+        if config.tails.check and run.ranks.first:
+            print(f"tempflow: {check_tails(run).describe()}", file=sys.stderr)
+        run.finish(stopped=stops(run, train(run, progress)))
         return 0
     except BadInput as error:
         if speak:

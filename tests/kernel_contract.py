@@ -109,6 +109,18 @@ def check_loss(module, case, scale=1.0):
     assert_close_as_torch("gradient", found[0], plain_gradients[0], scale * gradient)
     uncond_oracle = None if uncond_gradient is None else scale * uncond_gradient
     assert_close_as_torch("uncond gradient", found[1], plain_gradients[1], uncond_oracle)
+    check_loss_gradient(module, case, (found_loss, found_stats), gradient, uncond_gradient)
+
+
+def check_loss_gradient(module, case, expected, gradient, uncond_gradient):
+    """The one call for loss and gradient: the same loss, and the fp32 gradient of the guided velocity."""
+    *found, at_once = module.branch_loss_gradient(*case.loss_arguments())
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6 * float(other.abs().max()))
+    oracle = gradient if uncond_gradient is None else gradient + uncond_gradient
+    error, scale = float((at_once.double() - oracle).abs().max()), float(oracle.abs().max())
+    assert at_once.dtype == torch.float32
+    assert error <= 1e-5 * scale, f"gradient at once: error {error:.3g} of {scale:.3g}"
 
 
 def check_nan(module, case):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tempflow.advantage import group_advantages
+from tempflow.advantage import combined_advantages, group_advantages
 
 
 def by_hand(rewards, groups):
@@ -72,3 +72,58 @@ def test_advantages_are_clipped():
     rewards[0, 0, 0] = 1
     assert group_advantages(rewards, 1, "seed", clip=5.0).advantages.max() == 5
     assert group_advantages(rewards, 1, "seed", clip=50.0).advantages.max() == pytest.approx(10, abs=0.1)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_missing_rewards_leave_their_group_as_if_they_had_not_been_asked(group):
+    """The known siblings' advantages are those of a group that holds only them."""
+    rewards = torch.randn(2, 4, 3)
+    missing = [(0, 1, 2), (1, 0, 0), (1, 3, 1)]
+    for place in missing:
+        rewards[place] = NAN
+    groups = [[place for place in places if place not in missing] for places in GROUPS[group]]
+    credit = group_advantages(rewards, 2, group)
+    assert torch.allclose(credit.advantages, by_hand(rewards, groups), atol=1e-5)
+    assert credit.informative.all() and not any(credit.advantages[place] for place in missing)
+
+
+def test_a_group_with_fewer_than_two_rewards_is_masked():
+    rewards = torch.randn(1, 4, 3)
+    rewards[0, 1, :2] = NAN
+    rewards[0, 2] = NAN
+    credit = group_advantages(rewards, 2, "seed")
+    assert credit.informative[0].tolist() == [True, False, False, True] and credit.masked == 2
+    assert credit.advantages.isfinite().all() and not credit.advantages[0, 1:3].any()
+    assert group_advantages(rewards, 2, "seed", "global").advantages.isfinite().all()
+
+
+def test_global_std_is_that_of_the_known():
+    rewards = torch.randn(2, 4, 3)
+    rewards[0, 0, 0] = NAN
+    known = rewards[~rewards.isnan()]
+    found = group_advantages(rewards, 2, "seed", "global").advantages[1, 1]
+    assert torch.allclose(found, (rewards[1, 1] - rewards[1, 1].mean()) / (known.std(correction=0) + 1e-4))
+
+
+def test_several_rewards_are_summed_or_normalised_one_by_one():
+    rewards, weights = torch.randn(2, 3, 4, 6) * torch.tensor([1.0, 100.0]).view(2, 1, 1, 1), torch.tensor([1.0, 0.5])
+    summed = combined_advantages(rewards, weights, "sum", 2, "seed")
+    assert torch.equal(summed.advantages, group_advantages(rewards[0] + 0.5 * rewards[1], 2, "seed").advantages)
+    apart = combined_advantages(rewards, weights, "advantages", 2, "seed")
+    first, second = (group_advantages(part, 2, "seed").advantages for part in rewards)
+    assert torch.allclose(apart.advantages, first + 0.5 * second)
+    assert torch.corrcoef(torch.stack((summed.advantages.flatten(), first.flatten())))[0, 1] < 0.3  # drowned
+
+
+def test_a_reward_missing_counts_by_itself_or_in_the_sum():
+    rewards, weights = torch.randn(2, 1, 2, 4), torch.tensor([1.0, 2.0])
+    rewards[1, 0, 0, 3] = NAN
+    rewards[1, 0, 1] = 0.5  # tells nothing here, while the first does
+    summed = combined_advantages(rewards, weights, "sum", 1, "seed")
+    assert summed.advantages[0, 0, 3] == 0 and summed.advantages[0, 0, :3].all()
+    apart = combined_advantages(rewards, weights, "advantages", 1, "seed")
+    assert apart.advantages[0, 0, 3] == group_advantages(rewards[0], 1, "seed").advantages[0, 0, 3]
+    assert apart.informative.all() and apart.masked == 0

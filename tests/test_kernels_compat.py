@@ -88,6 +88,23 @@ def test_flow_grpo_step_that_draws(kind):
     assert not torch.equal(first[0][0] - first[2][0], first[0][1] - first[2][1])
 
 
+@pytest.mark.parametrize("kind", ["sde", "cps"])
+def test_flow_grpo_step_that_draws_is_differentiable(kind):
+    """As if the drawn sample had been given: log_prob and mean reach the velocity, and have the same values."""
+    sample, velocity = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
+    timesteps, leaves = SIGMAS[[2, 5]] * 1000, [velocity.clone().requires_grad_() for _ in range(2)]
+    drawn = sde_step_with_logprob(Scheduler(), leaves[0], timesteps, sample, sde_type=kind)
+    assert not drawn[0].requires_grad
+    given = sde_step_with_logprob(Scheduler(), leaves[1], timesteps, sample, 0.7, drawn[0], sde_type=kind)
+    for found, expected in zip(drawn[:3], given[:3], strict=True):
+        torch.testing.assert_close(found, expected)
+    for result in (drawn, given):
+        (result[1].sum() + result[2].square().sum()).backward()
+    assert torch.equal(leaves[0].grad, leaves[1].grad)
+    log_prob = sde_step_with_logprob(Scheduler(), velocity, timesteps, sample, sde_type=kind)[1]
+    assert log_prob.shape == (2,) and not log_prob.requires_grad
+
+
 def test_flow_grpo_deterministic_steps_have_a_finite_log_prob():
     sample, velocity = torch.randn(1, 4, 4), torch.randn(1, 4, 4)
     for kind, index, level in (("cps", 9, 0.7), ("cps", 3, 0.0), ("sde", 3, 0.0)):

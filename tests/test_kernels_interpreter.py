@@ -86,6 +86,10 @@ def test_noise_is_bit_identical_to_the_c_twin():
     """Both write their fused multiply-adds out; the generic C++ path, which has none, is excepted."""
     if not native.available() or native.describe().startswith("generic"):
         pytest.skip("no C++ library with fused multiply-add in this installation")
+    from triton.runtime import interpreter
+
+    if not hasattr(interpreter._interpreter, "fma_fp32"):
+        pytest.skip("the interpreter of this triton rounds a fused multiply-add twice; compiled kernels do not")
     key = torch.tensor([[11, 2**32 - 100], [-9, -50]])
     assert torch.equal(triton_ops.normal(key, 3, 20_001), native_ops.normal(key, 3, 20_001))
 

@@ -176,11 +176,11 @@ def test_normals_differ_from_plain_torch_by_at_most_an_ulp_or_two_of_their_size(
     key = torch.tensor([[3, 0]])
     found, plain = native_ops.normal(key, 1, 1_000_000), reference_ops.normal(key, 1, 1_000_000)
     distance = (found - plain).abs()
-    assert distance.max() <= 5e-7
+    assert distance.max() < 1e-6
     large = plain.abs() > 0.1
     spacing = torch.exp2(torch.floor(torch.log2(plain.abs())) - 23)
     assert (distance / spacing)[large].max() <= 3
-    assert (found == plain).float().mean() > 0.7
+    assert (found == plain).float().mean() > 0.6
 
 
 def test_a_missing_library_is_an_error_when_it_is_asked_for(monkeypatch, library):

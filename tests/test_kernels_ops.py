@@ -40,6 +40,7 @@ def log_prob_call(**changes):
 NEGATIVE = CASE.coef * torch.tensor([1.0, 1.0, -1.0])
 NOISE = torch.zeros(4, 3, 3, 7, 11)
 META = torch.zeros(4, 3, 7, 11, device="meta")
+ON_META = "found device meta, expected device cpu, that of the first argument"
 WRONG_USE = [
     (step_call, {"coef": CASE.coef[:, :2]}, "coef: found shape (4, 2), expected shape (4, 3)"),
     (step_call, {"coef": CASE.coef.half()}, "coef: found torch.float16, expected torch.float32 or torch.float64"),
@@ -57,11 +58,28 @@ WRONG_USE = [
     (step_call, {"latents": torch.zeros(4)}, "latents: found shape (4,), expected shape (R, D...)"),
     (step_call, {"latents": torch.zeros(0, 3)}, "latents: found shape (0, 3), expected at least one row"),
     (step_call, {"latents": CASE.latents.long()}, "latents: found torch.int64, expected torch.float32"),
+    (step_call, {"coef": CASE.coef.to("meta")}, f"coef: {ON_META}"),
+    (step_call, {"key": CASE.key.to("meta")}, f"key: {ON_META}"),
+    (step_call, {"coef": CASE.coef[0]}, "coef: found shape (3,), expected shape (4, 3)"),
+    (step_call, {"coef": [0.9, -0.1, 0.3]}, "coef: found list, expected a tensor of shape (4, 3)"),
+    (step_call, {"guidance": 2.0}, "velocity_uncond: found None, expected a velocity where guidance is not 1"),
+    (log_prob_call, {"next_latents": NOISE.to("meta")}, f"next_latents: {ON_META}"),
+    (log_prob_call, {"next_latents": NOISE[:3]}, "next_latents: found shape (3, 3, 3, 7, 11), expected shape (4, 3,"),
     (log_prob_call, {"next_latents": NOISE[:, :, 0]}, "next_latents: found shape (4, 3, 7, 11)"),
     (log_prob_call, {"coef": NEGATIVE}, "coef: found std -0."),
     (ratio_call, {"noise": NOISE}, "key, noise: found both, expected exactly one"),
     (ratio_call, {"key": None}, "key, noise: found neither, expected exactly one"),
     (ratio_call, {"siblings": None}, "siblings: found None, expected a positive int"),
+    (ratio_call, {"coef": NEGATIVE}, "coef: found std -0."),
+    (ratio_call, {"velocity_old": META}, f"velocity_old: {ON_META}"),
+    (ratio_call, {"key": None, "noise": NOISE[:, :2]}, "noise: found shape (4, 2, 3, 7, 11), expected shape (4, 3, 3,"),
+    (loss_call, {"coef": NEGATIVE}, "coef: found std -0."),
+    (loss_call, {"coef": CASE.coef[:, :2]}, "coef: found shape (4, 2), expected shape (4, 3)"),
+    (loss_call, {"key": CASE.key.int()}, "key: found torch.int32, expected torch.int64"),
+    (loss_call, {"velocity_old": META}, f"velocity_old: {ON_META}"),
+    (loss_call, {"advantages": CASE.advantages.to("meta")}, f"advantages: {ON_META}"),
+    (loss_call, {"velocity_ref": None}, "velocity_ref: found None, expected a reference velocity where kl_coef > 0"),
+    (loss_call, {"kl_weights": CASE.advantages}, "kl_weights: found shape (4, 3), expected shape (4,)"),
     (loss_call, {"noise": NOISE}, "key, noise: found both, expected exactly one"),
     (loss_call, {"key": None}, "key, noise: found neither, expected exactly one"),
     (loss_call, {"key": None, "noise": NOISE[:, :2]}, "noise: found shape (4, 2, 3, 7, 11), expected shape (4, 3, 3,"),
@@ -73,6 +91,7 @@ WRONG_USE = [
     (loss_call, {"clip_range": (-1e-4, 1e-4)}, "clip_range: found -0.0001, expected a number >= 0"),
     (loss_call, {"kl_coef": -1.0}, "kl_coef: found -1.0, expected a number >= 0"),
     (loss_call, {"velocity_ref": CASE.velocity[None]}, "velocity_ref: found shape (1, 4, 3, 7, 11)"),
+    (lambda **kw: tk.normal_like(CASE.latents, CASE.key, **kw), {"siblings": True}, "siblings: found True, expected"),
     (lambda **kw: tk.normal_like(CASE.latents, **kw), {"key": CASE.key[:, :1]}, "key: found shape (4, 1), expected"),
 ]
 
@@ -168,6 +187,7 @@ def op_arguments(case):
         "transition_log_prob_gradient": (slopes, following, *step),
         "log_ratio": (*ratio, case.siblings),
         "branch_loss": tuple(case.loss_arguments()),
+        "branch_loss_gradient": tuple(case.loss_arguments()),
         "velocity_gradient": (slopes, one, *case.gradient_arguments()),
     }
 

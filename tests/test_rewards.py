@@ -8,7 +8,7 @@ import torch
 
 from tempflow.errors import BadInput
 from tempflow.prompts import Prompt
-from tempflow.rewards import Scorer, load_scorer
+from tempflow.rewards import Scorer, check_options, load_scorer
 
 IMAGES = torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).expand(5, 3, 4, 4)
 PROMPTS = [Prompt(str(number)) for number in range(5)]
@@ -34,7 +34,6 @@ def test_scorer_by_import_path(tmp_path, monkeypatch):
     [
         (lambda images, prompts: torch.zeros(len(images) + 1), r"expected \(2,\), found \(3,\)"),
         (lambda images, prompts: torch.zeros(len(images), 1), "one number per image"),
-        (lambda images, prompts: torch.full((len(images),), float("nan")), "NaN"),
         (lambda images, prompts: torch.tensor([0.0, float("inf")])[: len(images)], "infinite"),
         (lambda images, prompts: ["high"] * len(images), "refuses"),
         (lambda images, prompts: None, "refuses"),
@@ -44,6 +43,54 @@ def test_wrong_answers_are_refused(answer, words):
     with pytest.raises(BadInput, match=words) as caught:
         Scorer("reward.name", "mine", answer, 2)(IMAGES[:4], PROMPTS[:4])
     assert caught.value.field == "reward.name"
+
+
+def test_nan_is_passed_on():
+    """A scorer without an opinion of an image says NaN."""
+    scores = Scorer("reward.name", "mine", lambda images, prompts: [1.0, float("nan")], 2)(IMAGES[:2], PROMPTS[:2])
+    assert scores[0] == 1 and scores[1].isnan()
+
+
+OPTIONED = """
+class Shifted:
+    def __init__(self, shift, scale=1.0, device="cpu"):
+        self.shift, self.scale, self.device = shift, scale, device
+
+    def __call__(self, images, prompts):
+        return [self.shift + self.scale] * len(images)
+
+
+def plain(images, prompts):
+    return [0.0] * len(images)
+"""
+
+
+@pytest.fixture
+def optioned(tmp_path, monkeypatch):
+    (tmp_path / "optioned_scorers.py").write_text(OPTIONED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield "optioned_scorers:Shifted"
+    sys.modules.pop("optioned_scorers", None)
+
+
+def test_options_and_device_reach_the_scorer(optioned):
+    scorer = load_scorer("reward.name", optioned, 2, {"shift": 2.0, "scale": 0.5}, torch.device("meta"))
+    assert scorer(IMAGES, PROMPTS).tolist() == [2.5] * 5
+    assert scorer.function.device == torch.device("meta")
+    assert load_scorer("r", optioned, 2, {"shift": 1, "device": "cpu"}, torch.device("meta")).function.device == "cpu"
+
+
+def test_wrong_options_are_refused(optioned):
+    with pytest.raises(BadInput, match=r"options\.optioned_scorers:Shifted\.shfit=1: no such option.*shift, scale"):
+        load_scorer("reward.name", optioned, 2, {"shfit": 1})
+    with pytest.raises(BadInput, match=r"Shifted\.shift=None: this scorer needs it"):
+        load_scorer("reward.name", optioned, 2)
+    with pytest.raises(BadInput, match=r"Shifted\.device=gpu: cannot be used here"):
+        load_scorer("reward.name", optioned, 2, {"shift": 1, "device": "gpu"})
+    with pytest.raises(BadInput, match="takes no options"):
+        load_scorer("reward.name", "optioned_scorers:plain", 2, {"shift": 1})
+    with pytest.raises(BadInput, match=r"reward\.options=pickscoer: the run has no scorer of this name; it has digits"):
+        check_options({"pickscoer": {}}, ("digits", None))
 
 
 def test_scores_carry_no_gradient():

@@ -31,11 +31,11 @@ def gradients(case) -> dict[str, torch.Tensor]:
     """What an iteration hands to its optimizer."""
     seen = {}
 
-    def keep(idle: bool) -> float:
+    def keep(idle: bool) -> None:
         seen.update({name: value.grad.clone() for name, value in case.run.policy.trainable().items()})
         for value in case.run.policy.trainable().values():
             value.grad = None
-        return 0.0
+        case.run.stepper.idle()
 
     object.__setattr__(case.run, "optimizer_step", keep)
     case.rewards = iterate(case, 0).rewards
@@ -58,7 +58,8 @@ def test_the_baseline_learns_the_same_from_the_same_rewards(bench, monkeypatch):
     rewards = torch.randn(4, 4, 3, generator=torch.Generator().manual_seed(3))
     ours, released = bench.case(BY_NAME[REFERENCE]), bench.case(BY_NAME["official"])
     monkeypatch.setattr(official, "collect", lambda scores: (rewards.transpose(0, 1).flatten(), 0.0))
-    monkeypatch.setattr(ours.run.scores, "collect", lambda: setattr(ours.run.scores, "rewards", rewards) or rewards)
+    given = rewards.view(1, -1)
+    monkeypatch.setattr(ours.run.scores, "collect", lambda: setattr(ours.run.scores, "rewards", given) or given)
     found, expected = gradients(ours), gradients(released)
     assert torch.equal(ours.rewards, released.rewards)
     size = max(value.abs().max() for value in expected.values())

@@ -1,9 +1,10 @@
 """The autograd formula of each differentiable operator: one for all backends.
 
-The forward operator of the loss returns `slopes`, the (R, K) derivatives of the loss with respect to the log-ratios;
-the gradient operator turns them into the velocity gradient. It runs in the backward pass, because there it can fold in
-the incoming scalar and write the gradient once, in its final dtype: storing a finished gradient in the forward would
-cost 8 bytes more per element and lose small fp16 gradients that a loss scaler is meant to keep.
+Two ways for the loss. On GPUs the forward operator returns `slopes`, the (R, K) derivatives of the loss with respect to
+the log-ratios, and the gradient operator turns them into the velocity gradient in the backward pass, where it folds in
+the incoming scalar and writes the gradient once, in its final dtype: a finished gradient stored in the forward would
+cost 8 bytes more of traffic per element. On CPUs drawing the noise costs more than memory: the forward finishes the
+gradient, in fp32, so that each noise is drawn once instead of twice.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from . import library  # noqa: F401 - registers the operators
 from ._ops import ops
+from .gradients import split_guidance
 
 
 class LogProb(torch.autograd.Function):
@@ -64,5 +66,30 @@ class BranchLoss(torch.autograd.Function):
     def backward(ctx, scale: Tensor, _):
         slopes, *tensors = ctx.saved_tensors
         gradient, uncond_gradient = ops.velocity_gradient(slopes, scale, *tensors, *ctx.numbers)
+        uncond_gradient = uncond_gradient if ctx.needs_input_grad[1] else None
+        return gradient, uncond_gradient, *[None] * 11
+
+
+class BranchLossAtOnce(torch.autograd.Function):
+    """The same with the gradient finished in the forward, for backends on which drawing noise is the larger cost."""
+
+    @staticmethod
+    def forward(
+        ctx, velocity, uncond, velocity_old, advantages, weights, coef, key, noise, ref, kl_weights, clip_range,
+        kl_coef, guidance,
+    ):  # fmt: skip
+        loss, stats, gradient = ops.branch_loss_gradient(
+            velocity, velocity_old, advantages, weights, coef, key, noise, ref, uncond, kl_weights, *clip_range,
+            kl_coef, guidance,
+        )  # fmt: skip
+        ctx.save_for_backward(gradient)
+        ctx.halves = (velocity.dtype, None if uncond is None else uncond.dtype, guidance)
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx, scale: Tensor, _):
+        (gradient,) = ctx.saved_tensors
+        gradient, uncond_gradient = split_guidance(gradient * scale, *ctx.halves)
         uncond_gradient = uncond_gradient if ctx.needs_input_grad[1] else None
         return gradient, uncond_gradient, *[None] * 11

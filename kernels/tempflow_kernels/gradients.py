@@ -7,6 +7,8 @@ loss that is a function of log-ratios.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -76,13 +78,34 @@ def velocity_gradient(
         share = kl_coef / rows * ratio.square() * (1.0 if kl_weights is None else kl_weights.to(dtype).unsqueeze(1))
         gradient = gradient + share * (mixed - velocity_ref.to(dtype).flatten(1))
     gradient = (gradient * (scale.to(dtype) / mixed.shape[1])).view(velocity.shape)
-    return split_guidance(gradient, velocity, velocity_uncond, guidance)
+    uncond_dtype = None if velocity_uncond is None else velocity_uncond.dtype
+    return split_guidance(gradient, velocity.dtype, uncond_dtype, guidance)
+
+
+def loss_then_gradient(
+    branch_loss: Callable, gradient_of: Callable, velocity: Tensor, velocity_old: Tensor, advantages: Tensor,
+    weights: Tensor, coef: Tensor, key: Tensor | None, noise: Tensor | None, velocity_ref: Tensor | None,
+    velocity_uncond: Tensor | None, kl_weights: Tensor | None, clip_low: float, clip_high: float, kl_coef: float,
+    guidance: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The operator `branch_loss_gradient` made of `branch_loss` and `velocity_gradient` of a backend.
+
+    Returns:
+        loss (), statistics (7,), and the fp32 gradient in the guided velocity.
+    """
+    velocity = guided(velocity, velocity_uncond, guidance, torch.float32)
+    shared = (coef, key, noise, velocity_ref, None, kl_weights)
+    loss, stats, slopes = branch_loss(
+        velocity, velocity_old, advantages, weights, *shared, clip_low, clip_high, kl_coef, 1.0
+    )
+    gradient, _ = gradient_of(slopes, torch.ones_like(loss), velocity, velocity_old, *shared, kl_coef, 1.0)
+    return loss, stats, gradient
 
 
 def split_guidance(
-    gradient: Tensor, velocity: Tensor, velocity_uncond: Tensor | None, guidance: float
+    gradient: Tensor, dtype: torch.dtype, uncond_dtype: torch.dtype | None, guidance: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of the mixed velocity to those of its two halves."""
-    if velocity_uncond is None:
-        return gradient.to(velocity.dtype), gradient.new_empty(0)
-    return (guidance * gradient).to(velocity.dtype), ((1 - guidance) * gradient).to(velocity_uncond.dtype)
+    """Gradient of the mixed velocity to those of its two halves, each in its dtype; the second empty without one."""
+    if uncond_dtype is None:
+        return gradient.to(dtype), gradient.new_empty(0)
+    return (guidance * gradient).to(dtype), ((1 - guidance) * gradient).to(uncond_dtype)

@@ -12,6 +12,7 @@ The environment variable TEMPFLOW_KERNELS_BACKEND = reference | native | triton 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -27,6 +28,11 @@ _GRADIENT_INPUTS = (
     "Tensor velocity, Tensor velocity_old, Tensor coef, Tensor? key, Tensor? noise, "
     "Tensor? velocity_ref, Tensor? velocity_uncond, Tensor? kl_weights"
 )
+_LOSS = (
+    "(Tensor velocity, Tensor velocity_old, Tensor advantages, Tensor weights, Tensor coef, Tensor? key, "
+    "Tensor? noise, Tensor? velocity_ref, Tensor? velocity_uncond, Tensor? kl_weights, float clip_low, "
+    "float clip_high, float kl_coef, float guidance) -> (Tensor, Tensor, Tensor)"
+)
 SCHEMAS = {
     "normal": "(Tensor key, SymInt siblings, SymInt elements) -> Tensor",
     "transition_step": (
@@ -40,11 +46,8 @@ SCHEMAS = {
     "log_ratio": (
         "(Tensor velocity, Tensor velocity_old, Tensor coef, Tensor? key, Tensor? noise, SymInt siblings) -> Tensor"
     ),
-    "branch_loss": (
-        "(Tensor velocity, Tensor velocity_old, Tensor advantages, Tensor weights, Tensor coef, Tensor? key, "
-        "Tensor? noise, Tensor? velocity_ref, Tensor? velocity_uncond, Tensor? kl_weights, float clip_low, "
-        "float clip_high, float kl_coef, float guidance) -> (Tensor, Tensor, Tensor)"
-    ),
+    "branch_loss": _LOSS,
+    "branch_loss_gradient": _LOSS,
     "velocity_gradient": (
         f"(Tensor slopes, Tensor scale, {_GRADIENT_INPUTS}, float kl_coef, float guidance) -> (Tensor, Tensor)"
     ),
@@ -77,18 +80,19 @@ FAKES = {
         _fp32(velocity, 7),
         _fp32(velocity, *advantages.shape),
     ),
+    "branch_loss_gradient": lambda velocity, *rest: (
+        _fp32(velocity),
+        _fp32(velocity, 7),
+        _fp32(velocity, *velocity.shape),
+    ),
     "velocity_gradient": _fake_velocity_gradient,
 }
 
 
 def _on_first_call(backend: str, name: str) -> Callable:
     """The operator `name` of a backend module that is imported when it is first used (triton takes its time)."""
-
-    def call(*arguments):
-        module = importlib.import_module(f".{backend}_ops", __package__)
-        return getattr(module, name)(*arguments)
-
-    return call
+    found = functools.cache(lambda: getattr(importlib.import_module(f".{backend}_ops", __package__), name))
+    return lambda *arguments: found()(*arguments)
 
 
 def chosen_backends() -> dict[str, str]:

@@ -8,7 +8,7 @@ import os
 from ctypes import POINTER, byref, c_char_p, c_double, c_int, c_int64, c_uint32, c_void_p
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FILE_NAME = "_native.so"
 
 
@@ -45,6 +45,7 @@ SIGNATURES = {
     "tfk_transition_log_prob_gradient": (_BATCH, Array, Array, Array, c_void_p, c_void_p, c_int64),
     "tfk_log_ratio": (_BATCH, _BRANCHES, c_void_p),
     "tfk_branch_loss": (_BATCH, _BRANCHES, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
+    "tfk_branch_loss_gradient": (_BATCH, _BRANCHES, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
     "tfk_velocity_gradient": (_BATCH, _BRANCHES, c_void_p, c_double, c_void_p, c_int64, c_void_p, c_int64),
 }
 

@@ -20,8 +20,10 @@ class _Memory:
     def pointer(self, tensor: Tensor | None, dtype: torch.dtype = torch.float32) -> int | None:
         if tensor is None:
             return None
-        self.kept.append(tensor.to(dtype).contiguous())
-        return self.kept[-1].data_ptr()
+        if tensor.dtype != dtype or not tensor.is_contiguous():
+            tensor = tensor.to(dtype).contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
 
     def array(self, tensor: Tensor | None) -> Array:
         return _NOTHING if tensor is None else Array(self.pointer(tensor, tensor.dtype), _TYPES[tensor.dtype])
@@ -84,19 +86,40 @@ def log_ratio(velocity, velocity_old, coef, key, noise, siblings) -> Tensor:
     return ratios
 
 
+def _loss(
+    function, result, velocity, velocity_old, advantages, weights, coef, key, noise, velocity_ref, velocity_uncond,
+    kl_weights, numbers,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """loss, statistics and `result`, which is the slopes or the gradient."""
+    memory, loss, stats = _Memory(), _empty(velocity), _empty(velocity, 7)
+    branches = memory.branches(velocity, velocity_old, noise, velocity_ref, velocity_uncond, kl_weights, numbers)
+    call(
+        function, memory.batch(velocity, coef, key, advantages.shape[1]), byref(branches), memory.pointer(advantages),
+        memory.pointer(weights), loss.data_ptr(), stats.data_ptr(), result.data_ptr(),
+    )  # fmt: skip
+    return loss, stats, result
+
+
 def branch_loss(
     velocity, velocity_old, advantages, weights, coef, key, noise, velocity_ref, velocity_uncond, kl_weights,
     clip_low, clip_high, kl_coef, guidance,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    memory = _Memory()
-    loss, stats, slopes = _empty(velocity), _empty(velocity, 7), _empty(velocity, *advantages.shape)
     numbers = (guidance, kl_coef, clip_low, clip_high)
-    branches = memory.branches(velocity, velocity_old, noise, velocity_ref, velocity_uncond, kl_weights, numbers)
-    call(
-        "tfk_branch_loss", memory.batch(velocity, coef, key, advantages.shape[1]), byref(branches),
-        memory.pointer(advantages), memory.pointer(weights), loss.data_ptr(), stats.data_ptr(), slopes.data_ptr(),
+    return _loss(
+        "tfk_branch_loss", _empty(velocity, *advantages.shape), velocity, velocity_old, advantages, weights, coef, key,
+        noise, velocity_ref, velocity_uncond, kl_weights, numbers,
     )  # fmt: skip
-    return loss, stats, slopes
+
+
+def branch_loss_gradient(
+    velocity, velocity_old, advantages, weights, coef, key, noise, velocity_ref, velocity_uncond, kl_weights,
+    clip_low, clip_high, kl_coef, guidance,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    numbers = (guidance, kl_coef, clip_low, clip_high)
+    return _loss(
+        "tfk_branch_loss_gradient", _empty(velocity, *velocity.shape), velocity, velocity_old, advantages, weights,
+        coef, key, noise, velocity_ref, velocity_uncond, kl_weights, numbers,
+    )  # fmt: skip
 
 
 def velocity_gradient(

@@ -23,13 +23,17 @@ from .checks import (
     check_tensor,
     expect,
 )  # fmt: skip
+from .library import CHOSEN
 from .reference import BranchLossStats, compute_dtype
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _only_reference(*tensors: Tensor | None, constants: tuple[Tensor | None, ...] = ()) -> bool:
     """float64 among the tensors, or a gradient wanted in one that is a constant to the fused operators."""
-    wants_gradient = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in constants)
-    return wants_gradient or compute_dtype(*tensors, *constants) == torch.float64
+    return _wants_gradient(*constants) or compute_dtype(*tensors, *constants) == torch.float64
 
 
 def normal_like(latents: Tensor, key: Tensor, siblings: int = 1) -> Tensor:
@@ -104,7 +108,8 @@ def transition_log_prob(next_latents: Tensor, latents: Tensor, velocity: Tensor,
     check_tensor("next_latents", next_latents, (latents.shape[0], siblings, *latents.shape[1:]), latents.device)
     if _only_reference(velocity, constants=(next_latents, latents, coef)):
         return reference.transition_log_prob(next_latents, latents, velocity, coef)
-    return autograd.LogProb.apply(next_latents, latents, velocity, coef)
+    operator = autograd.LogProb.apply if _wants_gradient(velocity) else ops.transition_log_prob
+    return operator(next_latents, latents, velocity, coef)
 
 
 def log_ratio(
@@ -135,7 +140,8 @@ def log_ratio(
     siblings = check_noise_source(key, noise, siblings, velocity)
     if _only_reference(velocity, constants=(velocity_old, coef, noise)):
         return reference.log_ratio(velocity, velocity_old, coef, key, siblings, noise)
-    return autograd.LogRatio.apply(velocity, velocity_old, coef, key, noise, siblings)
+    operator = autograd.LogRatio.apply if _wants_gradient(velocity) else ops.log_ratio
+    return operator(velocity, velocity_old, coef, key, noise, siblings)
 
 
 def branch_loss(
@@ -173,16 +179,20 @@ def branch_loss(
     expect(velocity_ref is not None or kl_coef == 0, "velocity_ref", None, "a reference velocity where kl_coef > 0")
     check_guidance(guidance, velocity_uncond)
     check_noise_source(key, noise, advantages.shape[1], velocity)
-    constants = (velocity_old, advantages, coef, noise, weights.float(), velocity_ref, kl_weights)
-    if _only_reference(velocity, velocity_uncond, constants=constants):
+    constants = (velocity_old, advantages, coef, noise, velocity_ref, kl_weights)
+    if _wants_gradient(weights) or _only_reference(velocity, velocity_uncond, constants=constants):
         return reference.branch_loss(
             velocity, velocity_old, advantages, weights, coef, key, noise, clip_range, kl_coef, velocity_ref,
             velocity_uncond, guidance, kl_weights,
         )  # fmt: skip
-    loss, stats = autograd.BranchLoss.apply(
-        velocity, velocity_uncond, velocity_old, advantages, weights, coef, key, noise, velocity_ref, kl_weights,
-        clip_range, kl_coef, guidance,
-    )  # fmt: skip
+    given = (velocity_old, advantages, weights, coef, key, noise, velocity_ref)
+    if not _wants_gradient(velocity, velocity_uncond):
+        numbers = (*clip_range, kl_coef, guidance)
+        loss, stats, _ = ops.branch_loss(velocity, *given, velocity_uncond, kl_weights, *numbers)
+    else:
+        is_native = CHOSEN.get(velocity.device.type.upper()) == "native"
+        function = autograd.BranchLossAtOnce if is_native else autograd.BranchLoss
+        loss, stats = function.apply(velocity, velocity_uncond, *given, kl_weights, clip_range, kl_coef, guidance)
     return loss, BranchLossStats(*stats.unbind())
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from . import philox, reference
-from .gradients import branch_slopes, transition_log_prob_gradient, velocity_gradient
+from .gradients import branch_slopes, loss_then_gradient, transition_log_prob_gradient, velocity_gradient
 
 __all__ = [
     "branch_loss",
+    "branch_loss_gradient",
     "log_ratio",
     "normal",
     "transition_log_prob",
@@ -69,3 +72,4 @@ def branch_loss(
     return loss, stats, branch_slopes(log_ratios, gain, clip_low, clip_high)
 
 
+branch_loss_gradient = partial(loss_then_gradient, branch_loss, velocity_gradient)

@@ -6,6 +6,8 @@ heuristic. Inputs that are not contiguous are copied first, because noise is num
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 from torch import Tensor
@@ -13,6 +15,7 @@ from torch import Tensor
 from . import triton_loss as loss_kernels
 from . import triton_noise as noise_kernels
 from . import triton_transition as step_kernels
+from .gradients import loss_then_gradient
 from .triton_noise import LAUNCH
 
 BLOCK = 1024
@@ -172,3 +175,6 @@ def velocity_gradient(
             STORED=noise is not None, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
     return gradient, gradient.new_empty(0, dtype=torch.float32) if uncond_gradient is None else uncond_gradient
+
+
+branch_loss_gradient = partial(loss_then_gradient, branch_loss, velocity_gradient)

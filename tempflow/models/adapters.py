@@ -67,9 +67,6 @@ def load_adapters(module: nn.Module, pipeline_class: type[DiffusionPipeline], co
         BadInput: no LoRA there, another model's, or one of another rank, alpha or set of layers.
     """
     weights, metadata = _read(pipeline_class, str(config.lora))
-    alpha = metadata.get(f"{PREFIX}lora_alpha", config.lora_alpha)
-    if alpha != config.lora_alpha:
-        raise BadInput("model.lora", config.lora, f"it was trained with lora_alpha {alpha}; set model.lora_alpha")
     own = get_peft_model_state_dict(module)
     known = {name for name, _ in module.named_modules()}
     strange = [name for name in weights if name.rsplit(".lora_", 1)[0] not in known]
@@ -85,8 +82,19 @@ def load_adapters(module: nn.Module, pipeline_class: type[DiffusionPipeline], co
             found, wanted = tuple(weights[name].shape), tuple(tensor.shape)
             mend = f"{name} has shape {found}, not {wanted}; set model.lora_rank={min(found)}, or it is another model's"
             raise BadInput("model.lora", config.lora, mend)
+    _check_scale(config, metadata)
     if not next(module.parameters()).is_meta:  # a skeleton has nothing to fill
         set_peft_model_state_dict(module, {name: tensor.float() for name, tensor in weights.items()})
+
+
+def _check_scale(config: ModelConfig, metadata: dict) -> None:
+    """Whether the file's adapters mean here what they meant where they were trained."""
+    alpha = metadata.get(f"{PREFIX}lora_alpha", config.lora_rank)  # diffusers' reading of a file that does not say
+    if alpha != config.lora_alpha:
+        raise BadInput("model.lora", config.lora, f"its lora_alpha is {alpha}; set model.lora_alpha={alpha}")
+    for kind in ("use_rslora", "use_dora"):
+        if metadata.get(f"{PREFIX}{kind}"):
+            raise BadInput("model.lora", config.lora, f"it was trained with {kind}; only plain LoRA can be continued")
 
 
 def _read(pipeline_class: type[DiffusionPipeline], source: str) -> tuple[dict[str, Tensor], dict]:

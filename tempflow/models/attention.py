@@ -94,7 +94,7 @@ def _problem(policy: PipelinePolicy, name: str, expected: set[str]) -> str:
         reached = _with_gradient(policy)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, NotImplementedError, TypeError, ImportError) as error:
+    except (RuntimeError, ValueError, NotImplementedError, TypeError, ImportError, OSError) as error:
         return f"not usable here ({' '.join(str(error).split())[:200]})"
     return "" if reached == expected else "it gives no gradient; choose one that can be trained through"
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import math
+import inspect
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +20,20 @@ from tempflow.prompts import Prompt
 SCORERS = {
     "digits": "tempflow.rewards.digits:DigitsReward",
     "digits_gold": "tempflow.rewards.digits:DigitsGold",
+    "pickscore": "tempflow.rewards.pickscore:PickScore",
+    "clipscore": "tempflow.rewards.clipscore:ClipScore",
+    "hpsv2": "tempflow.rewards.hpsv2:HpsV2",
+    "hpsv3": "tempflow.rewards.hpsv3:HpsV3",
+    "imagereward": "tempflow.rewards.imagereward:ImageReward",
+    "aesthetic": "tempflow.rewards.aesthetic:Aesthetic",
+    "jpeg_compressibility": "tempflow.rewards.jpeg:compressibility",
+    "jpeg_incompressibility": "tempflow.rewards.jpeg:incompressibility",
+    "ocr": "tempflow.rewards.ocr:Ocr",
+    "geneval": "tempflow.rewards.geneval:GenEval",
+    "vlm_judge": "tempflow.rewards.vlm_judge:VlmJudge",
 }
-"""name -> `module:attribute`; a class is called without arguments to make the scorer."""
+"""name -> `module:attribute`; a class is called with its options, and with a `device` if it takes one, to make the
+scorer."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,8 @@ class Scorer:
         """(B, 3, H, W) uint8 images and B prompts -> (B,) fp32.
 
         Raises:
-            BadInput: the function refuses its input, or answers with a wrong number of values or a non-finite one.
+            BadInput: the function refuses its input, or answers with a wrong number of values or an infinite one.
+                NaN is passed on: it says that the scorer has no opinion of this image.
         """
         parts = [self._score(images[part], prompts[part]) for part in chunks(len(images), self.rows)]
         return torch.cat(parts)
@@ -47,27 +61,54 @@ class Scorer:
         try:
             with torch.no_grad():
                 scores = torch.as_tensor(self.function(images, prompts), dtype=torch.float32).cpu()
+        except BadInput:
+            raise  # it says already what is wrong
         except (ValueError, TypeError) as error:
             mend = f"the scorer refuses its input or answers with no numbers: {error}"
             raise BadInput(self.setting, self.name, mend) from error
         if scores.shape != (len(images),):
             mend = f"must return one number per image: expected ({len(images)},), found {tuple(scores.shape)}"
             raise BadInput(self.setting, self.name, mend)
-        if not torch.isfinite(scores).all():
-            place = int(torch.nonzero(~torch.isfinite(scores))[0, 0])
-            value = scores[place].item()
-            word = "NaN" if math.isnan(value) else "an infinite value"
-            mend = f'returned {word} for "{prompts[place].text}"; rewards must be finite'
-            raise BadInput(self.setting, self.name, mend)
+        if torch.isinf(scores).any():
+            text = prompts[int(torch.nonzero(torch.isinf(scores))[0, 0])].text
+            raise BadInput(self.setting, self.name, f'returned an infinite value for "{text}"; give a finite one')
         return scores
 
 
-def load_scorer(setting: str, name: str, rows: int) -> Scorer:
+def check_options(options: Mapping[str, Any], used: Collection[str | None]) -> None:
+    """Refuses options of a scorer that the run does not use; most likely its name is misspelt."""
+    for name in options:
+        if name not in used:
+            mend = f"the run has no scorer of this name; it has {', '.join(filter(None, used))}"
+            raise BadInput("reward.options", name, mend)
+
+
+def load_scorer(
+    setting: str,
+    name: str,
+    rows: int,
+    options: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+) -> Scorer:
     """The scorer called `name` in SCORERS, or at `module:attribute`.
 
     Args:
         setting: the field that names it, for error messages.
+        options: keyword arguments for a scorer that is a class, from `reward.options`.
+        device: where such a scorer computes unless its options say otherwise.
+
+    A scorer that waits for another machine has an attribute `waits`: how many calls of it may be under way at once.
     """
+    found = _find(setting, name)
+    if isinstance(found, type):
+        found = _construct(found, name, dict(options or {}), device)
+    elif options:
+        mend = "takes no options: it is no class; remove them"
+        raise BadInput(f"reward.options.{name}", dict(options), mend)
+    return Scorer(setting, name, found, rows, getattr(found, "waits", 0))
+
+
+def _find(setting: str, name: str) -> Callable[..., Any]:
     path = SCORERS.get(name, name)
     module, colon, attribute = path.partition(":")
     if not (module and colon and attribute):
@@ -80,4 +121,32 @@ def load_scorer(setting: str, name: str, rows: int) -> Scorer:
         raise BadInput(setting, name, f"cannot be imported ({error})") from error
     if not callable(found):
         raise BadInput(setting, name, "is not callable; give a function (images, prompts) -> scores, or a class of one")
-    return Scorer(setting, name, found() if isinstance(found, type) else found, rows)
+    return found
+
+
+def _construct(kind: type, name: str, options: dict[str, Any], device: torch.device | None) -> Callable[..., Any]:
+    known = {
+        key: parameter.default is inspect.Parameter.empty
+        for key, parameter in inspect.signature(kind).parameters.items()
+        if parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    }
+    for key, value in options.items():
+        if key not in known:
+            mend = f"no such option of this scorer; its options: {', '.join(known) or 'none'}"
+            raise BadInput(f"reward.options.{name}.{key}", value, mend)
+    if "device" in known and device is not None:
+        options.setdefault("device", device)
+    for key, required in known.items():
+        if required and key not in options:
+            raise BadInput(f"reward.options.{name}.{key}", None, "this scorer needs it; give a value")
+    if "device" in known and "device" in options:
+        _check_device(name, options["device"])
+    return kind(**options)
+
+
+def _check_device(name: str, device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch asserts that it was built for the device
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"reward.options.{name}.device", device, f"cannot be used here ({reason})") from error

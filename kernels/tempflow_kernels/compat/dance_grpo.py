@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .coefficients import reverse_sde
-from .flow_grpo import LOG_SQRT_TWO_PI, affine_step, log_density
+from .flow_grpo import LOG_SQRT_TWO_PI, draw, log_density, mean_of
 
 
 def _coefficients(sigma: Tensor, sigma_next: Tensor, eta: float, sde_solver: bool) -> Tensor:
@@ -47,9 +47,10 @@ def flux_step(
     """
     sigma, sigma_next = sigmas[index : index + 2].detach().double().cpu().split(1)
     coef = _coefficients(sigma, sigma_next, eta, sde_solver).float().to(latents.device).expand(latents.shape[0], 3)
-    pred_original_sample = latents - float(sigma) * model_output
+    pred_original_sample = torch.sub(latents, model_output, alpha=float(sigma))
     if not grpo:
-        return coef[0, 0] * latents + coef[0, 1] * model_output, pred_original_sample
-    prev_sample, _ = affine_step(latents, model_output, coef, prev_sample, None)
+        return mean_of(latents, model_output, coef), pred_original_sample
+    if prev_sample is None:
+        prev_sample, _ = draw(latents, model_output, coef, None)
     log_prob = log_density(prev_sample, latents, model_output, coef)
     return prev_sample, pred_original_sample, log_prob + torch.log(coef[:, 2]) + LOG_SQRT_TWO_PI

@@ -53,15 +53,18 @@ def draw_keys(rows: int, device: torch.device, generator: torch.Generator | None
     return torch.stack([seed, torch.zeros_like(seed)], dim=1)
 
 
-def affine_step(sample: Tensor, model_output: Tensor, coef: Tensor, prev_sample: Tensor | None, generator):
-    """prev_sample (drawn if None) and the mean, differentiable in `model_output`."""
+def mean_of(sample: Tensor, model_output: Tensor, coef: Tensor) -> Tensor:
+    """The mean of the step (R, D...), differentiable in `model_output`."""
     x_coef, v_coef, _ = (column.view(-1, *[1] * (sample.dim() - 1)) for column in coef.unbind(1))
-    mean = x_coef * sample + v_coef * model_output
-    if prev_sample is None:
-        with torch.no_grad():
-            key = draw_keys(sample.shape[0], sample.device, generator)
-            prev_sample = transition_step(sample, model_output, coef, key)[0].squeeze(1)
-    return prev_sample, mean
+    return torch.addcmul(x_coef * sample, v_coef, model_output)
+
+
+def draw(sample: Tensor, model_output: Tensor, coef: Tensor, generator: torch.Generator | None):
+    """A next sample (R, D...) from fresh keys and its log-density (R,), both without gradient."""
+    with torch.no_grad():
+        key = draw_keys(sample.shape[0], sample.device, generator)
+        prev_sample, log_prob = transition_step(sample, model_output, coef, key)
+    return prev_sample.squeeze(1), log_prob.squeeze(1)
 
 
 def log_density(prev_sample: Tensor, sample: Tensor, model_output: Tensor, coef: Tensor) -> Tensor:
@@ -108,9 +111,14 @@ def sde_step_with_logprob(
     sigma, sigma_next = sigmas[index], sigmas[index + 1]
     coef, std = kind.coefficients(sigma, sigma_next, sigmas[1], noise_level)
     coef, std, step = (table.float().to(sample.device) for table in (coef, std, sigma - sigma_next))
-    previous = None if prev_sample is None else prev_sample.float()
-    prev_sample, mean = affine_step(sample, model_output, coef, previous, generator)
-    density = squared_error if kind.unit_density else log_density
+    mean = mean_of(sample, model_output, coef)
+    if prev_sample is None:
+        prev_sample, log_prob = draw(sample, model_output, coef, generator)
+    else:
+        prev_sample, log_prob = prev_sample.float(), None
+    if log_prob is None or kind.unit_density or mean.requires_grad:  # else the draw has told it already
+        density = squared_error if kind.unit_density else log_density
+        log_prob = density(prev_sample, sample, model_output, coef)
     shape = (-1, *[1] * (sample.dim() - 1))
-    result = prev_sample, density(prev_sample, sample, model_output, coef), mean, std.view(shape)
+    result = prev_sample, log_prob, mean, std.view(shape)
     return (*result, step.sqrt().view(shape)) if return_sqrt_dt else result

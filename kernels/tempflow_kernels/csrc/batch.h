@@ -20,6 +20,8 @@ inline Row row_of(const tfk_batch &batch, int64_t row) {
     return {coef[0], coef[1], coef[2]};
 }
 
+constexpr double kDraw = 0.8, kRead = 0.2;  // nanoseconds per normal deviate, per number read: orders of magnitude
+
 inline int64_t blocks_of(const tfk_batch &batch) { return (batch.elements + kBlock - 1) / kBlock; }
 
 /* Block number `item` of the batch, blocks of a row being neighbours. */
@@ -60,18 +62,29 @@ inline bool allocate(std::vector<double> &partial, const tfk_batch &batch, int64
     return true;
 }
 
-/* Every block of the batch, `siblings` numbers drawn or read per element. */
+/* Rows [first, first + count) of a batch. */
+struct Rows {
+    int64_t first, count;
+};
+
+/* Every block of these rows; `cost`: about how many nanoseconds one element of one sibling takes. */
 template <typename Task>
-int for_each_block(const tfk_batch &batch, const Task &task) noexcept {
+int for_each_block(const tfk_batch &batch, Rows rows, double cost, const Task &task) noexcept {
     if (!valid(batch)) return 1;
     try {
-        const int64_t items = batch.rows * blocks_of(batch);
-        parallel_for(items, batch.rows * batch.siblings * batch.elements, batch.threads,
-                     [&](int64_t item) { task(item, Place(batch, item)); });
+        const int64_t start = rows.first * blocks_of(batch), items = rows.count * blocks_of(batch);
+        const double nanoseconds = cost * double(rows.count) * double(batch.siblings) * double(batch.elements);
+        parallel_for(items, nanoseconds, batch.threads,
+                     [&](int64_t item) { task(start + item, Place(batch, start + item)); });
     } catch (const std::exception &) {
         return 1;
     }
     return 0;
+}
+
+template <typename Task>
+int for_each_block(const tfk_batch &batch, double cost, const Task &task) noexcept {
+    return for_each_block(batch, {0, batch.rows}, cost, task);
 }
 
 /* Sum over the blocks of a row of column `column`, in order. */

@@ -6,6 +6,8 @@
 
 namespace {
 
+using tempflow::kPadded;
+
 inline float from_bits(uint32_t bits) {
     float value;
     __builtin_memcpy(&value, &bits, 4);
@@ -42,8 +44,14 @@ inline uint16_t to_bfloat(float value) {
     return uint16_t((bits & 0x7fffffffu) > 0x7f800000u ? (bits >> 16 | 0x40u) : rounded);
 }
 
+/* `count` is at most a block. All words first, then all deviates: two short loops, of which the processor overlaps more turns than of one long. */
 void normal(float *out, int64_t count, uint64_t seed, uint64_t counter) {
-    for (int64_t i = 0; i < count; i += 4 * W) normal_quads(out + i, seed, counter + uint64_t(i / 4));
+    const RoundKeys keys(seed);
+    U words[kPadded / W];
+    U *next = words;
+    for (int64_t i = 0; i < count; i += 4 * W, next += 4) philox(keys, counter + uint64_t(i / 4), next);
+    next = words;
+    for (int64_t i = 0; i < count; i += 4 * W, next += 4) normals(out + i, next);
 }
 
 void load_values(float *out, const void *data, int64_t type, int64_t first, int64_t count) {

@@ -73,6 +73,16 @@ struct Word {
 
 inline U packed(Word w) { return (U)((w.even & 0xffffffffull) | (w.odd << 32)); }
 
+/* The ten round keys of a seed. */
+struct RoundKeys {
+    uint64_t first[10], second[10];
+    explicit RoundKeys(uint64_t seed) {
+        uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
+        for (int round = 0; round < 10; round++, key0 += 0x9E3779B9u, key1 += 0xBB67AE85u)
+            first[round] = key0, second[round] = key1;
+    }
+};
+
 inline void philox_round(Word w[4], uint64_t key0, uint64_t key1) {
     const L m0 = 0xD2511F53ull - L{}, m1 = 0xCD9E8D57ull - L{};
     const Word p0 = {multiply(w[0].even, m0), multiply(w[0].odd, m0)};
@@ -84,17 +94,13 @@ inline void philox_round(Word w[4], uint64_t key0, uint64_t key1) {
 }
 
 /* Words of the counters `counter` .. `counter + W - 1`. */
-inline void philox(uint64_t seed, uint64_t counter, U out[4]) {
+inline void philox(const RoundKeys &keys, uint64_t counter, U out[4]) {
     L step;
     for (int i = 0; i < W / 2; i++) step[i] = 2 * i;
     const L even = counter + step, odd = even + 1;
     Word w[4] = {{even, odd}, {even >> 32, odd >> 32}, {}, {}};
-    uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
-    for (int round = 0; round < 10; round++) {
-        philox_round(w, key0, key1);
-        key0 += 0x9E3779B9u;
-        key1 += 0xBB67AE85u;
-    }
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; round++) philox_round(w, keys.first[round], keys.second[round]);
     for (int i = 0; i < 4; i++) out[i] = packed(w[i]);
 }
 
@@ -158,10 +164,8 @@ inline F zip_low(F a, F b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
 inline F zip_high(F a, F b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
 #endif
 
-/* 4 W consecutive normal deviates from W counters. */
-inline void normal_quads(float *out, uint64_t seed, uint64_t counter) {
-    U words[4];
-    philox(seed, counter, words);
+/* 4 W consecutive normal deviates from the words of W counters. */
+inline void normals(float *out, const U words[4]) {
     F n0, n1, n2, n3;
     box_muller(words[0], words[1], n0, n1);
     box_muller(words[2], words[3], n2, n3);

@@ -1,6 +1,7 @@
 /* Log-ratios, the branch loss and its gradient. */
 #include <cmath>
 #include <limits>
+#include <memory>
 
 #include "batch.h"
 
@@ -22,18 +23,42 @@ void load_delta(const tfk_branches &in, const Place &place, const float *v, floa
     ops().add_scaled(delta, delta, -1.0f, v, place.count);
 }
 
-void load_noise(const tfk_batch &batch, const tfk_branches &in, const Place &place, int64_t sibling, float *noise) {
+/* Drawn noise of a few rows, kept from the first pass for the second where it stays in cache. */
+class Kept {
+  public:
+    Kept(const tfk_batch &batch, const tfk_branches &in) : siblings(batch.siblings), rows(batch.rows) {
+        const int64_t row = blocks_of(batch) * siblings * kPadded;
+        if (in.noise.data || row > kMost) return;
+        rows = std::max(int64_t(1), std::min(batch.rows, kUsual / row));
+        data.reset(new float[size_t(rows * row)]);
+    }
+    /* How many rows one turn of both passes takes: all of them where nothing is kept. */
+    int64_t rows_per_turn() const { return rows; }
+    /* Where the noise of a block is kept, `item` counting from the first row of the turn; NULL: nowhere. */
+    float *at(int64_t item, int64_t sibling) const {
+        return data ? data.get() + (item * siblings + sibling) * kPadded : nullptr;
+    }
+
+  private:
+    static constexpr int64_t kUsual = 1 << 19, kMost = 1 << 21;  // 2 MiB a turn, 8 MiB where one row needs it
+    int64_t siblings, rows;
+    std::unique_ptr<float[]> data;
+};
+
+/* The noise of a block, drawn or read into `target`. */
+void load_noise(const tfk_batch &batch, const tfk_branches &in, const Place &place, int64_t sibling, float *target) {
     if (in.noise.data)
-        load(noise, in.noise, place.sibling(batch, sibling), place.count);
+        load(target, in.noise, place.sibling(batch, sibling), place.count);
     else
-        draw(batch, place, sibling, noise);
+        draw(batch, place, sibling, target);
 }
 
+double cost_of(const tfk_branches &in) { return in.noise.data ? kRead : kDraw; }
+
 /* Pass 1: per block the sums of delta^2, (v - v_ref)^2 and delta noise_j. */
-int moments(const tfk_batch &batch, const tfk_branches &in, std::vector<double> &partial) {
-    const int64_t columns = batch.siblings + 2;
-    if (!allocate(partial, batch, columns)) return 1;
-    return for_each_block(batch, [&](int64_t item, const Place &place) {
+int moments(const tfk_batch &batch, const tfk_branches &in, Rows rows, const Kept *kept, std::vector<double> &partial) {
+    const int64_t columns = batch.siblings + 2, start = rows.first * blocks_of(batch);
+    return for_each_block(batch, rows, cost_of(in), [&](int64_t item, const Place &place) {
         double *sums = partial.data() + item * columns;
         Buffer v, delta, other;
         load_velocity(in, place, v);
@@ -45,11 +70,44 @@ int moments(const tfk_batch &batch, const tfk_branches &in, std::vector<double> 
         }
         if (!row_of(batch, place.row).stochastic()) return;
         for (int64_t j = 0; j < batch.siblings; j++) {
-            load_noise(batch, in, place, j, other);
-            sums[2 + j] = ops().dot(delta, other, place.count);
+            float *place_kept = kept ? kept->at(item - start, j) : nullptr, *noise = place_kept ? place_kept : other;
+            load_noise(batch, in, place, j, noise);
+            sums[2 + j] = ops().dot(delta, noise, place.count);
         }
     });
 }
+
+int moments(const tfk_batch &batch, const tfk_branches &in, std::vector<double> &partial) {
+    if (!allocate(partial, batch, batch.siblings + 2)) return 1;
+    return moments(batch, in, {0, batch.rows}, nullptr, partial);
+}
+
+/* Pass 2 on one block: the gradient of `scale * loss` in the guided velocity, into `out`. */
+struct Gradient {
+    const tfk_batch &batch;
+    const tfk_branches &in;
+    double scale;
+
+    /* noise(j, buffer): the noise of sibling j, drawn into `buffer` or kept elsewhere; slope: the K slopes of the row. */
+    template <typename Noise>
+    void operator()(const Place &place, const float *slope, const Noise &noise, float *out) const {
+        const double s = row_of(batch, place.row).sensitivity(), factor = scale * s / double(batch.elements);
+        double slope_sum = 0;
+        Buffer v, delta, total = {};
+        load_velocity(in, place, v);
+        load_delta(in, place, v, delta);
+        for (int64_t j = 0; s != 0 && j < batch.siblings; j++) {
+            ops().add_scaled(total, total, slope[j], noise(j, out), place.count);
+            slope_sum += double(slope[j]);
+        }
+        ops().combine(out, float(factor), total, float(factor * s * slope_sum), delta, place.count);
+        if (!in.velocity_ref.data || in.kl_coef == 0) return;
+        const double weight = in.kl_weights ? double(in.kl_weights[place.row]) : 1.0;
+        load(total, in.velocity_ref, place.flat, place.count);
+        ops().add_scaled(total, v, -1.0f, total, place.count);
+        ops().add_scaled(out, out, float(factor * s * in.kl_coef * weight / double(batch.rows)), total, place.count);
+    }
+};
 
 double log_ratio_of(const tfk_batch &batch, const std::vector<double> &partial, int64_t row, int64_t sibling) {
     const double s = row_of(batch, row).sensitivity(), count = double(batch.elements);
@@ -91,6 +149,67 @@ struct Tally {
     }
 };
 
+/* The branch loss from finished log-ratios, row after row. */
+class Objective {
+  public:
+    Objective(const tfk_batch &batch, const tfk_branches &in, const float *advantages, const float *weights)
+        : batch(batch), in(in), advantages(advantages), weights(weights),
+          // The bounds as fp32 numbers, so that every backend clips at the same place.
+          low(double(float(in.clip_low))), high(double(float(in.clip_high))) {}
+
+    /* Adds some rows and writes their slopes, (rows, K). */
+    void add(const std::vector<double> &partial, Rows rows, float *slopes) {
+        for (int64_t i = rows.first * batch.siblings; i < (rows.first + rows.count) * batch.siblings; i++) {
+            const int64_t row = i / batch.siblings;
+            const double gain = double(weights[row] * advantages[i]);
+            const double ratio = log_ratio_of(batch, partial, row, i % batch.siblings);
+            *slopes++ = float(tally.add(ratio, gain, low, high) / count());
+        }
+    }
+
+    void finish(const std::vector<double> &partial, float *loss, float *stats) const {
+        const double kl = in.velocity_ref.data ? reference_kl(batch, in, partial) : 0.0;
+        *loss = float(tally.surrogate / count() + in.kl_coef * kl);
+        const double values[7] = {1 + tally.excess / count(), 1 + tally.excess_max, tally.outside / count(),
+                                  tally.rest / count(), kl, tally.magnitude / count(), tally.magnitude_max};
+        for (int i = 0; i < 7; i++) stats[i] = float(values[i]);
+    }
+
+  private:
+    double count() const { return double(batch.rows * batch.siblings); }
+    const tfk_batch &batch;
+    const tfk_branches &in;
+    const float *advantages, *weights;
+    double low, high;
+    Tally tally;
+};
+
+/* Loss and gradient, a few rows at a time. */
+int loss_and_gradient(const tfk_batch &batch, const tfk_branches &in, Objective &objective,
+                      std::vector<double> &partial, float *gradient) {
+    const Kept kept(batch, in);
+    const Gradient gradient_of{batch, in, 1.0};
+    std::vector<float> slopes(size_t(kept.rows_per_turn() * batch.siblings));
+    for (int64_t first = 0; first < batch.rows; first += kept.rows_per_turn()) {
+        const Rows rows{first, std::min(kept.rows_per_turn(), batch.rows - first)};
+        if (moments(batch, in, rows, &kept, partial)) return 1;
+        objective.add(partial, rows, slopes.data());
+        const double cost = kept.at(0, 0) ? kRead : cost_of(in);
+        const int status = for_each_block(batch, rows, cost, [&](int64_t item, const Place &place) {
+            const auto noise = [&](int64_t j, float *buffer) -> const float * {
+                if (const float *drawn = kept.at(item - first * blocks_of(batch), j)) return drawn;
+                load_noise(batch, in, place, j, buffer);
+                return buffer;
+            };
+            Buffer out;
+            gradient_of(place, slopes.data() + (place.row - first) * batch.siblings, noise, out);
+            ops().store(gradient, TFK_FLOAT32, place.flat, out, place.count);
+        });
+        if (status) return status;
+    }
+    return 0;
+}
+
 }  // namespace
 
 extern "C" {
@@ -107,52 +226,43 @@ int tfk_branch_loss(const tfk_batch *batch, const tfk_branches *branches, const 
                     const float *weights, float *loss, float *stats, float *slopes) {
     std::vector<double> partial;
     if (moments(*batch, *branches, partial)) return 1;
-    const double count = double(batch->rows * batch->siblings);
-    // The bounds as fp32 numbers, so that every backend clips at the same place.
-    const double low = double(float(branches->clip_low)), high = double(float(branches->clip_high));
-    Tally tally;
-    for (int64_t i = 0; i < batch->rows * batch->siblings; i++) {
-        const int64_t row = i / batch->siblings;
-        const double gain = double(weights[row] * advantages[i]);
-        slopes[i] = float(tally.add(log_ratio_of(*batch, partial, row, i % batch->siblings), gain, low, high) / count);
+    Objective objective(*batch, *branches, advantages, weights);
+    objective.add(partial, {0, batch->rows}, slopes);
+    objective.finish(partial, loss, stats);
+    return 0;
+}
+
+int tfk_branch_loss_gradient(const tfk_batch *batch, const tfk_branches *branches, const float *advantages,
+                             const float *weights, float *loss, float *stats, float *gradient) {
+    std::vector<double> partial;
+    if (!allocate(partial, *batch, batch->siblings + 2)) return 1;
+    Objective objective(*batch, *branches, advantages, weights);
+    try {
+        if (loss_and_gradient(*batch, *branches, objective, partial, gradient)) return 1;
+    } catch (const std::exception &) {
+        return 1;
     }
-    const double kl = branches->velocity_ref.data ? reference_kl(*batch, *branches, partial) : 0.0;
-    *loss = float(tally.surrogate / count + branches->kl_coef * kl);
-    const double values[7] = {1 + tally.excess / count, 1 + tally.excess_max, tally.outside / count, tally.rest / count,
-                              kl, tally.magnitude / count, tally.magnitude_max};
-    for (int i = 0; i < 7; i++) stats[i] = float(values[i]);
+    objective.finish(partial, loss, stats);
     return 0;
 }
 
 int tfk_velocity_gradient(const tfk_batch *batch, const tfk_branches *branches, const float *slopes, double scale,
                           void *gradient, int64_t gradient_type, void *uncond_gradient, int64_t uncond_type) {
     const tfk_branches &in = *branches;
-    return for_each_block(*batch, [&](int64_t, const Place &place) {
-        const double s = row_of(*batch, place.row).sensitivity(), factor = scale * s / double(batch->elements);
-        const float *slope = slopes + place.row * batch->siblings;
-        double slope_sum = 0;
-        Buffer v, delta, other, total = {};
-        load_velocity(in, place, v);
-        load_delta(in, place, v, delta);
-        for (int64_t j = 0; s != 0 && j < batch->siblings; j++) {
-            load_noise(*batch, in, place, j, other);
-            ops().add_scaled(total, total, slope[j], other, place.count);
-            slope_sum += double(slope[j]);
-        }
-        ops().combine(other, float(factor), total, float(factor * s * slope_sum), delta, place.count);
-        if (in.velocity_ref.data && in.kl_coef != 0) {
-            const double weight = in.kl_weights ? double(in.kl_weights[place.row]) : 1.0;
-            load(total, in.velocity_ref, place.flat, place.count);
-            ops().add_scaled(total, v, -1.0f, total, place.count);
-            ops().add_scaled(other, other, float(factor * s * in.kl_coef * weight / double(batch->rows)), total,
-                             place.count);
-        }
+    const Gradient gradient_of{*batch, in, scale};
+    return for_each_block(*batch, cost_of(in), [&](int64_t, const Place &place) {
+        Buffer out, half;
+        const auto noise = [&](int64_t j, float *buffer) {
+            load_noise(*batch, in, place, j, buffer);
+            return buffer;
+        };
+        gradient_of(place, slopes + place.row * batch->siblings, noise, out);
         if (uncond_gradient) {
-            ops().combine(total, float(1.0 - in.guidance), other, 0.0f, other, place.count);
-            ops().store(uncond_gradient, uncond_type, place.flat, total, place.count);
-            ops().scale(other, float(in.guidance), place.count);
+            ops().combine(half, float(1.0 - in.guidance), out, 0.0f, out, place.count);
+            ops().store(uncond_gradient, uncond_type, place.flat, half, place.count);
+            ops().scale(out, float(in.guidance), place.count);
         }
-        ops().store(gradient, gradient_type, place.flat, other, place.count);
+        ops().store(gradient, gradient_type, place.flat, out, place.count);
     });
 }
 

@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define TFK_ABI_VERSION 1
+#define TFK_ABI_VERSION 2
 
 enum { TFK_FLOAT32 = 0, TFK_BFLOAT16 = 1, TFK_FLOAT16 = 2 };
 
@@ -76,6 +76,11 @@ int tfk_log_ratio(const tfk_batch *batch, const tfk_branches *branches, float *l
  * |log_ratio|; slopes (R, K) = d loss / d log_ratio. advantages (R, K), weights (R). */
 int tfk_branch_loss(const tfk_batch *batch, const tfk_branches *branches, const float *advantages,
                     const float *weights, float *loss, float *stats, float *slopes);
+
+/* The same loss and stats, and with them gradient (R, d), fp32: d loss / d velocity, the guided one where
+ * velocity_uncond is given. Draws every noise once where tfk_branch_loss and tfk_velocity_gradient draw it twice. */
+int tfk_branch_loss_gradient(const tfk_batch *batch, const tfk_branches *branches, const float *advantages,
+                             const float *weights, float *loss, float *stats, float *gradient);
 
 /* gradient (R, d) of `scale * loss` for velocity and, where it is given, for velocity_uncond. */
 int tfk_velocity_gradient(const tfk_batch *batch, const tfk_branches *branches, const float *slopes, double scale,

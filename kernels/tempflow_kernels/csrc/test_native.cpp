@@ -161,6 +161,29 @@ void test_gradient() {
     check(gradient[size_t(loss.c.elements)] == 0.0f, "gradient of an ODE row");
 }
 
+/* One call for loss and gradient equals the two calls, whether it keeps the noise or, above 8 MiB a row, draws again. */
+void test_at_once(int64_t siblings, int64_t threads) {
+    Loss loss;
+    loss.c.siblings = siblings, loss.c.threads = threads;
+    loss.advantages.assign(size_t(2 * siblings), 0.7f);
+    const tfk_batch batch = loss.c.batch();
+    const tfk_branches in = {array(loss.v), array(loss.old), array(loss.old), {}, {}, nullptr, 1.0, 0.1, 0.5, 0.5};
+    Floats slopes(loss.advantages.size()), apart(loss.v.size()), once(loss.v.size()), stats(7), stats_once(7);
+    float value, value_once;
+    tfk_branch_loss(&batch, &in, loss.advantages.data(), loss.weights.data(), &value, stats.data(), slopes.data());
+    tfk_velocity_gradient(&batch, &in, slopes.data(), 1.0, apart.data(), TFK_FLOAT32, nullptr, 0);
+    const int status = tfk_branch_loss_gradient(&batch, &in, loss.advantages.data(), loss.weights.data(), &value_once,
+                                                stats_once.data(), once.data());
+    check(status == 0 && value == value_once && stats == stats_once, "loss and statistics of the one call", status);
+    check(apart == once && once[0] != 0.0f, "gradient of the one call");
+}
+
+void test_at_once() {
+    test_at_once(3, 1);
+    test_at_once(200, 4);  // 1.3 M numbers a row: one row at a time
+    test_at_once(450, 2);  // 2.8 M numbers a row: not kept
+}
+
 /* Results do not depend on the number of threads. */
 void test_threads() {
     Case one;
@@ -182,6 +205,7 @@ int main(int count, char **arguments) {
     const std::map<std::string, void (*)()> cases = {
         {"philox", test_philox}, {"normal", test_normal},     {"widths", test_widths},   {"step", test_step},
         {"loss", test_loss},     {"gradient", test_gradient}, {"threads", test_threads},
+        {"at_once", test_at_once},
     };
     const auto found = cases.find(count > 1 ? arguments[1] : "");
     if (found == cases.end()) return std::printf("usage: test_native CASE\n"), 2;

@@ -74,7 +74,7 @@ void tfk_philox4x32(const uint32_t counter[4], const uint32_t key[2], uint32_t w
 }
 
 int tfk_normal(const tfk_batch *batch, float *noise) {
-    return for_each_block(*batch, [&](int64_t, const Place &place) {
+    return for_each_block(*batch, kDraw, [&](int64_t, const Place &place) {
         Buffer drawn;
         for (int64_t j = 0; j < batch->siblings; j++) {
             draw(*batch, place, j, drawn);
@@ -87,7 +87,7 @@ int tfk_transition_step(const tfk_batch *batch, tfk_array latents, tfk_array vel
                         double guidance, float *next, float *log_prob) {
     std::vector<double> partial;
     if (!allocate(partial, *batch, batch->siblings)) return 1;
-    const int status = for_each_block(*batch, [&](int64_t item, const Place &place) {
+    const int status = for_each_block(*batch, kDraw, [&](int64_t item, const Place &place) {
         const Row coef = row_of(*batch, place.row);
         Buffer v, base, mean, noise;
         load(v, velocity, place.flat, place.count);
@@ -115,7 +115,7 @@ int tfk_transition_log_prob(const tfk_batch *batch, tfk_array next, tfk_array la
                             float *log_prob) {
     std::vector<double> partial;
     if (!allocate(partial, *batch, batch->siblings)) return 1;
-    const int status = for_each_block(*batch, [&](int64_t item, const Place &place) {
+    const int status = for_each_block(*batch, kRead, [&](int64_t item, const Place &place) {
         const Row coef = row_of(*batch, place.row);
         Buffer v, mean, following;
         load(v, velocity, place.flat, place.count);
@@ -133,7 +133,7 @@ int tfk_transition_log_prob(const tfk_batch *batch, tfk_array next, tfk_array la
 
 int tfk_transition_log_prob_gradient(const tfk_batch *batch, tfk_array next, tfk_array latents, tfk_array velocity,
                                      const float *slopes, void *gradient, int64_t gradient_type) {
-    return for_each_block(*batch, [&](int64_t, const Place &place) {
+    return for_each_block(*batch, kRead, [&](int64_t, const Place &place) {
         const Row coef = row_of(*batch, place.row);
         const double divisor = coef.stochastic() ? double(coef.std) : 1.0;
         Buffer v, mean, following, total = {};

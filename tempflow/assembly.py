@@ -1,0 +1,120 @@
+"""A run put together from its configuration: every part made, checked and explained before anything is changed."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from tempflow import checkpoint, distributed
+from tempflow.checkpoint import Progress
+from tempflow.compiled import CompiledBlocks
+from tempflow.distributed import Ranks
+from tempflow.evaluation import Evaluator
+from tempflow.explain import explain, explain_memory
+from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, read_metrics
+from tempflow.models import load_policy, load_skeleton
+from tempflow.optim import MovingAverage, make_optimizer
+from tempflow.plan import BranchPlan
+from tempflow.policy import Policy
+from tempflow.prompts import Prompt, read_prompts
+from tempflow.rewards.panel import Panel, load_panels
+from tempflow.run import Run
+from tempflow.run_folder import check_consistency, check_folder, write_settings
+from tempflow.schedule import NoiseSchedule, build_schedule
+from tempflow.scoring import ScoreQueue
+from tempflow.settings import Config
+from tempflow.stepping import LossScale, Stepper
+from tempflow.tail_engine import TailEngine
+from tempflow.tail_levels import Engines
+from tempflow.tail_setup import set_up_tails
+
+
+def set_up(config: Config) -> tuple[Run, Progress]:
+    """A run ready to go, and how far it has come already. Prints the plan.
+
+    Raises:
+        BadInput: anything in the configuration that cannot work; no file has been changed then.
+    """
+    ranks = distributed.start(config.run.device)
+    check_trackers(config.run.trackers)
+    check_folder(config)
+    prompts = read_prompts(config.prompts.train, "prompts.train")
+    schedule, plan = show_plan(config, ranks)
+    rewards, gold = load_panels(config.reward, config.branch.decode_rows, ranks.device)
+    if ranks.first:
+        print(rewards.describe("rewards"), gold.describe("gold"), sep="\n", file=sys.stderr)
+    torch.manual_seed(config.run.seed)  # here: the adapters' first values must not depend on what scorers drew
+    policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
+    if ranks.first:
+        print(f"attention: {policy.attention}", file=sys.stderr)
+    engines = _engines(config, policy, schedule, plan, prompts, ranks)
+    evaluator = _evaluator(config, policy, rewards, gold, ranks, engines.evaluate)
+    stepper = _stepper(config, policy)
+    folder = Path(config.run.dir).expanduser()
+    progress = checkpoint.restore(folder / "checkpoints", stepper)
+    write_settings(config, ranks)
+    last = progress.iteration if progress.iteration else None
+    writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
+    clock, numerics = PhaseClock(ranks.device), CompiledBlocks(policy.blocks()) if config.learn.compile else nullcontext
+    scores = ScoreQueue(policy, rewards, config.branch.decode_rows, clock, config.branch.overlap)
+    run = Run(config, folder, ranks, policy, schedule, plan, engines.explore, numerics, prompts, rewards, scores,
+              evaluator, stepper, clock, writer)  # fmt: skip
+    return run, progress
+
+
+def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[NoiseSchedule, BranchPlan]:
+    """Prints what the run will do, and with `memory` what it will hold, from the model's configuration alone.
+
+    Raises:
+        BadInput: settings that cannot work together, or with this model.
+    """
+    check_consistency(config, ranks.size)
+    skeleton = load_skeleton(config.model, config.sample)
+    sigmas = skeleton.sigmas(config.sample.steps)
+    schedule = build_schedule(sigmas, config.sample.transition, config.sample.noise_level)
+    plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)
+    if ranks.first:
+        print(explain(config, skeleton, schedule, plan, ranks.size, ranks.device.type), file=sys.stderr)
+        if memory:
+            print(explain_memory(config, skeleton, plan, ranks.size), file=sys.stderr)
+    return schedule, plan
+
+
+def _engines(
+    config: Config, policy: Policy, schedule: NoiseSchedule, plan: BranchPlan, prompts: list[Prompt], ranks: Ranks
+) -> Engines:
+    """What carries the tails."""
+    first_row = read_metrics(Path(config.run.dir).expanduser() / "metrics.jsonl")[:1] if config.run.resume else []
+    known_rows = first_row[0].get("tail_rows") if first_row else None
+    trunks = config.branch.prompts * config.branch.seeds // ranks.size
+
+    def agree(rows: int) -> int:
+        return int(ranks.gather(torch.tensor([rows]), 0).min())
+
+    return set_up_tails(config, policy, schedule, plan, trunks, prompts[0].text, known_rows, agree, ranks.first)
+
+
+def _stepper(config: Config, policy: Policy) -> Stepper:
+    """The optimizer and what goes with it."""
+    parameters, learn = policy.trainable(), config.learn
+    optimizer = make_optimizer(learn, list(parameters.values()))
+    average = MovingAverage(parameters, learn.ema_decay, learn.ema_every)
+    scale = LossScale(policy.device) if config.model.dtype == "fp16" else None
+    return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale)
+
+
+def _evaluator(
+    config: Config, policy: Policy, rewards: Panel, gold: Panel, ranks: Ranks, engine: TailEngine
+) -> Evaluator | None:
+    """Held-out evaluation, or None where there are no held-out prompts."""
+    if config.prompts.test is None:
+        return None
+    prompts = read_prompts(config.prompts.test, "prompts.test")
+    count = min(config.eval.prompts, len(prompts))
+    prompts = [prompts[place * len(prompts) // count] for place in range(count)]
+    schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
+    return Evaluator(policy, engine, schedule, prompts, rewards, gold, ranks, config.run.seed,
+                     config.branch.decode_rows, config.eval.pictures)  # fmt: skip

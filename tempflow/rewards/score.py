@@ -1,0 +1,173 @@
+"""Scores a folder of pictures into CSV, so that scorers can be tried before a long run:
+
+    python -m tempflow.rewards.score --reward pickscore --reward ocr pictures/ prompts.txt
+
+Pictures are taken in the order of their names, prompts in the order of their lines (text, or JSONL with metadata);
+one prompt alone goes with every picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from tqdm import tqdm
+
+from tempflow.errors import BadInput
+from tempflow.prompts import Prompt, read_prompts
+from tempflow.rewards import SCORERS, Scorer, load_scorer
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    own = argparse.ArgumentParser(
+        prog="python -m tempflow.rewards.score",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    own.add_argument("images", help=f"folder of pictures ({', '.join(SUFFIXES)})")
+    own.add_argument("prompts", help="one prompt a line, or a .jsonl file")
+    own.add_argument("--reward", action="append", required=True, help=f"{', '.join(SCORERS)}, or module:attribute")
+    own.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the scorer, such as path=/models/pickscore; REWARD.KEY=VALUE for one of several scorers",
+    )
+    own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    own.add_argument("--rows", type=int, default=16, help="pictures in one call, default %(default)s")
+    own.add_argument("--output", help="CSV file; default: standard output")
+    return own
+
+
+def read_options(arguments: Sequence[str], rewards: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`key=value` or `reward.key=value` -> options by reward."""
+    options: dict[str, dict[str, Any]] = {reward: {} for reward in rewards}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        reward = next((known for known in rewards if name.startswith(f"{known}.")), None)
+        if not equals or (reward is None and len(rewards) > 1):
+            form = "KEY=VALUE" if len(rewards) == 1 else f"REWARD.KEY=VALUE with one of {', '.join(rewards)}"
+            raise BadInput("--option", argument, f"must have the form {form}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise BadInput("--option", argument, "not readable as a YAML value; quote it") from error
+        options[reward or rewards[0]][name if reward is None else name.removeprefix(f"{reward}.")] = value
+    return options
+
+
+def find_images(folder: str) -> list[Path]:
+    """Picture files of a folder, by name."""
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise BadInput("images", folder, "no such folder")
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    if not files:
+        raise BadInput("images", folder, f"holds no picture; looked for {', '.join(SUFFIXES)}")
+    return files
+
+
+def match_prompts(prompts: list[Prompt], count: int, source: str) -> list[Prompt]:
+    """A prompt for each of `count` pictures."""
+    if len(prompts) == 1:
+        return prompts * count
+    if len(prompts) != count:
+        raise BadInput("prompts", source, f"holds {len(prompts)} prompts for {count} pictures; give as many, or one")
+    return prompts
+
+
+def read_image(file: Path) -> Tensor:
+    """uint8 (3, H, W)."""
+    try:
+        with Image.open(file) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise BadInput("images", file, f"not readable as a picture ({error})") from error
+
+
+def score(scorer: Scorer, files: Sequence[Path], prompts: Sequence[Prompt]) -> list[float]:
+    """Scores of picture files, in calls of neighbours that have one size."""
+    scores: list[float] = []
+    images: list[Tensor] = []
+    with tqdm(total=len(files), desc=scorer.name, unit="picture", file=sys.stderr) as bar:
+        for place, file in enumerate(files, 1):
+            images.append(read_image(file))
+            last = place == len(files) or len(images) == scorer.rows
+            if not last and read_size(files[place]) == images[-1].shape[1:]:
+                continue
+            scores += scorer(torch.stack(images), prompts[len(scores) : place]).tolist()
+            bar.update(len(images))
+            images = []
+    return scores
+
+
+def read_size(file: Path) -> tuple[int, int]:
+    """Height and width."""
+    try:
+        with Image.open(file) as image:
+            return image.height, image.width
+    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+        raise BadInput("images", file, f"not readable as a picture ({error})") from error
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Scores and writes.
+
+    Raises:
+        BadInput: anything the user has to change.
+    """
+    given = parser().parse_args(arguments)
+    if given.rows < 1:
+        raise BadInput("--rows", given.rows, "must be at least 1")
+    rewards = list(dict.fromkeys(given.reward))
+    options = read_options(given.option, rewards)
+    files = find_images(given.images)
+    prompts = match_prompts(read_prompts(given.prompts, "prompts"), len(files), given.prompts)
+    columns = []
+    for reward in rewards:
+        scorer = load_scorer("--reward", reward, given.rows, options[reward], torch.device(given.device))
+        columns.append(score(scorer, files, prompts))
+    rows = [[file.name, prompt.text, *values] for file, prompt, *values in zip(files, prompts, *columns, strict=True)]
+    write(rows, ["file", "prompt", *(["score"] if len(rewards) == 1 else rewards)], given.output)
+
+
+def write(rows: Sequence[Sequence[Any]], header: Sequence[str], output: str | None) -> None:
+    """CSV to a file, written beside it first, or to standard output."""
+    if output is None:
+        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
+        return
+    path = Path(output).expanduser()
+    part = path.with_name(f"{path.name}.part")
+    try:
+        with part.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, lineterminator="\n").writerows([header, *rows])
+        part.replace(path)
+    except OSError as error:
+        raise BadInput("--output", output, f"cannot be written ({error})") from error
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; wrong input ends with one line and exit code 2."""
+    try:
+        run(sys.argv[1:] if arguments is None else arguments)
+    except BadInput as error:
+        print(f"tempflow: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
