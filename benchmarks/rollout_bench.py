@@ -279,7 +279,17 @@ def _reset(case: Case) -> None:
 
 
 def warm_up(case: Case) -> float:
-    """Seconds of an iteration that forks at the last step alone: all shapes of a full one, few network rows."""
-    last = case.run.plan.pool[-1]
-    short = replace(case, run=replace(case.run, plan=replace(case.run.plan, steps=(last,), pool=(last,))))
+    """Seconds of an iteration that forks at the last steps alone: all shapes of a full one, few network rows."""
+    plan, branch = case.run.plan, case.run.config.branch
+    branches = branch.prompts * branch.seeds * plan.siblings
+    last = plan.pool[-forks_to_warm_up(branches, case.run.engine.rows, len(plan.pool)) :]
+    short = replace(case, run=replace(case.run, plan=replace(plan, steps=last, pool=last)))
     return iterate(short, 0).seconds
+
+
+def forks_to_warm_up(branches: int, rows: int, forks: int) -> int:
+    """The fewest forks, of `branches` each, that make a full chunk of `rows` and a rest as all forks do."""
+    total = branches * forks
+    fitting = [count for count in range(1, forks) if branches * count % rows == total % rows
+               and branches * count >= min(rows, total)]  # fmt: skip
+    return min(fitting, default=forks)

@@ -9,7 +9,7 @@ import pytest
 import rollouts
 import torch
 from flops import ROW_COSTS, counted
-from rollout_bench import Bench, bytes_of, iterate
+from rollout_bench import Bench, bytes_of, forks_to_warm_up, iterate
 from rollout_figures import figures, network_rows, rank_correlation
 from rollout_report import read, summarise
 from rollout_variants import REFERENCE, VARIANTS, settings_of
@@ -164,6 +164,13 @@ def test_real_architectures_run_in_miniature(name, tmp_path):
     assert measured[REFERENCE].rewards.shape == (2, 2, 2)
     assert row["network_tflop"] >= 0 and row["grad_norm"] > 0
     assert (measured["official"].rewards - measured[REFERENCE].rewards).abs().max() < 0.02
+
+
+def test_warming_up_meets_every_chunk_size():
+    """24 branches a fork: one fork fills a chunk of 24; a chunk of 48 and the half one at the end need three."""
+    assert forks_to_warm_up(24, 24, 9) == 1
+    assert forks_to_warm_up(24, 48, 9) == 3 and forks_to_warm_up(24, 48, 8) == 2
+    assert forks_to_warm_up(24, 1000, 9) == 9
 
 
 def test_pil_images_and_back():
