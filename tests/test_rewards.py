@@ -77,7 +77,7 @@ def test_options_and_device_reach_the_scorer(optioned):
     scorer = load_scorer("reward.name", optioned, 2, {"shift": 2.0, "scale": 0.5}, torch.device("meta"))
     assert scorer(IMAGES, PROMPTS).tolist() == [2.5] * 5
     assert scorer.function.device == torch.device("meta")
-    assert load_scorer("r", optioned, 2, {"shift": 1, "device": "mine"}, torch.device("meta")).function.device == "mine"
+    assert load_scorer("r", optioned, 2, {"shift": 1, "device": "cpu"}, torch.device("meta")).function.device == "cpu"
 
 
 def test_wrong_options_are_refused(optioned):
@@ -85,6 +85,8 @@ def test_wrong_options_are_refused(optioned):
         load_scorer("reward.name", optioned, 2, {"shfit": 1})
     with pytest.raises(BadInput, match=r"Shifted\.shift=None: this scorer needs it"):
         load_scorer("reward.name", optioned, 2)
+    with pytest.raises(BadInput, match=r"Shifted\.device=gpu: cannot be used here"):
+        load_scorer("reward.name", optioned, 2, {"shift": 1, "device": "gpu"})
     with pytest.raises(BadInput, match="takes no options"):
         load_scorer("reward.name", "optioned_scorers:plain", 2, {"shift": 1})
     with pytest.raises(BadInput, match=r"reward\.options=pickscoer: the run has no scorer of this name; it has digits"):

@@ -135,8 +135,11 @@ def test_imagereward_reads_the_official_checkpoint(tokenizer, tmp_path):
     assert (rounded - expected).abs().max() < 0.2 * expected.abs().max()
 
 
-def test_incomplete_checkpoint_is_refused(tokenizer, tmp_path):
+def test_incomplete_checkpoints_and_empty_tokenizers_are_refused(tokenizer, tmp_path):
     tensors = blip_tensors()
+    torch.save(tensors, tmp_path / "ImageReward.pt")
+    with pytest.raises(BadInput, match=r"imagereward\.tokenizer=.*: 5 tokens found, 37 expected"):
+        load_scorer("reward.name", "imagereward", 4, {"path": tmp_path / "ImageReward.pt", "tokenizer": tmp_path})
     del tensors["blip.text_encoder.encoder.layer.1.crossattention.self.key.bias"]
     torch.save(tensors, tmp_path / "ImageReward.pt")
     with pytest.raises(BadInput, match=r"imagereward\.path=.*misses text\.encoder\.layer\.1\.crossattention"):

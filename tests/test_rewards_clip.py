@@ -78,7 +78,7 @@ def test_hpsv2_reads_an_open_clip_checkpoint(weights, folder, tmp_path):
     """The score is open_clip's, of a picture resized by its longer side with black margins."""
     torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "HPS.pt")
     scorer = load_scorer("reward.name", "hpsv2", 4, {"path": tmp_path / "HPS.pt", "processor": folder})
-    entities = [Prompt(f"  {text}&#32;\n") for text in TEXTS]
+    entities = [Prompt(f" &amp;#32; {text}\n") for text in TEXTS]
     pixels = letterbox_pixels(IMAGES, CLIP_SIDE)
     expected = (open_clip_image(pixels, weights) * open_clip_text(TEXTS, weights)).sum(-1)
     assert expected.std() > 1e-3
@@ -140,6 +140,16 @@ def test_what_is_missing_is_said(options, words, folder, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(BadInput, match=words):
         load_scorer("reward.name", "pickscore", 4, {"path": folder, "processor": folder} | options)
+
+
+@pytest.mark.parametrize("name", ["pickscore", "hpsv2"])
+def test_missing_tokenizer_is_said(name, folder, weights, tmp_path):
+    """transformers makes an empty tokenizer of an empty folder."""
+    torch.save(weights, tmp_path / "HPS.pt")
+    (tmp_path / "empty").mkdir()
+    path = folder if name == "pickscore" else tmp_path / "HPS.pt"
+    with pytest.raises(BadInput, match=rf"{name}\.processor=.*empty: cannot be loaded.*: 2 tokens found, 54 expected"):
+        load_scorer("reward.name", name, 4, {"path": path, "processor": tmp_path / "empty"})
 
 
 def test_missing_hub_file_is_said(folder, monkeypatch):

@@ -93,7 +93,9 @@ def test_each_picture_is_asked_about_with_its_prompt(serve, monkeypatch):
         return f"I think so.\nScore: {2 * level + 1}/10" if f"grey {level}" in text else "Score: 0"
 
     server = serve(reply)
-    assert judge(server, key="MY_KEY")(IMAGES, PROMPTS).tolist() == pytest.approx([0.1, 0.3, 0.5, 0.7])
+    scorer = judge(server, key="MY_KEY")
+    assert scorer(IMAGES, PROMPTS).tolist() == pytest.approx([0.1, 0.3, 0.5, 0.7])
+    assert scorer.parallel > 0  # so the sampler need not wait for it
     assert {body["model"] for body in server.bodies} == {"eye"} and len(server.bodies) == 4
     assert {body["temperature"] for body in server.bodies} == {0.0}
     assert {header["Authorization"] for header in server.headers} == {"Bearer secret"}

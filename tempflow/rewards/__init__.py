@@ -96,6 +96,8 @@ def load_scorer(
         setting: the field that names it, for error messages.
         options: keyword arguments for a scorer that is a class, from `reward.options`.
         device: where such a scorer computes unless its options say otherwise.
+
+    A scorer that waits for another machine has an attribute `waits`: how many calls of it may be under way at once.
     """
     found = _find(setting, name)
     if isinstance(found, type):
@@ -103,7 +105,7 @@ def load_scorer(
     elif options:
         mend = "takes no options: it is no class; remove them"
         raise BadInput(f"reward.options.{name}", dict(options), mend)
-    return Scorer(setting, name, found, rows)
+    return Scorer(setting, name, found, rows, getattr(found, "waits", 0))
 
 
 def _find(setting: str, name: str) -> Callable[..., Any]:
@@ -137,4 +139,14 @@ def _construct(kind: type, name: str, options: dict[str, Any], device: torch.dev
     for key, required in known.items():
         if required and key not in options:
             raise BadInput(f"reward.options.{name}.{key}", None, "this scorer needs it; give a value")
+    if "device" in known and "device" in options:
+        _check_device(name, options["device"])
     return kind(**options)
+
+
+def _check_device(name: str, device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch asserts that it was built for the device
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"reward.options.{name}.device", device, f"cannot be used here ({reason})") from error

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
 from tempflow.rewards.pixels import clip_pixels
-from tempflow.rewards.weights import dtype_of, find, pretrained
+from tempflow.rewards.weights import dtype_of, pretrained, tokenizer_of
 
 
 class ClipEncoder:
@@ -64,9 +64,5 @@ def load_clip(
         processor: where the tokenizer is, if not with the model.
     """
     model = pretrained(CLIPModel, scorer, name, path, dtype_of(scorer, dtype), device)
-    return ClipEncoder(model, load_tokenizer(scorer, "processor" if processor else name, processor or path))
-
-
-def load_tokenizer(scorer: str, name: str, path: str | Path) -> Any:
-    """The tokenizer of a CLIP from a folder or hub id."""
-    return find(scorer, name, path, CLIPTokenizer.from_pretrained)
+    place, words = ("processor", processor) if processor else (name, path), model.config.text_config.vocab_size
+    return ClipEncoder(model, tokenizer_of(CLIPTokenizer, scorer, *place, words))

@@ -15,12 +15,22 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from tempflow.prompts import Prompt
-from tempflow.rewards.clip_model import ClipEncoder, load_tokenizer
+from tempflow.rewards.clip_model import ClipEncoder
 from tempflow.rewards.pixels import check_images, letterbox_pixels
-from tempflow.rewards.weights import depth, dtype_of, frozen, install, needed, option, read_tensors, renamed
+from tempflow.rewards.weights import (
+    depth,
+    dtype_of,
+    frozen,
+    install,
+    needed,
+    option,
+    read_tensors,
+    renamed,
+    tokenizer_of,
+)
 
 HEADS = 16
 """of both towers of ViT-H/14; the one size that the shapes of the tensors do not tell"""
@@ -107,10 +117,11 @@ class HpsV2:
             processor: folder or hub id of CLIP's tokenizer.
             dtype: fp32, bf16 or fp16.
         """
-        tokenizer = load_tokenizer("hpsv2", "processor", processor)
         tensors = read_tensors("hpsv2", "path", path)
         for key in ("visual.conv1.weight", "transformer.resblocks.0.mlp.c_fc.weight", "text_projection"):
             needed("hpsv2", "path", path, tensors, key)
+        words = len(needed("hpsv2", "path", path, tensors, "token_embedding.weight"))
+        tokenizer = tokenizer_of(CLIPTokenizer, "hpsv2", "processor", processor, words)
         model = CLIPModel(config_of(tensors, tokenizer.eos_token_id))
         install(model, from_open_clip(tensors), option("hpsv2", "path"), path)
         self.clip = ClipEncoder(frozen(model, dtype_of("hpsv2", dtype), device), tokenizer, letterbox_pixels)

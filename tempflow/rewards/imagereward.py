@@ -18,7 +18,17 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from tempflow.prompts import Prompt
 from tempflow.rewards.aesthetic import Head
 from tempflow.rewards.pixels import check_images, clip_pixels
-from tempflow.rewards.weights import depth, dtype_of, find, frozen, install, needed, option, read_tensors, renamed
+from tempflow.rewards.weights import (
+    depth,
+    dtype_of,
+    frozen,
+    install,
+    needed,
+    option,
+    read_tensors,
+    renamed,
+    tokenizer_of,
+)
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 LENGTH = 35
@@ -100,10 +110,11 @@ class ImageReward:
             tokenizer: folder or hub id of BERT's tokenizer.
             dtype: fp32, bf16 or fp16 of BLIP; the linear layers are fp32.
         """
-        self.tokenizer = find("imagereward", "tokenizer", tokenizer, BertTokenizer.from_pretrained)
         tensors = read_tensors("imagereward", "path", path)
         for key in ("visual_encoder.patch_embed.proj.weight", "text_encoder.embeddings.word_embeddings.weight"):
             needed("imagereward", "path", path, tensors, f"blip.{key}")
+        words = len(tensors["blip.text_encoder.embeddings.word_embeddings.weight"])
+        self.tokenizer = tokenizer_of(BertTokenizer, "imagereward", "tokenizer", tokenizer, words, spare=2)
         reader = Reader(tensors)
         used = {key: tensor for key, tensor in tensors.items() if not key.startswith(UNUSED)}
         install(reader, renamed(used, RULES), option("imagereward", "path"), path)

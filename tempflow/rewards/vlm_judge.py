@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from PIL import Image
 from torch import Tensor
@@ -88,6 +88,8 @@ class VlmJudge:
     pause: float = 1.0
     """seconds before the second try"""
     client: Any = field(init=False, repr=False)
+    waits: ClassVar[int] = 2
+    """calls that may be under way at once, each with `parallel` questions"""
 
     def __post_init__(self) -> None:
         httpx = require("vlm_judge", "httpx")

@@ -71,6 +71,19 @@ def find(scorer: str, name: str, value: str | Path, load: Callable[[str], Loaded
         raise BadInput(option(scorer, name), value, mend) from error
 
 
+def tokenizer_of(kind: Any, scorer: str, name: str, value: str | Path, words: int, spare: int = 0) -> Any:
+    """The tokenizer of a model with `words` token embeddings, of which `spare` at most may be without a token.
+
+    Where its files are missing, transformers makes one that knows next to no word, without a word about it.
+    """
+    tokenizer = find(scorer, name, value, kind.from_pretrained)
+    if not words - spare <= len(tokenizer) <= words:
+        mend = (f"cannot be loaded, or is of another model: {len(tokenizer)} tokens found, {words} expected; "
+                "give a local folder with the files, or a hub id that can be reached")  # fmt: skip
+        raise BadInput(option(scorer, name), value, mend)
+    return tokenizer
+
+
 def find_file(scorer: str, name: str, value: str | Path) -> Path:
     """A local file, or one of the hub given as `owner/repository/file`, downloaded unless cached."""
     path = Path(value).expanduser()
