@@ -48,6 +48,7 @@ setup(
     ],
     extras_require={
         "test": [
+            "bitsandbytes>=0.50",
             "pytest>=8",
             "pytest-benchmark>=5",
             "scikit-learn>=1.5",

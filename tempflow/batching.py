@@ -1,8 +1,11 @@
-"""Cutting many rows into network calls."""
+"""Cutting many rows into network calls, and gradients into messages."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+
+BUCKET = 256 * 2**20
+"""bytes of gradients that ranks average at a time"""
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,7 +21,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tempflow.errors import BadInput
-from tempflow.optim import MovingAverage
+from tempflow.optim import load_state
+from tempflow.stepping import Stepper
 
 
 @dataclass(frozen=True)
@@ -33,24 +37,20 @@ class Progress:
     """branches explored"""
 
 
-def save(
-    folder: Path,
-    progress: Progress,
-    parameters: dict[str, Parameter],
-    optimizer: torch.optim.Optimizer,
-    average: MovingAverage,
-    keep: int,
-) -> Path:
+def save(folder: Path, progress: Progress, stepper: Stepper, keep: int) -> Path:
     """Writes `folder/step_N`, complete or not at all, and drops all but the newest `keep`."""
     target = folder / f"step_{progress.iteration:06d}"
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    tensors, plain = _flatten_optimizer(optimizer.state_dict())
-    save_file({name: p.detach().contiguous() for name, p in parameters.items()}, partial / "parameters.safetensors")
+    average, scale = stepper.average, stepper.scale
+    tensors, plain = _flatten_optimizer(stepper.optimizer.state_dict())
+    parameters = {name: parameter.detach().contiguous() for name, parameter in stepper.parameters.items()}
+    save_file(parameters, partial / "parameters.safetensors")
     save_file({name: t.contiguous() for name, t in average.average.items()}, partial / "average.safetensors")
     save_file(tensors, partial / "optimizer.safetensors")
-    state = {"progress": asdict(progress), "optimizer": plain, "optimizer_steps": average.optimizer_steps}
+    state = {"progress": asdict(progress), "optimizer": plain, "optimizer_steps": average.optimizer_steps,
+             "loss_scale": None if scale is None else scale.state()}  # fmt: skip
     (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
     shutil.rmtree(target, ignore_errors=True)
     partial.rename(target)
@@ -64,10 +64,8 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
 
 
-def restore(
-    folder: Path, parameters: dict[str, Parameter], optimizer: torch.optim.Optimizer, average: MovingAverage
-) -> Progress:
-    """Loads the newest checkpoint in `folder` into its arguments; a folder without one leaves a run at its start.
+def restore(folder: Path, stepper: Stepper) -> Progress:
+    """Loads the newest checkpoint in `folder` into `stepper`; a folder without one leaves a run at its start.
 
     Raises:
         BadInput: the checkpoint does not fit the model.
@@ -78,10 +76,13 @@ def restore(
     newest = found[-1]
     try:
         state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        _copy(load_file(newest / "parameters.safetensors"), parameters)
-        _copy(load_file(newest / "average.safetensors"), average.average)
-        optimizer.load_state_dict(_unflatten_optimizer(load_file(newest / "optimizer.safetensors"), state["optimizer"]))
-        average.optimizer_steps = state["optimizer_steps"]
+        _copy(load_file(newest / "parameters.safetensors"), stepper.parameters)
+        _copy(load_file(newest / "average.safetensors"), stepper.average.average)
+        saved = _unflatten_optimizer(load_file(newest / "optimizer.safetensors"), state["optimizer"])
+        load_state(stepper.optimizer, saved)
+        stepper.average.optimizer_steps = state["optimizer_steps"]
+        if stepper.scale is not None and state.get("loss_scale"):
+            stepper.scale.load(state["loss_scale"])
         return Progress(**state["progress"])
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
         mend = f"the checkpoint does not load ({error}); remove it to use an older one"
@@ -100,20 +101,32 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor] | dict[str, Param
 
 
 def _flatten_optimizer(state: dict) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's state_dict as named tensors and JSON values."""
-    tensors, numbers = {}, {}
-    for index, values in state["state"].items():
-        for name, value in values.items():
-            (tensors if isinstance(value, Tensor) else numbers)[f"{index}.{name}"] = value
-    return {key: tensor.contiguous() for key, tensor in tensors.items()}, {
-        "numbers": numbers,
-        "param_groups": state["param_groups"],
-    }
+    """An optimizer's state_dict as named tensors and JSON values; `5.outer.inner` names a nested value.
+
+    A tensor that several parameters share (bitsandbytes' quantisation maps) is written for each.
+    """
+    leaves = dict(_leaves(state["state"]))
+    tensors = {key: value for key, value in leaves.items() if isinstance(value, Tensor)}
+    owners = Counter(tensor.data_ptr() for tensor in tensors.values())
+    apart = {key: t.clone() if owners[t.data_ptr()] > 1 else t.contiguous() for key, t in tensors.items()}
+    numbers = {key: value for key, value in leaves.items() if key not in tensors}
+    return apart, {"numbers": numbers, "param_groups": state["param_groups"]}
+
+
+def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _unflatten_optimizer(tensors: dict[str, Tensor], plain: dict) -> dict:
     state: dict[int, dict] = {}
     for key, value in (tensors | plain["numbers"]).items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        index, *path, name = key.split(".")
+        place = state.setdefault(int(index), {})
+        for part in path:
+            place = place.setdefault(part, {})
+        place[name] = value
     return {"state": state, "param_groups": plain["param_groups"]}

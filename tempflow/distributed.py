@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
+from tempflow.batching import BUCKET
 from tempflow.errors import BadInput
 
 
@@ -41,24 +44,33 @@ class Ranks:
         return torch.cat(parts, dim).cpu()
 
     def average_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Replaces each gradient by its mean over ranks; a rank without one counts as 0."""
+        """Replaces each gradient by its mean over ranks, bucket by bucket; a rank without one counts as 0."""
         if self.size == 1:
             return
-        parameters = list(parameters)
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([parameter.grad.flatten() for parameter in parameters])
+        gradients = [_gradient(parameter) for parameter in parameters]
+        while gradients:
+            sizes = list(accumulate(gradient.nbytes for gradient in gradients))
+            count = max(1, bisect_right(sizes, BUCKET))
+            self._average(gradients[:count])
+            gradients = gradients[count:]
+
+    def _average(self, bucket: list[Tensor]) -> None:
+        flat = torch.cat([gradient.flatten() for gradient in bucket])
         dist.all_reduce(flat)
         flat /= self.size
-        sizes = [parameter.numel() for parameter in parameters]
-        for parameter, part in zip(parameters, flat.split(sizes), strict=True):
-            parameter.grad.copy_(part.view_as(parameter))
+        for gradient, part in zip(bucket, flat.split([gradient.numel() for gradient in bucket]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def wait(self) -> None:
         """All ranks meet here."""
         if self.size > 1:
             dist.barrier()
+
+
+def _gradient(parameter: Parameter) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def is_first() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tempflow.draws import PROMPTS, shuffled
@@ -23,14 +24,17 @@ class Prompt:
 def read_prompts(path: str, setting: str) -> list[Prompt]:
     """Prompts of a text file (one a line) or a .jsonl file (objects with `prompt`; the rest is metadata).
 
+    Of a folder, as the data sets of Flow-GRPO are, `train_metadata.jsonl` or `train.txt`; for prompts.test, test's.
+
     Args:
         setting: the name of the field that gave the path, for error messages.
     Raises:
         BadInput: no such file, no prompt in it, or a line that is no prompt object.
     """
-    file = resolve(path)
+    file = _file(resolve(path), setting)
     if not file.is_file():
-        raise BadInput(setting, path, "no such file; give a .txt or .jsonl file of prompts")
+        mend = "no such file; give a .txt or .jsonl file of prompts, or a folder of train and test prompts (README, Prompts)"
+        raise BadInput(setting, path, mend)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (UnicodeDecodeError, OSError) as error:
@@ -43,6 +47,18 @@ def read_prompts(path: str, setting: str) -> list[Prompt]:
     if file.suffix != ".jsonl":
         return [Prompt(line) for _, line in numbered]
     return [_parse(line, f"{path}:{number}", setting) for number, line in numbered]
+
+
+def _file(path: Path, setting: str) -> Path:
+    """The file of a folder that holds the prompts asked for; any other path as it is."""
+    if not path.is_dir():
+        return path
+    split = "test" if setting == "prompts.test" else "train"
+    names = [f"{split}_metadata.jsonl", f"{split}.jsonl", f"{split}.txt"]
+    found = next((path / name for name in names if (path / name).is_file()), None)
+    if found is None:
+        raise BadInput(setting, path, f"the folder holds none of {', '.join(names)}")
+    return found
 
 
 def _parse(line: str, place: str, setting: str) -> Prompt:

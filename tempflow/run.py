@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tempflow_kernels import backend_info
 from torch import Tensor
 
 from tempflow import checkpoint, distributed
@@ -17,21 +16,22 @@ from tempflow.checkpoint import Progress
 from tempflow.compiled import CompiledBlocks
 from tempflow.distributed import Ranks
 from tempflow.draws import Draw
-from tempflow.errors import BadInput
 from tempflow.evaluation import Evaluator
+from tempflow.explain import explain, explain_memory
 from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, read_metrics
-from tempflow.models import load_policy
-from tempflow.optim import MovingAverage, make_optimizer
-from tempflow.plan import BranchCost, BranchPlan
+from tempflow.models import load_policy, load_skeleton
+from tempflow.optim import MovingAverage, make_optimizer, state_bytes
+from tempflow.plan import BranchPlan
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, iteration_prompts, read_prompts
 from tempflow.report import draw_report, save_pictures
 from tempflow.rewards import Scorer, load_scorer
-from tempflow.run_folder import check_consistency, check_folder, group_size, write_settings
+from tempflow.run_folder import check_consistency, check_folder, write_settings
 from tempflow.schedule import NoiseSchedule, build_schedule
 from tempflow.scoring import ScoreQueue
 from tempflow.settings import Config
-from tempflow.tail_engine import EagerEngine, Numerics, TailEngine
+from tempflow.stepping import LossScale, Stepper
+from tempflow.tail_engine import Numerics, TailEngine
 from tempflow.tail_levels import Engines
 from tempflow.tail_setup import set_up_tails
 
@@ -52,8 +52,7 @@ class Run:
     prompts: list[Prompt]
     scores: ScoreQueue
     evaluator: Evaluator | None
-    optimizer: torch.optim.Optimizer
-    average: MovingAverage
+    stepper: Stepper
     clock: PhaseClock
     writer: MetricsWriter | None
 
@@ -88,32 +87,32 @@ class Run:
             return None
         return torch.full((rows,), self.schedule.step_size(step), device=self.policy.device)
 
-    def optimizer_step(self, idle: bool) -> float:
-        """Averages gradients over ranks, clips, steps; returns the norm before clipping.
+    def idle_updates(self, weights: Tensor) -> list[bool]:
+        """For each optimizer step of an inner epoch, whether no rank has anything to learn in it.
 
         Args:
-            idle: this rank had nothing to learn; where that is so on all ranks, no parameter moves.
-        Raises:
-            BadInput: the norm is not finite; no parameter has been changed then.
+            weights: (S, R of all ranks); every rank holds them all, so that this needs no word between ranks.
         """
-        if self.ranks.gather(torch.tensor([int(idle)]), 0).all():
-            return 0.0
-        parameters = list(self.policy.trainable().values())
-        self.ranks.average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.config.learn.max_grad_norm)
-        if not torch.isfinite(norm):
-            mend = f"the gradient is {norm.item()} and nothing was changed; lower it and go on with run.resume=true"
-            raise BadInput("learn.lr", self.config.learn.lr, mend)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.average.update()
-        return norm.item()
+        learn = self.config.learn
+        by_update = weights.ne(0).view(len(weights), self.ranks.size, learn.updates, -1).transpose(1, 2)
+        return [not learn.kl and not by_update[:, update].any() for update in range(learn.updates)]
+
+    def optimizer_step(self, idle: bool) -> None:
+        """Averages gradients over ranks, clips and steps, without waiting for the device (see `tempflow.stepping`).
+
+        Args:
+            idle: no rank had anything to learn; then no parameter moves.
+        """
+        if idle:
+            return self.stepper.idle()
+        self.ranks.average_gradients(self.stepper.parameters.values())
+        self.stepper.step()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out scores of the averaged parameters; saves the pictures."""
         if self.evaluator is None:
             return {}
-        with self.clock("evaluate"), self.average.applied():
+        with self.clock("evaluate"), self.stepper.average.applied():
             result = self.evaluator.evaluate()
         if self.ranks.first:
             save_pictures(self.folder, step, result.pictures)
@@ -147,12 +146,20 @@ class Run:
     def save(self, progress: Progress) -> None:
         """A checkpoint, the trained weights (averaged) in the model library's own format, and the report so far."""
         if self.ranks.first:
-            parameters, keep = self.policy.trainable(), self.config.run.keep_checkpoints
-            checkpoint.save(self.folder / "checkpoints", progress, parameters, self.optimizer, self.average, keep)
-            with self.average.applied():
+            checkpoint.save(self.folder / "checkpoints", progress, self.stepper, self.config.run.keep_checkpoints)
+            with self.stepper.average.applied():
                 self.policy.save(self.folder)
             draw_report(self.folder)
         self.ranks.wait()
+
+    def announce(self) -> None:
+        """After the first iteration: what the plan could only estimate."""
+        if not self.ranks.first:
+            return
+        words = f"measured: optimizer state {state_bytes(self.stepper.optimizer) / 2**20:,.1f} MiB"
+        if self.policy.device.type == "cuda":
+            words += f", most GPU memory {torch.cuda.max_memory_allocated(self.policy.device) / 2**30:.2f} GiB"
+        print(words, file=sys.stderr)
 
     def finish(self) -> None:
         """The closing words."""
@@ -161,49 +168,58 @@ class Run:
 
 
 def set_up(config: Config) -> tuple[Run, Progress]:
-    """A run ready to go, and how far it has come already. Prints the plan.
+    """A run ready to go, and how far it has come already. Prints the plan before the model is loaded.
 
     Raises:
         BadInput: anything in the configuration that cannot work; no file has been changed then.
     """
     ranks = distributed.start(config.run.device)
-    check_consistency(config, ranks.size)
     check_trackers(config.run.trackers)
-    if not config.run.plan_only:
-        check_folder(config)
+    check_folder(config)
     torch.manual_seed(config.run.seed)
     prompts = read_prompts(config.prompts.train, "prompts.train")
+    schedule, plan = show_plan(config, ranks)
     reward = load_scorer("reward.name", config.reward.name, config.branch.decode_rows)
     policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
-    schedule = build_schedule(policy.sigmas(config.sample.steps), config.sample.transition, config.sample.noise_level)
-    plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)
+    if ranks.first:
+        print(f"attention: {policy.attention}", file=sys.stderr)
     engines = _engines(config, policy, schedule, plan, prompts, ranks)
     evaluator = _evaluator(config, policy, reward, ranks, engines.evaluate)
-    parameters = policy.trainable()
-    optimizer = make_optimizer(config.learn, list(parameters.values()))
-    average = MovingAverage(parameters, config.learn.ema_decay, config.learn.ema_every)
-    if ranks.first:
-        print(_explain(config, policy, schedule, plan, ranks), file=sys.stderr)
-    folder, progress, writer = Path(config.run.dir).expanduser(), Progress(), None
-    if not config.run.plan_only:
-        progress = checkpoint.restore(folder / "checkpoints", parameters, optimizer, average)
-        write_settings(config, ranks)
-        last = progress.iteration if progress.iteration else None
-        writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
+    stepper = _stepper(config, policy)
+    folder = Path(config.run.dir).expanduser()
+    progress = checkpoint.restore(folder / "checkpoints", stepper)
+    write_settings(config, ranks)
+    last = progress.iteration if progress.iteration else None
+    writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
     clock, numerics = PhaseClock(ranks.device), CompiledBlocks(policy.blocks()) if config.learn.compile else nullcontext
     scores = ScoreQueue(policy, reward, config.branch.decode_rows, clock, config.branch.overlap)
     run = Run(config, folder, ranks, policy, schedule, plan, engines.explore, numerics, prompts, scores, evaluator,
-              optimizer, average, clock, writer)  # fmt: skip
+              stepper, clock, writer)  # fmt: skip
     return run, progress
+
+
+def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[NoiseSchedule, BranchPlan]:
+    """Prints what the run will do, and with `memory` what it will hold, from the model's configuration alone.
+
+    Raises:
+        BadInput: settings that cannot work together, or with this model.
+    """
+    check_consistency(config, ranks.size)
+    skeleton = load_skeleton(config.model, config.sample)
+    sigmas = skeleton.sigmas(config.sample.steps)
+    schedule = build_schedule(sigmas, config.sample.transition, config.sample.noise_level)
+    plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)
+    if ranks.first:
+        print(explain(config, skeleton, schedule, plan, ranks.size, ranks.device.type), file=sys.stderr)
+        if memory:
+            print(explain_memory(config, skeleton, plan, ranks.size), file=sys.stderr)
+    return schedule, plan
 
 
 def _engines(
     config: Config, policy: Policy, schedule: NoiseSchedule, plan: BranchPlan, prompts: list[Prompt], ranks: Ranks
 ) -> Engines:
-    """What carries the tails; not tried out where only the plan is asked for."""
-    if config.run.plan_only:
-        idle = EagerEngine(policy, 1)
-        return Engines("eager", idle, idle)
+    """What carries the tails."""
     first_row = read_metrics(Path(config.run.dir).expanduser() / "metrics.jsonl")[:1] if config.run.resume else []
     known_rows = first_row[0].get("tail_rows") if first_row else None
     trunks = config.branch.prompts * config.branch.seeds // ranks.size
@@ -212,6 +228,15 @@ def _engines(
         return int(ranks.gather(torch.tensor([rows]), 0).min())
 
     return set_up_tails(config, policy, schedule, plan, trunks, prompts[0].text, known_rows, agree, ranks.first)
+
+
+def _stepper(config: Config, policy: Policy) -> Stepper:
+    """The optimizer and what goes with it."""
+    parameters, learn = policy.trainable(), config.learn
+    optimizer = make_optimizer(learn, list(parameters.values()))
+    average = MovingAverage(parameters, learn.ema_decay, learn.ema_every)
+    scale = LossScale(policy.device) if config.model.dtype == "fp16" else None
+    return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale)
 
 
 def _evaluator(
@@ -229,27 +254,3 @@ def _evaluator(
     schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
     return Evaluator(policy, engine, schedule, prompts, scorers, ranks, config.run.seed, config.branch.decode_rows,
                      config.eval.pictures)  # fmt: skip
-
-
-def _explain(config: Config, policy: Policy, schedule: NoiseSchedule, plan: BranchPlan, ranks: Ranks) -> str:
-    """The plan in words and numbers: groups, cost per rank, and the schedule's forks."""
-    branch, learn = config.branch, config.learn
-    rows = branch.prompts * branch.seeds // ranks.size
-    elements = torch.Size(policy.latent_shape).numel()
-    passes = learn.inner_epochs * (2 if learn.kl else 1)
-    cost = BranchCost.of(plan, rows, elements, torch.Size(policy.image_shape).numel(), passes)
-    parameters = sum(parameter.numel() for parameter in policy.trainable().values())
-    weights = schedule.noise_weights(plan.pool).tolist()
-    forks = ", ".join(f"{step}: {weight:.2f}" for step, weight in zip(plan.pool, weights, strict=True))
-    drawn = f" ({len(plan.steps)} of them drawn each iteration)" if len(plan.steps) < len(plan.pool) else ""
-    rows_per_update = rows * len(plan.steps) // learn.updates
-    return "\n".join((
-        f"tempflow: {config.model.path} on {ranks.size} x {policy.device.type}, {parameters:,} trained parameters "
-        f"({config.model.train}), latents {tuple(policy.latent_shape)}; attention: {policy.attention}; operators: "
-        f"{backend_info()['cuda' if policy.device.type == 'cuda' else 'cpu']}",
-        f"groups: {branch.prompts} prompts x {branch.seeds} seeds, each trunk forks into {plan.siblings} siblings; "
-        f"advantages among {group_size(config)} branches (group={learn.group}); {rows_per_update} network rows per "
-        f"optimizer step and process, {learn.updates * learn.inner_epochs} optimizer steps an iteration",
-        f"forks at steps (step: noise weight){drawn}: {forks}",
-        f"cost per process: {cost.describe(plan, policy.network_rows)}",
-    ))  # fmt: skip

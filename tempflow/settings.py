@@ -127,8 +127,10 @@ class LearnConfig:
     """Passes over one iteration's branches, with the true importance ratio from the second update on."""
     compile: bool = False
     """Compile the repeated blocks for trunk and training, both alike."""
-    optimizer: Literal["adamw"] = "adamw"
-    """Optimizer of the trained parameters."""
+    optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
+    """AdamW of torch, or of bitsandbytes: moments in 8 bits; paged, they move to the host when the GPU is full."""
+    min_8bit_size: Count = 4096
+    """8-bit optimizers keep fp32 moments for tensors of fewer elements; low-rank adapters may be so small."""
     lr: Positive = 3e-4
     """Learning rate."""
     lr_schedule: Literal["constant", "linear"] = "constant"

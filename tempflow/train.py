@@ -32,7 +32,7 @@ from tempflow.config import load
 from tempflow.errors import BadInput
 from tempflow.metrics import LossRecord, loss_figures
 from tempflow.optim import set_learning_rate
-from tempflow.run import Run, set_up
+from tempflow.run import Run, set_up, show_plan
 from tempflow.tails_check import check_tails
 from tempflow.usage import help_text
 
@@ -57,18 +57,19 @@ def train_step(run: Run, iteration: int) -> dict[str, Any]:
     # Credit: siblings share all but that one step, so the difference of their rewards belongs to it.
     credit = group_advantages(rewards, run.config.branch.seeds, learn.group, learn.advantage_std, learn.advantage_clip)
     weights = run.step_weights(plan)[:, None] * credit.informative  # (S, R of all ranks)
+    idle = run.idle_updates(weights)
     advantages, weights = run.own_rows(credit.advantages), run.own_rows(weights)
 
     # Learn: weighted clipped policy gradient; each fork is one network row, its K siblings are K Gaussian terms on it.
-    set_learning_rate(run.optimizer, learn, iteration)
-    record, norms = LossRecord(), []
+    set_learning_rate(run.stepper.optimizer, learn, iteration)
+    record = LossRecord()
     with clock("learn"), run.numerics():
         for number, batches in enumerate(updates(trunk, advantages, weights, learn)):
             for batch in batches:
                 record.add(backward(run, batch), number)
-            norms.append(run.optimizer_step(idle=not batches))
-    figures = loss_figures(run.ranks.gather(record.totals(), dim=0))
-    return {**describe(rewards, credit, run, plan.steps), **figures, "grad_norm": sum(norms) / len(norms)}
+            run.optimizer_step(idle[number % learn.updates])
+        figures = loss_figures(run.ranks.gather(record.totals(), dim=0)) | run.stepper.read()
+    return {**describe(rewards, credit, run, plan.steps), **figures}
 
 
 def backward(run: Run, batch: TransitionBatch) -> BranchLossStats:
@@ -92,7 +93,7 @@ def backward(run: Run, batch: TransitionBatch) -> BranchLossStats:
         velocity_ref=velocity_ref,
         kl_weights=run.kl_weights(batch.step, rows),
     )
-    (loss * batch.share).backward()
+    run.stepper.backward(loss * batch.share)
     return stats
 
 
@@ -119,7 +120,8 @@ def train(run: Run, progress: Progress) -> None:
                     "phase_seconds": run.clock.read()})  # fmt: skip
         start = time.perf_counter()
     bar = tqdm(total=total, initial=progress.iteration, unit="it", disable=not run.ranks.first, dynamic_ncols=True)
-    for iteration in range(progress.iteration, total):
+    first = progress.iteration
+    for iteration in range(first, total):
         began, done = time.perf_counter(), iteration + 1
         row = train_step(run, iteration)
         rollouts = run.rollouts_per_iteration
@@ -129,6 +131,8 @@ def train(run: Run, progress: Progress) -> None:
         progress = Progress(done, time.perf_counter() - start, progress.rollouts + rollouts)
         run.record({"step": done, "seconds": round(progress.seconds, 3), "rollouts": progress.rollouts,
                     "rollouts_per_hour": round(rate, 1), **row, "phase_seconds": run.clock.read()})  # fmt: skip
+        if iteration == first:
+            run.announce()
         if done == total or (save_every and done % save_every == 0):
             run.save(progress)
         bar.update()
@@ -144,13 +148,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     speak = distributed.is_first()  # before the loop every rank meets the same mistake
     try:
-        run, progress = set_up(load(arguments))
+        config = load(arguments)
+        if config.run.plan_only:
+            show_plan(config, distributed.start(config.run.device), memory=True)
+            return 0
+        run, progress = set_up(config)
         speak = True
-        if not run.config.run.plan_only:
-            if run.config.tails.check and run.ranks.first:
-                print(f"tempflow: {check_tails(run).describe()}", file=sys.stderr)
-            train(run, progress)
-            run.finish()
+        if config.tails.check and run.ranks.first:
+            print(f"tempflow: {check_tails(run).describe()}", file=sys.stderr)
+        train(run, progress)
+        run.finish()
         return 0
     except BadInput as error:
         if speak:

@@ -33,6 +33,8 @@ class Skeleton:
         """image and text tokens in one network row, text as `model.text_tokens` counts it"""
         self.parts = _parts(family, network, model)
         """transformer (adapters included), trainable (of these), merged (what a merged copy adds), text, vae"""
+        self.trainable_sizes = [parameter.numel() for parameter in network.trainable().values()]
+        """elements of each trainable parameter"""
         self._family = family
 
     def sigmas(self, num_steps: int) -> Tensor:

@@ -1,0 +1,202 @@
+"""Prompts in the manner of GenEval (arXiv 2310.11513), with the metadata its scorers read.
+
+    python -m tempflow.geneval_prompts prompts/geneval --count 50000 --test 480 --exclude evaluation_metadata.jsonl
+
+writes `train_metadata.jsonl` and `test_metadata.jsonl` into the folder, which can be given as `prompts.train` and
+`prompts.test`. The same arguments give the same files. No prompt of the test file or of an excluded file is in the
+training file, nor one that asks for the same picture in other words ("a cat left of a dog", "a dog right of a cat").
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, islice, pairwise, permutations, product
+from pathlib import Path
+from typing import Any
+
+from tempflow.draws import PROMPTS, shuffled
+from tempflow.errors import BadInput
+from tempflow.paths import write_atomically
+from tempflow.prompts import Prompt, read_prompts
+
+CLASSES = [
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
+    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
+    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
+    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
+    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
+    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
+    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
+    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+]  # fmt: skip
+"""The 80 classes of COCO under the names that GenEval gives them."""
+
+COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
+OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+NOUNS = {
+    "person": ("{}person", "{}people"),
+    "sheep": ("{}sheep", "{}sheep"),
+    "knife": ("{}knife", "{}knives"),
+    "skis": ("pair of {}skis", "pairs of {}skis"),
+    "scissors": ("pair of {}scissors", "pairs of {}scissors"),
+    "broccoli": ("head of {}broccoli", "heads of {}broccoli"),
+}
+"""Singular and plural where an s does not make it; {} is where a colour stands."""
+
+FLOW_GRPO = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
+"""Proportions of Flow-GRPO's training prompts (arXiv 2505.05470): more of what the model before training fails at."""
+EVEN = dict.fromkeys(FLOW_GRPO, 1)
+MIXES = {"flow_grpo": FLOW_GRPO, "even": EVEN}
+
+
+def phrase(name: str, colour: str = "", count: int = 1) -> str:
+    """`a red bus`, `two pairs of skis`."""
+    ending = "es" if name.endswith(("s", "sh", "ch", "x")) else "s"
+    one, many = NOUNS.get(name, ("{}" + name, "{}" + name + ending))
+    noun = (one if count == 1 else many).format(f"{colour} " if colour else "")
+    if count > 1:
+        return f"{NUMBERS[count]} {noun}"
+    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
+
+
+def single_object(name: str) -> dict[str, Any]:
+    return _task("single_object", phrase(name), [_object(name)])
+
+
+def two_object(first: str, second: str) -> dict[str, Any]:
+    return _task("two_object", f"{phrase(first)} and {phrase(second)}", [_object(first), _object(second)])
+
+
+def counting(name: str, count: int) -> dict[str, Any]:
+    task = _task("counting", phrase(name, count=count), [_object(name, count=count)])
+    return task | {"exclude": [_object(name, count=count + 1)]}
+
+
+def colors(name: str, colour: str) -> dict[str, Any]:
+    return _task("colors", phrase(name, colour), [_object(name, color=colour)])
+
+
+def position(classes: tuple[str, str], where: str) -> dict[str, Any]:
+    first, second = classes
+    include = [_object(second), _object(first, position=[where, 0])]
+    return _task("position", f"{phrase(first)} {where} {phrase(second)}", include)
+
+
+def color_attr(classes: tuple[str, str], colours: tuple[str, str]) -> dict[str, Any]:
+    described = [phrase(name, colour) for name, colour in zip(classes, colours, strict=True)]
+    include = [_object(name, color=colour) for name, colour in zip(classes, colours, strict=True)]
+    return _task("color_attr", " and ".join(described), include)
+
+
+def choices(most: int) -> dict[str, list[tuple]]:
+    """All that each task can ask for: the arguments of its function. Counts go up to `most`."""
+    coloured = [name for name in CLASSES if name != "person"]
+    return {
+        "single_object": [(name,) for name in CLASSES],
+        "two_object": list(permutations(CLASSES, 2)),
+        "counting": list(product(CLASSES, range(2, most + 1))),
+        "colors": list(product(coloured, COLOURS)),
+        "position": list(product(permutations(CLASSES, 2), OPPOSITES)),
+        "color_attr": list(product(permutations(coloured, 2), permutations(COLOURS, 2))),
+    }
+
+
+TASKS = {task.__name__: task for task in (single_object, two_object, counting, colors, position, color_attr)}
+
+
+def _object(name: str, count: int = 1, **more: Any) -> dict[str, Any]:
+    return {"class": name, "count": count, **more}
+
+
+def _task(tag: str, described: str, include: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"tag": tag, "include": include, "prompt": f"a photo of {described}"}
+
+
+def content(metadata: dict[str, Any]) -> str:
+    """What a prompt's metadata asks for, the same for two prompts that ask for the same picture."""
+    objects = [dict(entry) for entry in metadata["include"]]
+    placed = objects[-1].get("position")
+    if placed and placed[0] in ("right of", "below"):  # B right of A is A left of B
+        first, second = objects[0]["class"], objects[-1]["class"]
+        objects = [_object(second), _object(first, position=[OPPOSITES[placed[0]], 0])]
+    elif not placed:
+        objects.sort(key=lambda entry: json.dumps(entry, sort_keys=True))
+    return json.dumps(objects, sort_keys=True)
+
+
+def generate(count: int, mix: dict[str, int], seed: int, most: int, taken: set[str]) -> list[dict[str, Any]]:
+    """`count` prompts in the proportions of `mix`, none with a text or content in `taken`.
+
+    A task with fewer different prompts than its share is walked through again, so that the proportions hold.
+    """
+    total, sums = sum(mix.values()), [0, *accumulate(mix.values())]
+    chosen: list[dict[str, Any]] = []
+    pools = choices(most)
+    for tag, (before, after) in zip(mix, pairwise(sums), strict=True):
+        share = count * after // total - count * before // total
+        chosen += islice(_walk(tag, pools[tag], seed, taken), share)
+    return [chosen[place] for place in shuffled(len(chosen), seed, PROMPTS, len(TASKS))]
+
+
+def _walk(tag: str, pool: list[tuple], seed: int, taken: set[str]) -> Iterator[dict[str, Any]]:
+    """All prompts of a task that are not taken, in random order, over and over."""
+    order = shuffled(len(pool), seed, PROMPTS, list(TASKS).index(tag))
+    while True:
+        free = 0
+        for task in (TASKS[tag](*pool[place]) for place in order):
+            if task["prompt"] not in taken and content(task) not in taken:
+                free += 1
+                yield task
+        if not free:
+            raise BadInput("--exclude", tag, "leaves no prompt of this kind; exclude less or choose another --mix")
+
+
+def identities(prompts: Sequence[Prompt]) -> set[str]:
+    """Texts and contents of prompts that must not come again."""
+    return {prompt.text for prompt in prompts} | {content(p.metadata) for p in prompts if p.metadata.get("include")}
+
+
+def write(folder: Path, split: str, tasks: list[dict[str, Any]]) -> None:
+    """The prompts as one JSON object a line; a file that is there already is left alone.
+
+    Raises:
+        BadInput: there is such a file.
+    """
+    file = folder / f"{split}_metadata.jsonl"
+    if file.exists():
+        raise BadInput("folder", folder, f"holds a {file.name} already; remove it or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, "".join(json.dumps(task) + "\n" for task in tasks).encode())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m tempflow.geneval_prompts", description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path, help="where train_metadata.jsonl and test_metadata.jsonl are written")
+    parser.add_argument("--count", type=int, default=50000, help="training prompts (default: %(default)s)")
+    parser.add_argument("--test", type=int, default=480, help="held-out prompts, as many of each task (default: 480)")
+    parser.add_argument("--mix", choices=MIXES, default="flow_grpo", help="proportions of the training prompts")
+    parser.add_argument("--max-count", type=int, choices=range(2, 11), default=4, help="largest number of objects")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--exclude", action="append", default=[], help="file of prompts to keep out (repeatable)")
+    given = parser.parse_args(arguments)
+    try:
+        outside = [identities(read_prompts(file, "--exclude")) for file in given.exclude]
+        taken = set().union(*outside)
+        test = generate(given.test, EVEN, given.seed + 1, given.max_count, taken)
+        write(given.folder, "test", test)
+        taken |= {name for task in test for name in (task["prompt"], content(task))}
+        write(given.folder, "train", generate(given.count, MIXES[given.mix], given.seed, given.max_count, taken))
+    except BadInput as error:
+        print(f"tempflow: {error}", file=sys.stderr)
+        return 2
+    print(f"{given.count} training and {given.test} held-out prompts in {given.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What a run will hold in a GPU's memory, part by part, before any weight is loaded.
+
+Parts that stay: counted from the model's configuration and the settings, exactly. Parts that come and go: rehearsed
+operator by operator without data (`tempflow.models.rehearsal`); phases do not meet, so the dearest one decides.
+
+    weights            frozen: model.dtype; trained: fp32, and with model.train=full they are the whole transformer
+    merged copy        model.dtype, of the adapted layers (of everything with full training), where tails use one
+    reference          model.dtype, a copy of everything; only with full training and learn.kl
+    moving average     fp32, as the trained parameters
+    optimizer state    `tempflow.optim.estimated_state_bytes`; paged states may move to the host
+    gradients          fp32, from the first batch of an update to its step; a bucket twice while ranks average them
+    trunk states       latents and velocities at every fork, fp32; branches: one latent each, fp32
+    text encoders      beside all else, or with model.offload_text only while new prompts are encoded
+    learning           one batch: what its forward pass keeps, and the peak of its backward pass
+    tails, decoding    one chunk's network call and one decoder call; they meet with branch.overlap
+    CUDA               1 GiB for context, libraries, workspaces
+
+Scorers are not counted: their weights are known to them alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tempflow.batching import BUCKET
+from tempflow.models.dry_model import DryModel
+from tempflow.models.network import DTYPES
+from tempflow.models.skeleton import Skeleton
+from tempflow.optim import estimated_state_bytes
+from tempflow.plan import BranchPlan
+from tempflow.settings import Config
+
+CUDA = 2**30
+AUTO_ROWS = 32
+"""what branch.rows=auto is planned with; on the GPU it takes what memory allows"""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by part."""
+
+    stays: dict[str, int]
+    phases: dict[str, dict[str, int]]
+    """phase -> part -> bytes, beside what stays"""
+    compared: dict[str, int]
+    """learning's activations under the other choice of model.gradient_checkpointing"""
+
+    @property
+    def peak_phase(self) -> str:
+        return max(self.phases, key=lambda phase: sum(self.phases[phase].values()))
+
+    @property
+    def total(self) -> int:
+        """The peak of the whole run."""
+        return sum(self.stays.values()) + sum(self.phases[self.peak_phase].values())
+
+    def describe(self) -> str:
+        """The plan as lines of text."""
+        lines = [f"memory per process, estimated: {_gib(self.total)} at the peak, which is {self.peak_phase}"]
+        lines += _table("stays", self.stays)
+        for phase, parts in self.phases.items():
+            lines += _table(phase, parts)
+        lines += [f"  {name}: {_gib(size)}" for name, size in self.compared.items()]
+        lines.append("  not counted: scorers on the same GPU")
+        return "\n".join(lines)
+
+
+def plan_memory(config: Config, skeleton: Skeleton, plan: BranchPlan, ranks: int = 1) -> MemoryPlan:
+    """The plan of one process."""
+    dry = DryModel(skeleton, config.model)
+    branch, learn, checkpointing = config.branch, config.learn, config.model.gradient_checkpointing
+    parts, trainable = skeleton.parts, skeleton.parts["trainable"].bytes
+    text, elements = parts["text"].bytes, torch.Size(skeleton.latent_shape).numel()
+    trunks = branch.prompts * branch.seeds // ranks
+    forks = trunks * len(plan.steps)
+    states, branches = 8 * elements * forks, 4 * elements * forks * plan.siblings
+    chunk = min(AUTO_ROWS if branch.rows == "auto" else branch.rows, forks * plan.siblings)
+    trunk_call, tail_call = dry.sampling(learn.rows).peak, dry.sampling(chunk).peak
+    decode = dry.decoding(branch.decode_rows).peak
+    batch = {choice: _learning(dry, learn.rows, choice, learn.kl > 0, trunk_call) for choice in (False, True)}
+    encoding = {"encoding": {"text encoders": text}} if config.model.offload_text else {}
+    averaging = {"averaging": min(BUCKET, trainable)} if ranks > 1 else {}
+    other = "without" if checkpointing else "with"
+    return MemoryPlan(
+        stays={
+            "weights": parts["transformer"].bytes,
+            "merged copy": parts["merged"].bytes if config.tails.merged else 0,
+            "reference": _reference(config, skeleton),
+            "moving average": trainable,
+            "optimizer state": estimated_state_bytes(learn, skeleton.trainable_sizes),
+            "text encoders": 0 if config.model.offload_text else text,
+            "image decoder": parts["vae"].bytes,
+            "CUDA": CUDA,
+        },
+        phases=encoding | {
+            "trunk": {"trunk states": states, "network call": trunk_call},
+            "tails": {"trunk states": states, "branches": branches, "tail chunk": tail_call, "decoding": decode},
+            "learning": {"trunk states": states, "gradients": trainable, "batch": batch[checkpointing]} | averaging,
+        },
+        compared={f"a learning batch {other} gradient checkpointing": batch[not checkpointing]},
+    )  # fmt: skip
+
+
+def _learning(dry: DryModel, rows: int, checkpointing: bool, reference: bool, forward: int) -> int:
+    """Peak of a batch: its backward pass, or a reference call beside what its forward pass keeps."""
+    peak = dry.learning(rows, checkpointing)
+    return max(peak.peak, peak.kept + forward if reference else 0)
+
+
+def _reference(config: Config, skeleton: Skeleton) -> int:
+    if config.model.train == "lora" or not config.learn.kl:
+        return 0
+    return skeleton.parts["trainable"].parameters * DTYPES[config.model.dtype].itemsize
+
+
+def _table(title: str, parts: dict[str, int]) -> list[str]:
+    shown = ", ".join(f"{name} {_gib(size)}" for name, size in parts.items() if size)
+    return [f"  {title}: {_gib(sum(parts.values()))} = {shown}"]
+
+
+def _gib(size: int) -> str:
+    """Bytes in the unit that suits them."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
+

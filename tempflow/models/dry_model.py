@@ -1,0 +1,82 @@
+"""A model's network and decoder rehearsed on `meta` tensors, at the sizes a run would use."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tempflow.models.loading import dtypes
+from tempflow.models.rehearsal import META, Peak, enable_checkpointing, give_precision, rehearse
+from tempflow.models.skeleton import Skeleton
+from tempflow.models.z_image_rows import round_up
+from tempflow.settings import ModelConfig
+
+
+class DryModel:
+    """Peaks of memory by the number of rows. The skeleton's network has the adapters of the real one."""
+
+    def __init__(self, skeleton: Skeleton, model: ModelConfig):
+        self.skeleton, self.family, self.dtypes = skeleton, skeleton._family, dtypes(model)
+        self.module, self.vae = self.family.pipeline.transformer, self.family.pipeline.vae
+        give_precision(self.module, self.dtypes["transformer"])
+        give_precision(self.vae, self.dtypes["vae"])
+        self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+
+    def learning(self, rows: int, checkpointing: bool) -> Peak:
+        """One training call of `rows` forks and its backward pass, beside gradients that are there already."""
+        if checkpointing:
+            enable_checkpointing(self.module, self.dtypes["transformer"])
+        else:
+            self.module.disable_gradient_checkpointing()
+        for parameter in self.trained:
+            parameter.grad = torch.empty_like(parameter)
+        try:
+            return self._network(rows, backward=True)
+        finally:
+            for parameter in self.trained:
+                parameter.grad = None
+
+    def sampling(self, rows: int) -> Peak:
+        """One call for `rows` branches."""
+        return self._network(rows, backward=False)
+
+    def decoding(self, rows: int) -> Peak:
+        """Decoding of `rows` latents; one at a time if the decoder is sliced."""
+        latents = torch.empty(rows, *self.skeleton.latent_shape, device=META)
+        sliced = getattr(self.vae, "use_slicing", False)
+        present = [*self.vae.parameters(), *self.vae.buffers(), latents]
+        return rehearse(
+            lambda: self.family.decode(latents[:1] if sliced else latents).float(), torch.float32, False, present
+        )
+
+    def _network(self, rows: int, backward: bool) -> Peak:
+        rows *= self.skeleton.network_rows
+        dtype = self.dtypes["transformer"]
+        latents = torch.empty(rows, *self.skeleton.latent_shape, device=META, dtype=dtype)
+        text = self._text(rows, dtype)
+        inputs = self.family.network_inputs(latents, torch.ones(rows, device=META), text)
+        inputs = {name: value.to(META) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
+        present = [*self.module.parameters(), *self.module.buffers(), *gradients, latents, *text.values()]
+        return rehearse(lambda: self.module(**inputs, return_dict=False)[0].float(), dtype, backward, present)
+
+    @property
+    def _clip_tokens(self) -> bool:
+        """Whether the text sequence begins with that of CLIP, as in SD3, the family with a third encoder."""
+        return "text_encoder_3" in self.family.pipeline.components
+
+    def _text(self, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Text rows of the shapes that the families encode."""
+        config, tokens = self.module.config, self.family.text_tokens
+        if "cap_feat_dim" in config:
+            width, length = config.cap_feat_dim, round_up(tokens)
+        else:
+            clip = self.family.pipeline.tokenizer_max_length if self._clip_tokens else 0
+            width, length = config.joint_attention_dim, tokens + clip
+        text = {
+            "embeds": torch.empty(rows, length, width, device=META, dtype=dtype),
+            "mask": torch.ones(rows, length, dtype=torch.bool, device=META),
+        }
+        if "pooled_projection_dim" in config:
+            text["pooled"] = torch.empty(rows, config.pooled_projection_dim, device=META, dtype=dtype)
+        return text

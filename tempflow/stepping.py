@@ -1,0 +1,129 @@
+"""One optimizer step: clip, guard, step, average, all queued on the device; the host reads the norms afterwards.
+
+A step whose gradient norm is not finite changes no parameter and no moment. torch's fused AdamW decides that on the
+device (its `found_inf`); bitsandbytes waits for the device after every parameter anyway, so there the host decides.
+
+fp16: gradients below 6e-8 would vanish, so the network multiplies them by a constant inside (`models/network.py`). If
+that is too much or too little, the loss scale here follows: it halves whenever a gradient overflows and doubles after
+200 steps without (as in mixed-precision training, arXiv 1710.03740).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from tempflow.errors import BadInput
+from tempflow.optim import MovingAverage, state_bytes
+
+PATIENCE = 20
+"""fp16: optimizer steps in a row that may be skipped; the loss scale has fallen to a millionth by then"""
+
+
+class LossScale:
+    """The factor on the loss in fp16, a number on the device."""
+
+    START, LARGEST, INTERVAL = 1.0, 2.0**8, 200
+
+    def __init__(self, device: torch.device):
+        self.scale = torch.tensor(self.START, device=device)
+        self.clean = torch.tensor(0.0, device=device)
+        """steps without overflow since the last change"""
+
+    def update(self, overflow: Tensor) -> None:
+        """After a step; `overflow` is a bool () on the device."""
+        self.clean = torch.where(overflow, 0.0, self.clean + 1)
+        grown = self.clean >= self.INTERVAL
+        factor = torch.where(overflow, 0.5, torch.where(grown, 2.0, 1.0))
+        self.scale = (self.scale * factor).clamp(max=self.LARGEST)
+        self.clean = torch.where(grown, 0.0, self.clean)
+
+    def state(self) -> dict[str, float]:
+        return {"scale": self.scale.item(), "clean": self.clean.item()}
+
+    def load(self, state: Mapping[str, float]) -> None:
+        self.scale.fill_(state["scale"])
+        self.clean.fill_(state["clean"])
+
+
+class Stepper:
+    """What moves the parameters: all that a checkpoint has to hold.
+
+    Args:
+        scale: None where the network does not compute in fp16.
+    """
+
+    def __init__(
+        self,
+        parameters: dict[str, Parameter],
+        optimizer: torch.optim.Optimizer,
+        average: MovingAverage,
+        max_norm: float,
+        scale: LossScale | None = None,
+    ):
+        self.parameters, self.optimizer, self.average = parameters, optimizer, average
+        self.max_norm, self.scale = max_norm, scale
+        self.norms: list[Tensor] = []
+        self.skipped_in_a_row = 0
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient of a loss to the parameters', times the loss scale where there is one."""
+        (loss if self.scale is None else loss * self.scale.scale).backward()
+
+    def idle(self) -> None:
+        """An optimizer step in which nothing is to be learnt: no parameter moves, and its norm counts as 0."""
+        self.norms.append(next(iter(self.parameters.values())).new_zeros(()))
+
+    def step(self) -> None:
+        """Clips the gradients, steps unless their norm is not finite, and drops them."""
+        parameters = list(self.parameters.values())
+        if self.scale is not None:
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / self.scale.scale)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        overflow = ~torch.isfinite(norm)
+        self._step_unless(overflow)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update()
+        if self.scale is not None:
+            self.scale.update(overflow)
+        self.norms.append(norm)
+
+    def _step_unless(self, overflow: Tensor) -> None:
+        if not getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            if not overflow.item():
+                self.optimizer.step()
+            return
+        self.optimizer.found_inf = overflow.float()
+        self.optimizer.step()
+        del self.optimizer.found_inf
+
+    def read(self) -> dict[str, Any]:
+        """Figures of the steps since the last call, for which the host waits: the mean norm before clipping, bytes of
+        the optimizer's state; with a loss scale that scale and how many steps were skipped, which the mean leaves out.
+
+        Raises:
+            BadInput: a norm is not finite; with a loss scale, PATIENCE of them in a row.
+        """
+        norms, self.norms = torch.stack(self.norms).tolist(), []
+        finite = [norm for norm in norms if norm - norm == 0]
+        figures: dict[str, Any] = {"grad_norm": sum(finite) / max(1, len(finite))}
+        figures["optimizer_bytes"] = state_bytes(self.optimizer)
+        if self.scale is not None:
+            self._count_skipped(norms)
+            return {**figures, "loss_scale": self.scale.scale.item(), "skipped_steps": len(norms) - len(finite)}
+        if len(finite) < len(norms):
+            rate = self.optimizer.param_groups[0]["lr"]
+            mend = "a gradient is not finite and its step was not taken; lower it and go on with run.resume=true"
+            raise BadInput("learn.lr", rate, mend)
+        return figures
+
+    def _count_skipped(self, norms: list[float]) -> None:
+        for norm in norms:
+            self.skipped_in_a_row = 0 if norm - norm == 0 else self.skipped_in_a_row + 1
+            if self.skipped_in_a_row >= PATIENCE:
+                mend = f"{PATIENCE} gradients in a row were not finite, and a smaller loss scale did not help; use bf16"
+                raise BadInput("model.dtype", "fp16", mend)
