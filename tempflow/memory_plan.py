@@ -14,6 +14,8 @@ operator by operator without data (`tempflow.models.rehearsal`); phases do not m
     learning           one batch: what its forward pass keeps, and the peak of its backward pass
     tails, decoding    one chunk's network call and one decoder call; they meet with branch.overlap
     CUDA               1 GiB for context, libraries, workspaces
+
+Scorers are not counted: their weights are known to them alone.
 """
 
 from __future__ import annotations
@@ -61,6 +63,7 @@ class MemoryPlan:
         for phase, parts in self.phases.items():
             lines += _table(phase, parts)
         lines += [f"  {name}: {_gib(size)}" for name, size in self.compared.items()]
+        lines.append("  not counted: scorers on the same GPU")
         return "\n".join(lines)
 
 

@@ -77,7 +77,7 @@ def test_adapters_of_sd35_medium_fit_24_gb(tmp_path):
     assert plan.total < 22 * GIB
     assert plan.stays["weights"] == pytest.approx(2 * 2.243e9 + 4 * 18.8e6, rel=0.01)
     assert plan.phases["encoding"]["text encoders"] == pytest.approx(2 * (4.762e9 + 0.695e9 + 0.123e9), rel=0.01)
-    assert plan.compared["a learning batch without gradient checkpointing"] > 5 * plan.phases["learning"]["batch"]
+    assert plan.compared["a learning batch with gradient checkpointing"] < plan.phases["learning"]["batch"] / 5
 
 
 def test_all_of_sd35_medium_fits_48_gb_with_8_bit_adamw(tmp_path):

@@ -10,19 +10,20 @@ import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import aiohttp
 import pytest
 import torch
 from scorer_faults import FAULTS, ROOT, bright, post, running, same, serving, survive, work
-from test_wire import garbled
+from test_wire import garbled, mutated
 
 from tempflow.errors import BadInput, Unscored
 from tempflow.metrics import PhaseClock
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.rewards import Scorer, load_scorer
 from tempflow.rewards.panel import load_panels
-from tempflow.rewards.remote import Fleet, Terms
+from tempflow.rewards.remote import Fault, Fleet, Terms
 from tempflow.rewards.serve import Bodies, main
-from tempflow.rewards.wire import Request, pack_request
+from tempflow.rewards.wire import Malformed, Request, pack_answer, pack_request
 from tempflow.scoring import ScoreQueue
 from tempflow.settings import RewardConfig
 
@@ -123,6 +124,35 @@ def test_memory_of_a_request_is_used_again_only_when_nobody_holds_its_images():
         assert len(bodies.take(size)) == size and len(bodies.buffers) == 2
     views = [bodies.take(3) for _ in range(20)]
     assert len(bodies.buffers) <= 4 and len({id(view.obj) for view in views}) == 20
+
+
+def test_garbage_through_the_socket_is_a_fault_or_the_right_answer():
+    """300 spoilt HTTP answers to the trainer's client: nothing but faults, refusals and scores."""
+    dice, (images, prompts, _) = random.Random(4), work(3)
+    request, scores = Request("i", "bright", images, prompts), torch.tensor([0.5, 1.5, float("nan")])
+    body = pack_answer(request, scores)
+    whole = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        fleet = Fleet([f"http://127.0.0.1:{listener.getsockname()[1]}"], TERMS)
+        right = 0
+        for _ in range(300):
+            answer = threading.Thread(target=answer_once, args=(listener, bytes(mutated(dice, whole))))
+            answer.start()
+            try:
+                found = fleet._run(fleet._attempt(fleet.servers[0], request, 5))
+                right += 1
+                assert found.shape == (3,) and not found.isinf().any()
+            except (Fault, Malformed, OSError, aiohttp.ClientError):
+                pass
+            answer.join(10)
+        assert 3 < right < 290
+
+
+def answer_once(listener: socket.socket, answer: bytes) -> None:
+    line, _ = listener.accept()
+    with line:
+        line.recv(2**20)
+        line.sendall(answer)
 
 
 @pytest.mark.parametrize("arguments", [["--host", "0.0.0.0"], ["--host", "::"], ["--host", "example.org"]])

@@ -78,7 +78,7 @@ def test_hpsv2_reads_an_open_clip_checkpoint(weights, folder, tmp_path):
     """The score is open_clip's, of a picture resized by its longer side with black margins."""
     torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "HPS.pt")
     scorer = load_scorer("reward.name", "hpsv2", 4, {"path": tmp_path / "HPS.pt", "processor": folder})
-    entities = [Prompt(f"  {text}&#32;\n") for text in TEXTS]
+    entities = [Prompt(f" &amp;#32; {text}\n") for text in TEXTS]
     pixels = letterbox_pixels(IMAGES, CLIP_SIDE)
     expected = (open_clip_image(pixels, weights) * open_clip_text(TEXTS, weights)).sum(-1)
     assert expected.std() > 1e-3

@@ -72,6 +72,7 @@ def test_colours():
     assert judged([thing("cup", colour="blue")], red) == (0.5, 0, 0)
     assert judged([thing("dog")], red) == (0, 0, 0)  # no cup: neither count nor colour
     two = [ask("cup", 2, color="red")]
+    assert judged([thing("cup")], two) == (0.25, 0, 0)  # half the count, and so nothing for the colour
     assert judged([thing("cup"), thing("cup", colour="blue")], two) == (0.75, 0, 0)
 
 
@@ -91,7 +92,9 @@ def test_attribute_binding():
 @pytest.mark.parametrize(("box", "named"), [(LEFT, {"left of"}), (RIGHT, {"right of"}), (ABOVE, {"above"}),
                                             (BELOW, {"below"}), (CENTRE, set()), ((0, 0, 20, 20), {"left of", "above"}),
                                             ((42, 41, 62, 61), set()), ((47, 40, 67, 60), set()),
-                                            ((49, 40, 69, 60), {"right of"}), ((36, 80, 56, 100), {"below"})])
+                                            ((49, 40, 69, 60), {"right of"}), ((36, 80, 56, 100), {"below"}),
+                                            ((-20, 26, 0, 46), {"left of"}), ((100, 54, 120, 74), {"right of"}),
+                                            ((26, -20, 46, 0), {"above"}), ((54, 100, 74, 120), {"below"})])
 def test_relations(box, named):
     """All sides are 20, so 4 of a distance do not count: of 7 there are 3 left, too little, of 9 there are 5."""
     assert relations(box, CENTRE) == named

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from tempflow import tail_levels, tails_check
+from tempflow.assembly import set_up
 from tempflow.chunk_planner import Probe, choose_rows, measure, tail_lengths
 from tempflow.config import load
 from tempflow.errors import BadInput
 from tempflow.metrics import read_metrics
 from tempflow.plan import BranchPlan
-from tempflow.run import set_up
 from tempflow.settings import Config, TailConfig
 from tempflow.tail_engine import EagerEngine, StaticEngine
 from tempflow.tail_levels import Level, make_engines

@@ -119,6 +119,9 @@ def _servers(config: RewardConfig, rows: int, rewards: Sequence[str]) -> dict[st
     fleet = Fleet(config.servers, terms, token)
     print(f"tempflow: asking {', '.join(config.servers)} what they serve", file=sys.stderr)
     served = fleet.survey()
+    for server in fleet.servers:
+        if not server.well:
+            print(f"tempflow: going on without {server.url} for now ({server.fault})", file=sys.stderr)
     if not served & set(rewards):
         mend = f"serve {', '.join(sorted(served))}, not {', '.join(rewards)}; serve the reward, or remove the servers"
         raise BadInput("reward.servers", config.servers, mend)

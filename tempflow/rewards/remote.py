@@ -8,9 +8,9 @@ ever more seldom. All waiting happens in one thread with an event loop.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 import random
+import sys
 import threading
 import time
 import uuid
@@ -25,15 +25,8 @@ from torch import Tensor
 from tempflow.batching import chunks
 from tempflow.errors import BadInput, Unscored
 from tempflow.prompts import Prompt
-from tempflow.rewards.wire import (
-    ANSWER_BYTES,
-    SCORE_BYTES,
-    Malformed,
-    Request,
-    pack_request,
-    unpack_answer,
-    unpack_refusal,
-)
+from tempflow.rewards import wire
+from tempflow.rewards.wire import ANSWER_BYTES, SCORE_BYTES, Malformed, Request, read_json
 
 try:
     import aiohttp
@@ -78,6 +71,8 @@ class Server:
     def failed(self, fault: str) -> None:
         """Leaves the server out until a health check says otherwise."""
         self.fault = fault
+        if self.well:
+            print(f"tempflow: {self.url} is left out for now ({fault})", file=sys.stderr)
         if self.well or self.asking is not None:
             self.failures += 1
         self.well = False
@@ -189,8 +184,10 @@ class Fleet:
             async with asyncio.timeout(seconds), self._get(server) as response:
                 if response.status != 200:
                     raise Fault(f"{response.status} {response.reason}")
-                names = json.loads(await _read(response, 2**20))["scorers"]
-                server.scorers, server.well = frozenset(map(str, names)), True
+                names = read_json(await _read(response, 2**20))["scorers"]
+            if server.failures:
+                print(f"tempflow: {server.url} is taken back", file=sys.stderr)
+            server.scorers, server.well = frozenset(map(str, names)), True
         except (Fault, aiohttp.ClientError, OSError, ValueError, KeyError, TypeError) as error:
             server.failed(_words(error, seconds))
         finally:
@@ -198,18 +195,18 @@ class Fleet:
 
     async def _attempt(self, server: Server, request: Request, seconds: float) -> Tensor:
         """Sends a request to a server once."""
-        head, images = pack_request(request)
+        head, images = wire.pack_request(request)
         size = {"Content-Length": str(len(head) + len(images)), "Content-Type": "application/octet-stream"}
         async with asyncio.timeout(seconds), self.session.post(
             f"{server.url}/score", data=_pieces(head, images), headers=self.headers | size, allow_redirects=False
         ) as response:
             body = await _read(response, ANSWER_BYTES + SCORE_BYTES * len(request.images))
         if response.status == 422:
-            reason = unpack_refusal(body, request)
+            reason = wire.unpack_refusal(body, request)
             raise BadInput("reward.servers", server.url, f"{request.scorer}: {reason}")
         if response.status != 200:
             raise Fault(f"{response.status} {response.reason} {_reason(body)}".strip())
-        scores = unpack_answer(body, request)
+        scores = wire.unpack_answer(body, request)
         server.failures = 0
         return scores
 
@@ -276,12 +273,13 @@ def _words(error: Exception, seconds: float) -> str:
     """One line about a failed attempt."""
     if isinstance(error, TimeoutError):
         return f"no answer within {seconds:g} s"
-    return " ".join(f"{getattr(error, 'os_error', error)}".split())[:200] or type(error).__name__
+    text = " ".join(f"{getattr(error, 'os_error', error)}".split())[:200]
+    return "".join(sign if sign.isprintable() else "?" for sign in text) or type(error).__name__
 
 
 def _reason(body: bytes) -> str:
     """What a server says about its refusal, if it says so in its own words."""
     try:
-        return str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return str(read_json(body)["error"])
+    except (Malformed, KeyError, TypeError):
         return ""

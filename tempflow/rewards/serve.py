@@ -71,8 +71,8 @@ class ScorerServer:
 
     def __init__(self, scorers: Sequence[Scorer], limits: Limits, requests: int, token: str | None):
         self.scorers = {scorer.name: (scorer, ThreadPoolExecutor(1, scorer.name)) for scorer in scorers}
-        self.limits, self.requests, self.token = limits, requests, token
-        self.taken, self.bodies = 0, Bodies()
+        self.limits, self.token = limits, token
+        self.free, self.bodies = asyncio.Semaphore(requests), Bodies()
         self.answers: OrderedDict[tuple[str, str], asyncio.Future[tuple[int, bytes]]] = OrderedDict()
 
     def application(self) -> web.Application:
@@ -95,20 +95,15 @@ class ScorerServer:
 
     async def score(self, request: web.Request) -> web.Response:
         """Scores one request: 200 with its scores, 422 if the scorer refuses it, or another code with the reason."""
-        if self.taken >= self.requests:
-            return _error(503, f"{self.requests} requests are being worked on already")
-        self.taken += 1
-        try:
-            return await self._score(request)
-        finally:
-            self.taken -= 1
-
-    async def _score(self, request: web.Request) -> web.Response:
         size = request.content_length
         if size is None:
             return _error(411, "a request must say its Content-Length")
         if size > self.limits.body:
             return _error(413, f"a body of {size} bytes; at most {self.limits.body}, see reward.batch and --max-mib")
+        async with self.free:  # the bodies of those that wait here stay with their senders
+            return await self._score(request, size)
+
+    async def _score(self, request: web.Request, size: int) -> web.Response:
         try:
             job = unpack_request(await _read(request, self.bodies.take(size)), self.limits)
         except Malformed as error:
@@ -169,7 +164,7 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the scorers")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE",
                         help="an option of the scorer; SCORER.KEY=VALUE for one of several scorers")  # fmt: skip
-    parser.add_argument("--requests", type=int, default=16, help="requests taken in at once; more are told to wait")
+    parser.add_argument("--requests", type=int, default=16, help="requests taken in at once; others wait")
     parser.add_argument("--max-mib", type=float, default=defaults.body / 2**20, help="largest request in MiB")
     parser.add_argument("--max-images", type=int, default=defaults.images, help="images of a request")
     parser.add_argument("--max-prompt", type=int, default=defaults.prompt, help="characters of a prompt")

@@ -80,14 +80,14 @@ def unpack_request(body: bytearray | memoryview, limits: Limits) -> Request:
     length = int.from_bytes(body[:8], "little")
     if len(body) < 8 or length > min(HEADER_BYTES, len(body) - 8):
         raise Malformed(f"a header of {length} bytes does not fit a body of {len(body)}")
-    header = _json(bytes(body[8 : 8 + length]))
+    header = read_json(bytes(body[8 : 8 + length]))
     if not isinstance(header, dict) or header.keys() != {"__metadata__", "images"}:
         raise Malformed("the header must hold __metadata__ and the tensor images, nothing else")
     start, shape = 8 + length, _shape(header["images"], len(body) - 8 - length, limits)
     words = header["__metadata__"]
     if not isinstance(words, dict) or any(not isinstance(words.get(key), str) for key in ("id", "scorer", "prompts")):
         raise Malformed("__metadata__ must hold the strings id, scorer and prompts")
-    prompts = _prompts(_json(words["prompts"]), shape[0], limits)
+    prompts = _prompts(read_json(words["prompts"]), shape[0], limits)
     images = torch.frombuffer(body, dtype=torch.uint8, offset=start).view(shape)
     return Request(words["id"], words["scorer"], images, prompts)
 
@@ -131,7 +131,7 @@ def unpack_answer(body: bytes, request: Request) -> Tensor:
     Raises:
         Malformed: no JSON, another request's answer, a wrong number of scores, or one that is no finite float32.
     """
-    answer = _json(body)
+    answer = read_json(body)
     if not isinstance(answer, dict):
         raise Malformed("the answer is no JSON object")
     for name, wanted in (("id", request.id), ("scorer", request.scorer)):
@@ -165,14 +165,18 @@ def unpack_refusal(body: bytes, request: Request) -> str:
     Raises:
         Malformed: it says something else.
     """
-    answer = _json(body)
+    answer = read_json(body)
     if not isinstance(answer, dict) or answer.get("id") != request.id or not isinstance(answer.get("refused"), str):
         raise Malformed("the answer is no refusal of this request")
     return " ".join(answer["refused"].split())
 
 
-def _json(text: bytes | str) -> Any:
-    """JSON values; its non-standard numbers NaN and Infinity are passed on, to be refused where a number is due."""
+def read_json(text: bytes | str) -> Any:
+    """JSON values; its non-standard numbers NaN and Infinity are passed on, to be refused where a number is due.
+
+    Raises:
+        Malformed: no JSON.
+    """
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
