@@ -132,7 +132,7 @@ def test_settings_add_up_level_by_level():
 
 
 def test_a_smoke_run_writes_rows_table_and_picture(tmp_path, capsys):
-    assert rollouts.main(["--smoke", "--architecture", "digits", "--minutes", "1", "--out", str(tmp_path),
+    assert rollouts.main(["--smoke", "--architecture", "digits", "--minutes", "60", "--out", str(tmp_path),
                           "--variants", f"official,official-tuned,{REFERENCE},+merged,+multistep",
                           "--set", "tails.level=eager"]) == 0  # fmt: skip
     rows = read(tmp_path / "rollouts_digits.jsonl")
