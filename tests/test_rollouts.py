@@ -205,7 +205,8 @@ def test_the_profile_names_costs(bench, monkeypatch):
     ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
     ("void pytorch_flash::flash_fwd_kernel", "attention"),
     ("aten::convolution_backward", "convolutions"),
-    ("triton_poi_fused_gelu_3", "compiled elementwise chains"),
+    ("triton_red_fused_native_layer_norm_gelu_3", "compiled chains: norms, elementwise"),
+    ("triton_tem_fused_mm_2", "matrix products"),
     ("Memcpy DtoH (Device -> Pageable)", "copies to and from the host"),
     ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "elementwise"),
 ])  # fmt: skip
