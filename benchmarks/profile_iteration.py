@@ -38,7 +38,7 @@ KINDS = (
     ("fp8 matrix products", r"scaled_mm|e4m3|fp8"),
     ("attention", r"attention|flash|fmha|sdpa|cudnn_generated_fort_native_sdpa"),
     ("convolutions", r"conv|wgrad|dgrad|implicit|nchwToNhwc|nhwcToNchw|xmma_fprop"),
-    ("matrix products", r"gemm|\bmm\b|addmm|\bbmm\b|baddbmm|matmul|linear|cutlass|nvjet|ampere_|sm90_xmma"),
+    ("matrix products", r"gemm|(?<![a-z])mm(?![a-z])|addmm|bmm|matmul|linear|cutlass|nvjet|ampere_|sm90_xmma"),
     ("tempflow_kernels: step, noise, loss", r"tempflow|transition|philox|branch_loss|_noise"),
     ("optimizer", r"adam|foreach|multi_tensor"),
     ("norms", r"norm|rsqrt|layer_norm|rms"),
