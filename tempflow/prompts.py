@@ -33,7 +33,7 @@ def read_prompts(path: str, setting: str) -> list[Prompt]:
     """
     file = _file(resolve(path), setting)
     if not file.is_file():
-        mend = "no such file; give a .txt or .jsonl file of prompts, or a folder of train and test prompts"
+        mend = "no such file; give a .txt or .jsonl file of prompts, or a folder of train and test files"
         raise BadInput(setting, path, mend)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()

@@ -24,9 +24,7 @@ STEPS = 4
 def our_latents(policy, noise):
     schedule = build_schedule(policy.sigmas(STEPS), "flow_sde", 0.7)
     latents, conditioning = noise.clone(), policy.encode(TEXTS)
-    engine = EagerEngine(policy, schedule, rows=len(TEXTS))
-    for step in range(STEPS):
-        engine.advance(latents, step, conditioning, torch.arange(len(TEXTS)))
+    EagerEngine(policy, rows=len(TEXTS)).finish(latents, [0] * len(TEXTS), conditioning, schedule)
     return latents
 
 
