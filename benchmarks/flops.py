@@ -1,8 +1,8 @@
 """What a network row costs and what the device can do: FLOPs by formula, peak and bandwidth by measuring.
 
 A multiplication and an addition are two operations. Counted are matrix products, convolutions and attention; norms,
-activations and adapters (under 2 % at rank 32) are not: utilisation is slightly understated. `tests/test_rollouts.py`
-holds the formulas against `torch.utils.flop_counter`.
+activations, adapters (under 2 % at rank 32) and what gradient checkpointing computes again are not: utilisation is
+slightly understated. `tests/test_rollouts.py` holds the formulas against `torch.utils.flop_counter`.
 """
 
 from __future__ import annotations

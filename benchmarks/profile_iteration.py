@@ -33,10 +33,12 @@ from rollouts import override, say
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = (
+    ("compiled chains: norms, elementwise", r"^triton_(?!tem)|cpp_fused|CompiledFxGraph"),
+    ("guards of compiled code", r"TorchDynamo"),
     ("fp8 matrix products", r"scaled_mm|e4m3|fp8"),
     ("attention", r"attention|flash|fmha|sdpa|cudnn_generated_fort_native_sdpa"),
     ("convolutions", r"conv|wgrad|dgrad|implicit|nchwToNhwc|nhwcToNchw|xmma_fprop"),
-    ("matrix products", r"gemm|\bmm\b|addmm|\bbmm\b|baddbmm|matmul|linear|cutlass|nvjet|ampere_|sm90_xmma"),
+    ("matrix products", r"gemm|(?<![a-z])mm(?![a-z])|addmm|bmm|matmul|linear|cutlass|nvjet|ampere_|sm90_xmma"),
     ("tempflow_kernels: step, noise, loss", r"tempflow|transition|philox|branch_loss|_noise"),
     ("optimizer", r"adam|foreach|multi_tensor"),
     ("norms", r"norm|rsqrt|layer_norm|rms"),
@@ -44,7 +46,6 @@ KINDS = (
     ("resizing images", r"upsample|interpolate|resize|antialias"),
     ("copies to and from the host", r"memcpy.*(htod|dtoh|pageable|pinned)"),
     ("copies and type conversion", r"copy|memcpy|_to_copy|\bcat\b|clone|contiguous|index|gather|memset|fill|zero"),
-    ("compiled elementwise chains", r"^triton_|cpp_fused|graph_"),
     ("elementwise", r"elementwise|vectorized|\bmul|\badd|\bsub|\bdiv|gelu|silu|tanh|sigmoid|exp|clamp|where|round"),
 )
 """name -> pattern of kernels and operators, first match counts"""

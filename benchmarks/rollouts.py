@@ -39,6 +39,8 @@ from tempflow.errors import BadInput
 
 CLOSING_SECONDS = 8
 """kept for the report"""
+CAUTION = 2
+"""How many times the longest set-up so far the next one may take."""
 
 
 class Comparison:
@@ -73,7 +75,7 @@ class Comparison:
         """Sets a variant up and warms it up, or writes down why not."""
         if variant.gpu_only and not self.bench.on_gpu:
             return self.skip(variant, variant.gpu_only)
-        if self.left() < self.longest_warm_up + self.guess(variant):
+        if self.left() < CAUTION * self.longest_warm_up + self.guess(variant):
             return self.skip(variant, f"no time left to set it up and run it: {self.left():.0f} s")
         began, problem = time.perf_counter(), ""
         try:
