@@ -14,6 +14,7 @@ from tiny_pipelines import BUILDERS, SIZE, TEXTS, model_config, sample_config
 
 from tempflow.errors import BadInput
 from tempflow.models import adapters, attention, load_policy, load_skeleton
+from tempflow.stepping import LossScale
 
 
 def arguments(policy, rows=3):
@@ -90,14 +91,16 @@ def test_text_lengths_are_those_of_diffusers():
 
 
 def test_small_gradients_survive_fp16(load_tiny):
-    """A mean over a large latent gives gradients that fp16 rounds to 0, unless the network scales them inside."""
+    """A mean over a large latent gives gradients that fp16 rounds to 0, unless the loss is scaled."""
     gradients = []
-    for precision in ("fp32", "fp16"):
+    for precision, scale in (("fp32", 1.0), ("fp16", LossScale.START), ("fp16", 1.0)):
         policy = load_tiny("flux", dtype=precision)
-        (policy.velocity(*arguments(policy)).square().mean() * 1e-6).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None]))
-    exact, half = gradients
+        (policy.velocity(*arguments(policy)).square().mean() * 1e-6 * scale).backward()
+        found = torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None])
+        gradients.append(found / scale)
+    exact, half, lost = gradients
     assert exact.abs().max() < 1e-6 and (half - exact).norm() < 0.05 * exact.norm()
+    assert (lost - exact).norm() > 0.2 * exact.norm()
 
 
 def test_checkpointing_changes_no_gradient(load_tiny):
