@@ -32,14 +32,17 @@ EXACT_END = "+overlap"
 """The last of the exact levels that add up."""
 
 FP32_ON_CPU = "on a CPU everything is fp32 and this is `official` again"
+PLAIN = {"tails.level": "eager", "tails.merged": False}
+"""The released algorithm makes no use of our tail engines: none are compiled, captured or kept in memory for it."""
+
 VARIANTS = (
     Variant("official", "the released algorithm: nested loops at batch 6, siblings copied in training, fp32 decoder "
             "and scorer, PIL images",
-            {"model.dtype": "fp32", "model.vae_dtype": "fp32", "model.attention": "native"}, official=True),
+            PLAIN | {"model.dtype": "fp32", "model.vae_dtype": "fp32", "model.attention": "native"}, official=True),
     Variant("official-tuned", "the same with bf16 weights, decoder and scorer, and the fastest attention",
-            {"model.dtype": "bf16"}, official=True, gpu_only=FP32_ON_CPU),
+            PLAIN | {"model.dtype": "bf16"}, official=True, gpu_only=FP32_ON_CPU),
     Variant(REFERENCE, "one network row per fork in learning, branches of all forks in chunks, scores from tensors",
-            {"model.dtype": "bf16", "branch.overlap": False, "tails.level": "eager", "tails.merged": False}),
+            PLAIN | {"model.dtype": "bf16", "branch.overlap": False}),
     Variant("+merged", "adapters merged into a copy of the weights for the tails", {"tails.merged": True}),
     Variant("+compile", "transformer blocks of the tails compiled", {"tails.level": "compile"}),
     Variant("+graph", "tails replayed as CUDA graphs", {"tails.level": "compiled_graph"},

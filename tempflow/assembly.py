@@ -42,6 +42,7 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     check_trackers(config.run.trackers)
     check_folder(config)
     prompts = read_prompts(config.prompts.train, "prompts.train")
+    held_out = None if config.prompts.test is None else read_prompts(config.prompts.test, "prompts.test")
     schedule, plan = show_plan(config, ranks)
     rewards, gold = load_panels(config.reward, config.branch.decode_rows, ranks.device)
     if ranks.first:
@@ -51,7 +52,8 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     if ranks.first:
         print(f"attention: {policy.attention}", file=sys.stderr)
     engines = _engines(config, policy, schedule, plan, prompts, ranks)
-    evaluator = _evaluator(config, policy, rewards, gold, ranks, engines.evaluate)
+    evaluator = None if held_out is None else _evaluator(
+        config, policy, held_out, rewards, gold, ranks, engines.evaluate)  # fmt: skip
     stepper = _stepper(config, policy)
     folder = Path(config.run.dir).expanduser()
     progress = checkpoint.restore(folder / "checkpoints", stepper)
@@ -107,12 +109,9 @@ def _stepper(config: Config, policy: Policy) -> Stepper:
 
 
 def _evaluator(
-    config: Config, policy: Policy, rewards: Panel, gold: Panel, ranks: Ranks, engine: TailEngine
-) -> Evaluator | None:
-    """Held-out evaluation, or None where there are no held-out prompts."""
-    if config.prompts.test is None:
-        return None
-    prompts = read_prompts(config.prompts.test, "prompts.test")
+    config: Config, policy: Policy, prompts: list[Prompt], rewards: Panel, gold: Panel, ranks: Ranks, engine: TailEngine
+) -> Evaluator:
+    """Evaluation on held-out prompts, spread evenly over them."""
     count = min(config.eval.prompts, len(prompts))
     prompts = [prompts[place * len(prompts) // count] for place in range(count)]
     schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)

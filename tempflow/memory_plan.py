@@ -13,6 +13,7 @@ operator by operator without data (`tempflow.models.rehearsal`); phases do not m
     text encoders      beside all else, or with model.offload_text only while new prompts are encoded
     learning           one batch: what its forward pass keeps, and the peak of its backward pass
     tails, decoding    one chunk's network call and one decoder call; they meet with branch.overlap
+    captured tails     that network call where CUDA graphs hold it: they never give their memory back
     CUDA               1 GiB for context, libraries, workspaces
 
 Scorers are not counted: their weights are known to them alone.
@@ -33,6 +34,8 @@ from tempflow.plan import BranchPlan
 from tempflow.settings import Config
 
 CUDA = 2**30
+CAPTURED = ("auto", "graph", "compiled_graph")
+"""values of tails.level that end in CUDA graphs on a GPU"""
 AUTO_ROWS = 32
 """what branch.rows=auto is planned with; on the GPU it takes what memory allows"""
 
@@ -82,6 +85,7 @@ def plan_memory(config: Config, skeleton: Skeleton, plan: BranchPlan, ranks: int
     batch = {choice: _learning(dry, learn.rows, choice, learn.kl > 0, trunk_call) for choice in (False, True)}
     encoding = {"encoding": {"text encoders": text}} if config.model.offload_text else {}
     averaging = {"averaging": min(BUCKET, trainable)} if ranks > 1 else {}
+    captured = tail_call if config.tails.level in CAPTURED else 0
     other = "without" if checkpointing else "with"
     return MemoryPlan(
         stays={
@@ -92,11 +96,13 @@ def plan_memory(config: Config, skeleton: Skeleton, plan: BranchPlan, ranks: int
             "optimizer state": estimated_state_bytes(learn, skeleton.trainable_sizes),
             "text encoders": 0 if config.model.offload_text else text,
             "image decoder": parts["vae"].bytes,
+            "captured tails": captured,
             "CUDA": CUDA,
         },
         phases=encoding | {
             "trunk": {"trunk states": states, "network call": trunk_call},
-            "tails": {"trunk states": states, "branches": branches, "tail chunk": tail_call, "decoding": decode},
+            "tails": {"trunk states": states, "branches": branches, "tail chunk": tail_call - captured,
+                      "decoding": decode},
             "learning": {"trunk states": states, "gradients": trainable, "batch": batch[checkpointing]} | averaging,
         },
         compared={f"a learning batch {other} gradient checkpointing": batch[not checkpointing]},

@@ -3,9 +3,9 @@
 A step whose gradient norm is not finite changes no parameter and no moment. torch's fused AdamW decides that on the
 device (its `found_inf`); bitsandbytes waits for the device after every parameter anyway, so there the host decides.
 
-fp16: gradients below 6e-8 would vanish, so the network multiplies them by a constant inside (`models/network.py`). If
-that is too much or too little, the loss scale here follows: it halves whenever a gradient overflows and doubles after
-200 steps without (as in mixed-precision training, arXiv 1710.03740).
+fp16: gradients below 6e-8 would vanish, and those of a mean over a latent are. So the loss is scaled, and gradients
+back again in fp32: the scale halves whenever a gradient overflows and doubles after 200 steps without (as in
+mixed-precision training, arXiv 1710.03740).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATIENCE = 20
 class LossScale:
     """The factor on the loss in fp16, a number on the device."""
 
-    START, LARGEST, INTERVAL = 1.0, 2.0**8, 200
+    START, LARGEST, INTERVAL = 2.0**16, 2.0**24, 200
 
     def __init__(self, device: torch.device):
         self.scale = torch.tensor(self.START, device=device)

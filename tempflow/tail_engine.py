@@ -146,15 +146,19 @@ class CudaGraphs:
         Raises:
             RuntimeError: something in the work cannot be captured; torch's own words.
         """
-        self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
+        before = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(before)
         with torch.cuda.stream(self.stream):
             for _ in range(self.WARM_UP):
                 work()
         graph = torch.cuda.CUDAGraph()
-        # thread_local: a thread that decodes beside the sampler may allocate memory meanwhile
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            work()
-        torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
+        try:
+            # thread_local: a thread that decodes beside the sampler may allocate memory meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                work()
+        finally:
+            torch.cuda.set_stream(before)  # torch leaves the capturing one in place where a capture fails
+        before.wait_stream(self.stream)
         return graph.replay
 
 

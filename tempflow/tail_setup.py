@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 from tempflow.chunk_planner import choose_rows, free_memory, measure, tail_lengths
 from tempflow.errors import BadInput
+from tempflow.optim import estimated_state_bytes
 from tempflow.plan import BranchPlan
 from tempflow.policy import Policy
 from tempflow.schedule import NoiseSchedule
@@ -51,10 +52,17 @@ def set_up_tails(
         lengths = tail_lengths(plan, trunks, solver, schedule)
         probes = measure(policy, policy.merged if tails.merged else nullcontext, len(lengths), text)
         padded = LEVELS[levels_of(policy, tails)[0]].recorder is not None
-        choice = choose_rows(lengths, probes, free_memory(policy.device), padded)
+        free = free_memory(policy.device) - learning_bytes(config, policy)
+        choice = choose_rows(lengths, probes, free, padded)
         say(choice.describe())
         rows = agree(choice.rows)
     engines = make_engines(policy, tails, rows, schedule, text, speak)
     if engines.level != "eager":
         say(f"tails: {engines.level}, {rows} rows a call")
     return engines
+
+
+def learning_bytes(config: Config, policy: Policy) -> int:
+    """What learning will hold in memory, but does not yet: moving average and gradients in fp32, optimizer state."""
+    sizes = [parameter.numel() for parameter in policy.trainable().values()]
+    return 8 * sum(sizes) + estimated_state_bytes(config.learn, sizes)

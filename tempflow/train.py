@@ -37,6 +37,7 @@ from tempflow.metrics import LossRecord, known_mean, loss_figures
 from tempflow.optim import set_learning_rate
 from tempflow.run import Run
 from tempflow.tails_check import check_tails
+from tempflow.transfer import to_device
 from tempflow.usage import help_text
 
 
@@ -87,8 +88,8 @@ def backward(run: Run, batch: TransitionBatch) -> BranchLossStats:
     loss, stats = branch_loss(
         velocity,
         batch.velocity_old,
-        batch.advantages.to(device),
-        batch.weights.to(device),
+        to_device(batch.advantages, device),
+        to_device(batch.weights, device),
         run.schedule.sde.coef(batch.step, rows, device),
         key=batch.keys,
         clip_range=(learn.clip_range, learn.clip_range),

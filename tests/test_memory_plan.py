@@ -76,6 +76,7 @@ def test_adapters_of_sd35_medium_fit_24_gb(tmp_path):
     plan = planned(tmp_path, "sd35_medium", "sd35_medium_24gb")
     assert plan.total < 22 * GIB
     assert plan.stays["weights"] == pytest.approx(2 * 2.243e9 + 4 * 18.8e6, rel=0.01)
+    assert plan.stays["captured tails"] > 2 * GIB and plan.phases["tails"]["tail chunk"] == 0, "graphs keep it"
     assert plan.phases["encoding"]["text encoders"] == pytest.approx(2 * (4.762e9 + 0.695e9 + 0.123e9), rel=0.01)
     assert plan.compared["a learning batch with gradient checkpointing"] < plan.phases["learning"]["batch"] / 5
 
@@ -85,6 +86,7 @@ def test_all_of_sd35_medium_fits_48_gb_with_8_bit_adamw(tmp_path):
     assert plan.total < 44 * GIB
     assert plan.stays["optimizer state"] == pytest.approx((2 + 8 / 256) * 2.243e9, rel=0.01)
     assert plan.stays["moving average"] == plan.phases["learning"]["gradients"] == plan.stays["weights"]
+    assert plan.stays["captured tails"] == 0 < plan.phases["tails"]["tail chunk"], "graphs would keep it"
     assert "optimizer state 4.24 GiB" in plan.describe() or "optimizer state 4.25 GiB" in plan.describe()
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 
 import pytest
 import tiny_pipelines
 import torch
+from diffusers.models.transformers import transformer_qwenimage
 from tiny_pipelines import BUILDERS, SIZE, TEXTS, model_config, sample_config
 
 from tempflow.errors import BadInput
 from tempflow.models import adapters, attention, load_policy, load_skeleton
+from tempflow.stepping import LossScale
 
 
 def arguments(policy, rows=3):
@@ -56,15 +59,48 @@ def test_merged_copy_of_full_training_follows_in_place(load_tiny, disturb):
         assert torch.equal(parameter, trained[name].to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("name", list(BUILDERS))
+def test_a_network_call_neither_reads_the_device_nor_sends_it_numbers(load_tiny, name, monkeypatch):
+    """On a GPU the host would wait, and no CUDA graph could hold the call."""
+    policy = load_tiny(name, 2.0)
+    inputs = arguments(policy)
+    expected = policy.velocity(*inputs)
+
+    def refuse(*_, **__):
+        raise AssertionError("the host waits for the device")
+
+    for method in ("item", "tolist", "__bool__", "__float__", "__int__", "__index__", "numpy", "nonzero"):
+        monkeypatch.setattr(torch.Tensor, method, refuse)
+    for function in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.setattr(torch, function, refuse)
+    found = policy.velocity(*inputs)
+    monkeypatch.undo()
+    assert torch.equal(found, expected)
+
+
+def test_text_lengths_are_those_of_diffusers():
+    """Ours stands in for it, in plain pipelines too."""
+    source = inspect.getsource(transformer_qwenimage).split("def compute_text_seq_len_from_mask")[1].split("\ndef ")[0]
+    space = {"torch": torch}
+    exec("def theirs" + source.split("\n\n\n")[0], space)  # the module's own name leads to ours
+    mask, embeds = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]]), torch.zeros(3, 4, 2)
+    ours = transformer_qwenimage.compute_text_seq_len_from_mask
+    for left, right in zip(ours(embeds, mask), space["theirs"](embeds, mask), strict=True):
+        assert torch.equal(torch.as_tensor(left), torch.as_tensor(right))
+    assert ours(embeds, None) == space["theirs"](embeds, None) == (4, None, None)
+
+
 def test_small_gradients_survive_fp16(load_tiny):
-    """A mean over a large latent gives gradients that fp16 rounds to 0, unless the network scales them inside."""
+    """A mean over a large latent gives gradients that fp16 rounds to 0, unless the loss is scaled."""
     gradients = []
-    for precision in ("fp32", "fp16"):
+    for precision, scale in (("fp32", 1.0), ("fp16", LossScale.START), ("fp16", 1.0)):
         policy = load_tiny("flux", dtype=precision)
-        (policy.velocity(*arguments(policy)).square().mean() * 1e-6).backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None]))
-    exact, half = gradients
+        (policy.velocity(*arguments(policy)).square().mean() * 1e-6 * scale).backward()
+        found = torch.cat([p.grad.flatten() for p in policy.trainable().values() if p.grad is not None])
+        gradients.append(found / scale)
+    exact, half, lost = gradients
     assert exact.abs().max() < 1e-6 and (half - exact).norm() < 0.05 * exact.norm()
+    assert (lost - exact).norm() > 0.2 * exact.norm()
 
 
 def test_checkpointing_changes_no_gradient(load_tiny):

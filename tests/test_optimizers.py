@@ -73,7 +73,7 @@ def test_a_resumed_optimizer_continues_bit_by_bit(tmp_path, name, scale):
     for moved in (whole, resumed):
         steps(moved, 2)
     assert_equal(everything(resumed), everything(whole))
-    assert not scale or resumed.read()["loss_scale"] == whole.read()["loss_scale"] == 0.5
+    assert not scale or resumed.read()["loss_scale"] == whole.read()["loss_scale"] == LossScale.START / 2
     assert {path.suffix for path in (tmp_path / "step_000003").iterdir()} == {".safetensors", ".json"}
 
 
@@ -182,11 +182,12 @@ def test_the_loss_scale_halves_on_overflow_and_grows_after_a_while():
     steps(moved, 1, count=2, size=float("inf"))
     assert_equal(everything(moved), before)
     figures = moved.read()
-    assert (figures["loss_scale"], figures["skipped_steps"]) == (0.25, 2) and figures["grad_norm"] > 0
+    start = LossScale.START
+    assert (figures["loss_scale"], figures["skipped_steps"]) == (start / 4, 2) and figures["grad_norm"] > 0
     steps(moved, 1, count=LossScale.INTERVAL - 1)
-    assert moved.read()["loss_scale"] == 0.25
+    assert moved.read()["loss_scale"] == start / 4
     steps(moved, 1, count=1)
-    assert moved.read()["loss_scale"] == 0.5
+    assert moved.read()["loss_scale"] == start / 2
 
 
 def test_fp16_learns_what_fp32_learns(cpu):
@@ -203,7 +204,8 @@ def test_fp16_learns_what_fp32_learns(cpu):
         moved = Stepper(parameters, optimizer, average, 1.0, LossScale(cpu) if dtype == "fp16" else None)
         velocity = policy.velocity(torch.randn(2, 4, 8, 8), torch.tensor([0.9, 0.4]), policy.encode(["a", "b"]))
         moved.backward(1e-7 * velocity.square().mean())
-        gradients[dtype] = torch.cat([parameter.grad.flatten() for parameter in parameters.values()])
+        scale = LossScale.START if dtype == "fp16" else 1.0
+        gradients[dtype] = torch.cat([parameter.grad.flatten() for parameter in parameters.values()]) / scale
         moved.step()
         assert moved.read()["grad_norm"] == pytest.approx(gradients[dtype].norm().item(), rel=1e-5)
     assert (gradients["fp16"] - gradients["fp32"]).norm() < 0.05 * gradients["fp32"].norm()

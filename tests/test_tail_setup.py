@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tempflow import tail_levels, tails_check
+from tempflow import tail_levels, tail_setup, tails_check
 from tempflow.assembly import set_up
 from tempflow.chunk_planner import Probe, choose_rows, measure, tail_lengths
 from tempflow.config import load
@@ -108,6 +108,17 @@ def test_a_resumed_run_keeps_the_chunks_it_chose(toy, schedule, capsys):
     assert "branch.rows" not in capsys.readouterr().err
     engines = set_up_tails(config, toy, schedule, plan, 6, "one", None, lambda rows: 11, True)
     assert engines.explore.rows == 11 and "branches travel together" in capsys.readouterr().err
+
+
+def test_chunks_leave_room_for_what_learning_will_hold(toy, schedule, monkeypatch):
+    """On a GPU: average, gradients and moments come later, 16 bytes a parameter."""
+    trained = sum(parameter.numel() for parameter in toy.trainable().values())
+    monkeypatch.setattr(tail_setup, "measure", lambda *_: linear((4, 16), fixed=1000, memory=10))
+    config, plan = Config(branch=replace(Config().branch, rows="auto")), BranchPlan.parse("all", 10, 4)
+    for free, rows in ((120 + 16 * trained, 12), (60 + 16 * trained, 6)):
+        monkeypatch.setattr(tail_setup, "free_memory", lambda device, free=free: free)
+        engines = set_up_tails(config, toy, schedule, plan, 1, "one", None, lambda size: size, False)
+        assert engines.explore.rows == rows
 
 
 def test_fp8_needs_the_merged_copy(toy, schedule):

@@ -20,9 +20,6 @@ from tempflow.settings import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-GRADIENT_SCALE = 2.0**16
-"""What gradients are multiplied by inside an fp16 network, where those of a mean over a latent would round to 0."""
-
 
 class TrainedNetwork:
     """The transformer, its trainable parameters (fp32), its reference and its merged copy.
@@ -51,9 +48,6 @@ class TrainedNetwork:
             module.requires_grad_(True).float()
         if config.gradient_checkpointing:
             module.enable_gradient_checkpointing()
-        if self.dtype == torch.float16:
-            for parameter in self.trainable().values():
-                parameter.register_hook(lambda gradient: gradient / GRADIENT_SCALE)
         self.active = module
         """the module that `forward` calls: the trained one, or within a context the reference or the merged copy"""
 
@@ -63,10 +57,7 @@ class TrainedNetwork:
     def forward(self, inputs: dict[str, Any], device: torch.device) -> Tensor:
         """The network's output, fp32; in autocast where its precision is not fp32."""
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            output = self.active(**inputs, return_dict=False)[0].float()
-        if self.dtype == torch.float16 and output.requires_grad:
-            output.register_hook(lambda gradient: gradient * GRADIENT_SCALE)
-        return output
+            return self.active(**inputs, return_dict=False)[0].float()
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -10,10 +10,29 @@ from typing import Any
 
 import torch
 from diffusers import QwenImagePipeline
+from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor
 from torch.nn import functional as F
 
 from tempflow.models.family import Family
+
+
+def text_lengths(embeds: Tensor, mask: Tensor | None) -> tuple[int, Tensor | None, Tensor | None]:
+    """diffusers' `compute_text_seq_len_from_mask` with the same results: L, each row's last token + 1, mask (R, L).
+
+    Its own sends a number to the device at every call: the host waits, and no CUDA graph can hold the call.
+    """
+    length = embeds.shape[1]
+    if mask is None:
+        return length, None, None
+    if mask.shape[:2] != embeds.shape[:2]:
+        raise ValueError(f"encoder_hidden_states_mask: found {tuple(mask.shape)}, expected {tuple(embeds.shape[:2])}")
+    mask = mask.bool()
+    last = torch.where(mask, torch.arange(1, length + 1, device=mask.device), 0).amax(1)
+    return length, torch.where(mask.any(1), last, length), mask
+
+
+transformer_qwenimage.compute_text_seq_len_from_mask = text_lengths
 
 
 class QwenImage(Family):
