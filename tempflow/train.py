@@ -39,6 +39,9 @@ from tempflow.run import Run
 from tempflow.tails_check import check_tails
 from tempflow.usage import help_text
 
+INTERRUPTED = 130
+"""The exit code of a program that Ctrl-C ended: 128 + SIGINT."""
+
 
 def train_step(run: Run, iteration: int) -> dict[str, Any]:
     """One iteration; returns its metrics. Axes: S fork steps, R trunks of this rank, K siblings."""
@@ -180,7 +183,7 @@ def stops(run: Run, row: dict[str, Any]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 for wrong input."""
+    """Runs the command line; returns the exit code: 0, 2 for wrong input, or 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments or "-h" in arguments:
         print(help_text())
@@ -201,6 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if speak:
             print(f"tempflow: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if distributed.is_first():
+            print("tempflow: interrupted; go on from the last checkpoint with run.resume=true", file=sys.stderr)
+        return INTERRUPTED
     finally:
         distributed.stop()
 
