@@ -186,8 +186,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         for name in ("count", "test"):
-            if getattr(given, name) < 1:
-                raise BadInput(f"--{name}", getattr(given, name), "must be at least 1")
+            if getattr(given, name) < 0:
+                raise BadInput(f"--{name}", getattr(given, name), "must not be below 0")
         outside = [identities(read_prompts(file, "--exclude")) for file in given.exclude]
         taken = set().union(*outside)
         test = generate(given.test, EVEN, given.seed + 1, given.max_count, taken)

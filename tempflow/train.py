@@ -14,6 +14,7 @@ Deviations from the paper and its released code:
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -213,4 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == INTERRUPTED:  # threads may wait for a scorer's server yet, and a plain exit would wait for them
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
