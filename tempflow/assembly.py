@@ -42,18 +42,19 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     check_trackers(config.run.trackers)
     check_folder(config)
     prompts = read_prompts(config.prompts.train, "prompts.train")
-    held_out = None if config.prompts.test is None else read_prompts(config.prompts.test, "prompts.test")
+    held_out = _held_out(config)
     schedule, plan = show_plan(config, ranks)
     rewards, gold = load_panels(config.reward, config.branch.decode_rows, ranks.device)
     if ranks.first:
         print(rewards.describe("rewards"), gold.describe("gold"), sep="\n", file=sys.stderr)
+    rewards.check(prompts + held_out)
+    gold.check(held_out)
     torch.manual_seed(config.run.seed)  # here: the adapters' first values must not depend on what scorers drew
     policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
     if ranks.first:
         print(f"attention: {policy.attention}", file=sys.stderr)
     engines = _engines(config, policy, schedule, plan, prompts, ranks)
-    evaluator = None if held_out is None else _evaluator(
-        config, policy, held_out, rewards, gold, ranks, engines.evaluate)  # fmt: skip
+    evaluator = _evaluator(config, policy, held_out, rewards, gold, ranks, engines.evaluate)
     stepper = _stepper(config, policy)
     folder = Path(config.run.dir).expanduser()
     progress = checkpoint.restore(folder / "checkpoints", stepper)
@@ -108,12 +109,21 @@ def _stepper(config: Config, policy: Policy) -> Stepper:
     return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale)
 
 
+def _held_out(config: Config) -> list[Prompt]:
+    """The prompts of evaluations, spread over their file; none where there is no file."""
+    if config.prompts.test is None:
+        return []
+    prompts = read_prompts(config.prompts.test, "prompts.test")
+    count = min(config.eval.prompts, len(prompts))
+    return [prompts[place * len(prompts) // count] for place in range(count)]
+
+
 def _evaluator(
     config: Config, policy: Policy, prompts: list[Prompt], rewards: Panel, gold: Panel, ranks: Ranks, engine: TailEngine
-) -> Evaluator:
-    """Evaluation on held-out prompts, spread evenly over them."""
-    count = min(config.eval.prompts, len(prompts))
-    prompts = [prompts[place * len(prompts) // count] for place in range(count)]
+) -> Evaluator | None:
+    """Held-out evaluation, or None where there are no held-out prompts."""
+    if not prompts:
+        return None
     schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
     return Evaluator(policy, engine, schedule, prompts, rewards, gold, ranks, config.run.seed,
                      config.branch.decode_rows, config.eval.pictures)  # fmt: skip

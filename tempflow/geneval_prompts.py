@@ -185,6 +185,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--exclude", action="append", default=[], help="file of prompts to keep out (repeatable)")
     given = parser.parse_args(arguments)
     try:
+        for name in ("count", "test"):
+            if getattr(given, name) < 0:
+                raise BadInput(f"--{name}", getattr(given, name), "must not be below 0")
         outside = [identities(read_prompts(file, "--exclude")) for file in given.exclude]
         taken = set().union(*outside)
         test = generate(given.test, EVEN, given.seed + 1, given.max_count, taken)

@@ -14,6 +14,7 @@ Deviations from the paper and its released code:
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -39,6 +40,9 @@ from tempflow.run import Run
 from tempflow.tails_check import check_tails
 from tempflow.transfer import to_device
 from tempflow.usage import help_text
+
+INTERRUPTED = 130
+"""The exit code of a program that Ctrl-C ended: 128 + SIGINT."""
 
 
 def train_step(run: Run, iteration: int) -> dict[str, Any]:
@@ -181,7 +185,7 @@ def stops(run: Run, row: dict[str, Any]) -> bool:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 for wrong input."""
+    """Runs the command line; returns the exit code: 0, 2 for wrong input, or 130 for Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if "--help" in arguments or "-h" in arguments:
         print(help_text())
@@ -202,9 +206,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if speak:
             print(f"tempflow: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        if distributed.is_first():
+            print("tempflow: interrupted; go on from the last checkpoint with run.resume=true", file=sys.stderr)
+        return INTERRUPTED
     finally:
         distributed.stop()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == INTERRUPTED:  # threads may wait for a scorer's server yet, and a plain exit would wait for them
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -112,6 +112,11 @@ def test_excluding_everything_is_refused(tmp_path, capsys):
     assert "--exclude=counting" in capsys.readouterr().err
 
 
+def test_negative_counts_are_refused(tmp_path, capsys):
+    assert main([str(tmp_path / "made"), "--count", "-3"]) == 2
+    assert "--count=-3: must not be below 0" in capsys.readouterr().err and not (tmp_path / "made").exists()
+
+
 def test_folders_in_flow_grpos_layout(tmp_path):
     (tmp_path / "train.txt").write_text("a cat\n")
     (tmp_path / "test_metadata.jsonl").write_text('{"prompt": "a dog", "tag": "x"}\n')

@@ -167,7 +167,8 @@ def test_a_server_says_what_is_wrong_with_its_arguments(capsys, tmp_path):
     for arguments, words in ((["no_such"], "no such scorer"), (["digits", "--option", "pth=1"], "no such option"),
                              (["digits", "--device", "gpu"], "no device of torch"),
                              (["digits", "--token-file", str(tmp_path / "token")], "one word"),
-                             (["digits", "--host", "127.0.0.1", "--port", "70000"], "port")):  # fmt: skip
+                             (["digits", "--host", "127.0.0.1", "--port", "70000"], "port"),
+                             (["digits", "--requests", "0"], "--requests=0: must be above 0")):  # fmt: skip
         assert main(arguments) == 2
         assert words in capsys.readouterr().err
 

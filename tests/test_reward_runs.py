@@ -30,6 +30,12 @@ def flaky(images, prompts):
     scores = judge(images, prompts)
     return scores / 0 if (HERE / "fails").read_text() == str(calls["flaky"]) else scores
 
+def stopping(images, prompts):
+    calls["flaky"] += 1
+    if (HERE / "fails").read_text() == str(calls["flaky"]):
+        raise KeyboardInterrupt
+    return judge(images, prompts)
+
 def choosy(images, prompts):
     "No opinion of pictures whose first pixel is odd."
     return judge(images, prompts).where(images[:, 0, 0, 0] % 2 == 0, torch.nan)
@@ -168,3 +174,28 @@ def test_a_hacked_reward_is_told_and_ends_the_run_if_asked(scorers, capsys):
     assert "tempflow: done" in capsys.readouterr().err
     fallen = [row.get("gold_fall") for row in read_metrics(scorers / "run" / "metrics.jsonl")]
     assert fallen == [None, {"gold": 1.0}, {"gold": 2.0}]
+
+
+@pytest.mark.parametrize("scorer", ["ocr", "digits"])
+def test_prompts_that_a_scorer_cannot_judge_are_refused_before_anything_is_written(tmp_path, capsys, scorer):
+    """The last of the training prompts, and a held-out one for a scorer that is only watched."""
+    asked = '{"prompt": "a sign", "text": "STOP", "grids": [[1, 2, 3, 4]]}\n'
+    (tmp_path / "good.jsonl").write_text(asked)
+    (tmp_path / "bad.jsonl").write_text(asked * 3 + '{"prompt": "a cat"}\n')
+    for role, train, test in (("name", "bad", "good"), ("gold", "good", "bad")):
+        scorers = {"name": "jpeg_compressibility", "gold": "null"} | {role: scorer}
+        overrides = [f"reward.{key}={value}" for key, value in scorers.items()]
+        prompts = [f"prompts.train={tmp_path / train}.jsonl", f"prompts.test={tmp_path / test}.jsonl"]
+        assert run(tmp_path / "run", *overrides, *prompts) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tempflow: reward.")]
+        assert f"reward.{role}={scorer}: the scorer refuses a prompt" in line and "a cat" in line
+        assert not (tmp_path / "run").exists()
+
+
+def test_ctrl_c_ends_with_one_line_and_resumes(scorers, here, capsys):
+    folder, name = scorers / "run", "reward.name=run_scorers:stopping"
+    (scorers / "fails").write_text("3")
+    assert run(folder, name, "run.save_every=1") == 130
+    assert "interrupted; go on from the last checkpoint with run.resume=true" in capsys.readouterr().err
+    (scorers / "fails").write_text("0")
+    assert run(folder, name, "run.resume=true") == 0 and same_weights(folder, here)

@@ -8,7 +8,7 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from tempflow.errors import BadInput
 from tempflow.prompts import Prompt
 from tempflow.rewards import detection, load_scorer
-from tempflow.rewards.detection import COLOURS, NAMES, Detection, Detector, box_of, cut_out
+from tempflow.rewards.detection import CLASSES, COLOURS, Detection, Detector, box_of, cut_out
 from tempflow.rewards.geneval import benchmark, check_metadata, graded, kept, relations, strict
 
 CENTRE = (40, 40, 60, 60)
@@ -134,12 +134,12 @@ def test_excluded_classes():
 ])  # fmt: skip
 def test_wrong_metadata_are_named(metadata, words):
     with pytest.raises(ValueError, match=words):
-        check_metadata(Prompt("a dog", metadata), NAMES)
+        check_metadata(Prompt("a dog", metadata), CLASSES)
 
 
 def test_right_metadata_pass():
     include = [ask("dog", color="white"), ask("cup", 2, position=["above", 0])]
-    check_metadata(Prompt("x", {"tag": "position", "include": include, "exclude": [ask("cup", 3)]}), NAMES)
+    check_metadata(Prompt("x", {"tag": "position", "include": include, "exclude": [ask("cup", 3)]}), CLASSES)
 
 
 def test_objects_are_cut_out_before_grey():
@@ -198,7 +198,7 @@ def test_detector_follows_mmdetection(folders, images):
         sure = masks[query][filled].sigmoid().mean().item() if filled.any() else 0.0
         for kind in range(80):
             if probabilities[kind] * sure > 0.1:
-                expected[round(probabilities[kind].item() * sure, 4), NAMES[kind]] = filled
+                expected[round(probabilities[kind].item() * sure, 4), CLASSES[kind]] = filled
     assert expected and len(found) == 3
     assert {(round(one.confidence, 4), one.name) for one in found[0]} == set(expected)
     for one in found[0]:
@@ -219,7 +219,7 @@ def test_from_pictures_to_scores(folders, images, score):
     include = [[ask(one.name, count)] for one, count in zip(seen, counts, strict=True)]
     prompts = [Prompt("it", {"tag": "colors", "include": clauses}) for clauses in include]
     assert scorer(images, prompts).tolist() == [1.0, 1.0, 1.0]
-    absent = next(name for name in NAMES if name not in {one.name for one in scorer.function.detect(images[:1])[0]})
+    absent = next(name for name in CLASSES if name not in {one.name for one in scorer.function.detect(images[:1])[0]})
     prompts = [
         Prompt("other", {"include": [*include[0], ask(absent)]}),
         Prompt("right", {"include": [ask(seen[0].name, counts[0])]}),
@@ -230,6 +230,8 @@ def test_from_pictures_to_scores(folders, images, score):
     assert scores[0] == (0.5 if score == "graded" else 0) and scores[1] == 1 and scores[2] < 1
     with pytest.raises(BadInput, match='prompt "plain" has include=None'):
         scorer(same, [Prompt("plain")] * 3)
+    with pytest.raises(BadInput, match='refuses a prompt: prompt "plain" has include=None'):
+        scorer.check([*prompts, Prompt("plain")])
 
 
 def test_unknown_score_is_refused(folders):

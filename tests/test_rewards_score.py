@@ -91,6 +91,7 @@ def test_several_rewards(folder, capsys):
     (["--reward", "score_cases:tagged", "pictures", "one.txt"], 'prompt "yes, all" has no tag'),
     (["--reward", "score_cases:Level", "--option", "tims=1", "pictures", "one.txt"], "no such option"),
     (["--reward", "score_cases:Level", "--option", "times", "pictures", "one.txt"], "must have the form KEY=VALUE"),
+    (["--reward", "score_cases:Level", "--device", "gpu", "pictures", "one.txt"], "--device=gpu: is no device"),
     (["--reward", "score_cases:Level", "--rows", "0", "pictures", "one.txt"], "--rows=0"),
     (["--reward", "score_cases:Level", "--output", "no/such/x.csv", "pictures", "one.txt"], "--output=no/such/x.csv"),
 ])  # fmt: skip

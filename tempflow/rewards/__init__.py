@@ -57,6 +57,20 @@ class Scorer:
         parts = [self._score(images[part], prompts[part]) for part in chunks(len(images), self.rows)]
         return torch.cat(parts)
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Lets the function look at prompts before there is an image, if it has a method `check` for that.
+
+        Raises:
+            BadInput: it cannot judge one of them.
+        """
+        check = getattr(self.function, "check", None)
+        if check is None:
+            return
+        try:
+            check(prompts)
+        except ValueError as error:
+            raise BadInput(self.setting, self.name, f"the scorer refuses a prompt: {error}") from error
+
     def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         try:
             with torch.no_grad():
@@ -97,6 +111,7 @@ def load_scorer(
         options: keyword arguments for a scorer that is a class, from `reward.options`.
         device: where such a scorer computes unless its options say otherwise.
 
+    One that needs something of its prompts has a method `check(prompts)`, which raises ValueError where it is missing.
     A scorer that waits for another machine has an attribute `waits`: how many calls of it may be under way at once.
     """
     found = _find(setting, name)

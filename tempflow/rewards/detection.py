@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
 from tempflow.batching import chunks
+from tempflow.geneval_prompts import CLASSES, COLOURS
 from tempflow.rewards.clip_model import load_clip, unit
 from tempflow.rewards.pixels import IMAGENET_MEAN, IMAGENET_STD, clip_pixels, grey_out, normalise, resize
 from tempflow.rewards.weights import pretrained
@@ -25,19 +26,6 @@ BEST = 100
 FLOOR = 0.1
 """confidence below which nothing is kept; GenEval asks for 0.3 at least"""
 
-NAMES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow",
-    "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis",
-    "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard",
-    "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich",
-    "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed",
-    "dining table", "toilet", "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone",
-    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear",
-    "hair drier", "toothbrush",
-)  # fmt: skip
-"""The 80 classes of COCO in its order, in GenEval's words (computer mouse, tv remote, computer keyboard)."""
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 PHRASES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
 
 
@@ -56,7 +44,7 @@ class Detection:
 class Detector:
     """Mask2Former for COCO instances; scores and boxes as in mmdetection's instance head."""
 
-    names = NAMES
+    names = CLASSES
 
     def __init__(self, path: str | Path, rows: int, device: Any) -> None:
         """
@@ -67,7 +55,7 @@ class Detector:
         kind = Mask2FormerForUniversalSegmentation
         self.model: Any = pretrained(kind, "geneval", "detector", path, torch.float32, device)
         self.rows = rows
-        if self.model.config.num_labels != len(NAMES):
+        if self.model.config.num_labels != len(CLASSES):
             raise ValueError(f"the detector {path} has {self.model.config.num_labels} classes, expected COCO's 80")
 
     def __call__(self, images: Tensor) -> list[list[Detection]]:
@@ -97,7 +85,7 @@ class Detector:
         likely = scores > FLOOR  # so the mask is not empty
         rows = zip(*(values[likely].tolist() for values in (queries, kinds, scores)), strict=True)
         return [
-            Detection(NAMES[kind], score, box_of(covered[query]), covered[query].cpu()) for query, kind, score in rows
+            Detection(CLASSES[kind], score, box_of(covered[query]), covered[query].cpu()) for query, kind, score in rows
         ]
 
 

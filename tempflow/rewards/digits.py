@@ -61,6 +61,11 @@ class _CellScorer:
         path = ASSETS / f"{self.classifier_name}.safetensors" if path is None else path
         self.classifier = load_classifier(self.classifier_name, path, self.device)
 
+    @staticmethod
+    def check(prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError unless each prompt has its grids."""
+        wanted_classes(prompts)
+
     @torch.no_grad()
     def read_cells(self, images: Tensor) -> Tensor:
         """Probabilities float32 (B, 4, 11) of the classes in each cell of canvases uint8 (B, 3, 16, 16).

@@ -161,10 +161,14 @@ class GenEval:
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> list[float]:
         """uint8 (B, 3, H, W) and B prompts with GenEval metadata -> B scores."""
         check_images(images, prompts)
-        for prompt in prompts:
-            check_metadata(prompt, self.detect.names)
+        self.check(prompts)
         found = self.detect(images)
         return [self._judge(*row) for row in zip(images, found, prompts, strict=True)]
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError unless each prompt has GenEval metadata."""
+        for prompt in prompts:
+            check_metadata(prompt, self.detect.names)
 
     def _judge(self, image: Tensor, detections: Sequence[Detection], prompt: Prompt) -> float:
         objects = kept(detections, prompt.metadata.get("tag", ""))

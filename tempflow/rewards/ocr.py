@@ -48,6 +48,12 @@ class Ocr:
         texts = [wanted_text(prompt) for prompt in prompts]
         return [self.closeness(self.read(image), text) for image, text in zip(images, texts, strict=True)]
 
+    @staticmethod
+    def check(prompts: Sequence[Prompt]) -> None:
+        """Raises ValueError unless each prompt says which text it wants."""
+        for prompt in prompts:
+            wanted_text(prompt)
+
     def read(self, image: Tensor) -> str:
         """All text of a uint8 (3, H, W) image."""
         levels = np.ascontiguousarray(image.cpu().numpy().transpose(1, 2, 0)[:, :, ::-1])  # RapidOCR wants BGR

@@ -43,6 +43,15 @@ class Panel:
                 row[:] = scorer(images, prompts)
         return rewards
 
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Refuses prompts that a scorer here cannot judge; servers refuse them when they are asked to.
+
+        Raises:
+            BadInput: naming the scorer and the prompt.
+        """
+        for scorer in self.scorers.values():
+            scorer.check(prompts)
+
     def total(self, rewards: Tensor) -> Tensor:
         """(M, ...) rewards -> (...) their weighted sum; NaN where one is missing."""
         return (self.weights.view(-1, *[1] * (rewards.dim() - 1)) * rewards).sum(0)

@@ -1,6 +1,6 @@
 """What CLIP-like encoders do to images before looking at them, in plain torch on any device.
 
-The official pipelines resize in Pillow, whose bicubic and bilinear filters widen with the scale (antialiasing) and
+The official pipelines resize in Pillow, whose bicubic and bilinear filters widen with the scale (antialiasing)
 and which rounds and clips to levels after its horizontal pass and again after its vertical one. torch's antialiased
 `interpolate` uses the same filters; in two passes with the same rounding it gives Pillow's levels but for rare ties
 (tests/test_rewards_pixels.py).

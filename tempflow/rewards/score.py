@@ -69,6 +69,18 @@ def read_options(arguments: Sequence[str], rewards: Sequence[str]) -> dict[str, 
     return options
 
 
+def read_device(name: str) -> torch.device:
+    """The device called so.
+
+    Raises:
+        BadInput: torch knows none of this name.
+    """
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise BadInput("--device", name, "is no device of torch, such as cpu, cuda or cuda:1") from error
+
+
 def find_images(folder: str) -> list[Path]:
     """Picture files of a folder, by name."""
     path = Path(folder).expanduser()
@@ -136,9 +148,10 @@ def run(arguments: Sequence[str]) -> None:
     options = read_options(given.option, rewards)
     files = find_images(given.images)
     prompts = match_prompts(read_prompts(given.prompts, "prompts"), len(files), given.prompts)
-    columns = []
+    device, columns = read_device(given.device), []
     for reward in rewards:
-        scorer = load_scorer("--reward", reward, given.rows, options[reward], torch.device(given.device))
+        scorer = load_scorer("--reward", reward, given.rows, options[reward], device)
+        scorer.check(prompts)
         columns.append(score(scorer, files, prompts))
     rows = [[file.name, prompt.text, *values] for file, prompt, *values in zip(files, prompts, *columns, strict=True)]
     write(rows, ["file", "prompt", *(["score"] if len(rewards) == 1 else rewards)], given.output)

@@ -23,7 +23,7 @@ import torch
 
 from tempflow.errors import BadInput
 from tempflow.rewards import SCORERS, Scorer, load_scorer
-from tempflow.rewards.score import read_options
+from tempflow.rewards.score import read_device, read_options
 from tempflow.rewards.secret import read_token
 from tempflow.rewards.wire import Limits, Malformed, Request, pack_answer, pack_refusal, unpack_request
 
@@ -181,10 +181,10 @@ def build(given: argparse.Namespace) -> ScorerServer:
     if token is None and not _is_loopback(given.host):
         mend = "is open to other machines: give a token by --token-file or TEMPFLOW_SCORER_TOKEN, or use 127.0.0.1"
         raise BadInput("--host", given.host, mend)
-    try:
-        device = torch.device(given.device)
-    except RuntimeError as error:
-        raise BadInput("--device", given.device, "is no device of torch, such as cpu, cuda or cuda:1") from error
+    for name in ("requests", "max_mib", "max_images", "max_prompt"):
+        if getattr(given, name) <= 0:
+            raise BadInput(f"--{name.replace('_', '-')}", getattr(given, name), "must be above 0")
+    device = read_device(given.device)
     options = read_options(given.option, given.scorers)
     scorers = [load_scorer("scorer", name, given.max_images, options.get(name), device) for name in given.scorers]
     limits = Limits(int(given.max_mib * 2**20), given.max_images, prompt=given.max_prompt)
