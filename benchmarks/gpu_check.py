@@ -38,7 +38,9 @@ from gpu_speed import measure_speed  # noqa: E402
 from kernel_cases import Case  # noqa: E402
 from kernel_machine import environment  # noqa: E402
 from kernel_report import read, report  # noqa: E402
-from tempflow_kernels import native, native_ops, triton_ops  # noqa: E402
+from tempflow_kernels.cpu import library as native  # noqa: E402
+from tempflow_kernels.cpu import ops as native_ops
+from tempflow_kernels.gpu import ops as triton_ops  # noqa: E402
 
 SKIPPED = 77  # exit status of a part that had nothing to do
 LIMITS = {"numerics": 170, "determinism": 60, "graph": 60, "sanitizer": 110, "speed": 500}

@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "tempflow_kernels" / "csrc"
 FLAGS = ("-std=gnu++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-w")
 AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
-NATIVE = Extension("tempflow_kernels._native", sources=[], optional=True)
+NATIVE = Extension("tempflow_kernels.cpu._native", sources=[], optional=True)
 
 
 def compiler() -> str | None:

@@ -23,7 +23,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",
-    packages=["tempflow_kernels", "tempflow_kernels.compat"],
+    packages=["tempflow_kernels", *(f"tempflow_kernels.{name}" for name in ("compat", "cpu", "gpu", "plain"))],
     package_data={"tempflow_kernels": ["csrc/*.h", "csrc/*.cpp"]},
     install_requires=["torch>=2.11"],
     extras_require={"triton": ["triton>=3.6; platform_system == 'Linux'"]},

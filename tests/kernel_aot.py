@@ -10,7 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import triton
-from tempflow_kernels import triton_loss, triton_noise, triton_ops, triton_transition
+from tempflow_kernels.gpu import (
+    loss as triton_loss,
+)
+from tempflow_kernels.gpu import (
+    noise as triton_noise,
+)
+from tempflow_kernels.gpu import (
+    ops as triton_ops,
+)
+from tempflow_kernels.gpu import (
+    transition as triton_transition,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

@@ -12,7 +12,8 @@ from kernel_cases import (
     oracle_step,
     oracle_velocity,
 )
-from tempflow_kernels import reference, reference_ops
+from tempflow_kernels.plain import ops as reference_ops
+from tempflow_kernels.plain import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASES = [

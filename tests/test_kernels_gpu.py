@@ -26,7 +26,7 @@ OPTIONS = SimpleNamespace(device="cuda", tiny=False)
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_contract(case):
-    from tempflow_kernels import triton_ops
+    from tempflow_kernels.gpu import ops as triton_ops
 
     case = on_device(case, "cuda")
     check_log_ratio(triton_ops, case)
@@ -36,7 +36,7 @@ def test_contract(case):
 
 
 def test_nan_is_not_clipped_away():
-    from tempflow_kernels import triton_ops
+    from tempflow_kernels.gpu import ops as triton_ops
 
     check_nan(triton_ops, Case(device="cuda"))
 

@@ -24,7 +24,10 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("runs with TRITON_INTERPRET=1 only (test_kernels_triton.py starts it so)", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
 
-from tempflow_kernels import native, native_ops, triton_noise, triton_ops
+from tempflow_kernels.cpu import library as native
+from tempflow_kernels.cpu import ops as native_ops
+from tempflow_kernels.gpu import noise as triton_noise
+from tempflow_kernels.gpu import ops as triton_ops
 
 # The interpreter truncates fp32 to bf16 instead of rounding it, so bf16 gradients are checked on a GPU only.
 CASES = [case for case in CASES if case.dtype != torch.bfloat16]

@@ -22,7 +22,9 @@ from kernel_contract import (
     check_step,
     unnumbered,
 )  # fmt: skip
-from tempflow_kernels import native, native_ops, reference_ops
+from tempflow_kernels.cpu import library as native
+from tempflow_kernels.cpu import ops as native_ops
+from tempflow_kernels.plain import ops as reference_ops
 
 ROOT = Path(__file__).resolve().parent.parent
 DRAWN = [unnumbered(case) for case in CASES]
@@ -146,7 +148,7 @@ def test_it_links_no_openmp_and_no_torch(build):
 def test_instruction_sets_agree_to_two_ulp(build, tmp_path):
     """AVX-512 and AVX2 bit for bit (both fuse multiply and add); the generic path, without fusing, to 2 ulp."""
     program = (
-        "import sys, torch; from tempflow_kernels import native, native_ops;"
+        "import sys, torch; from tempflow_kernels.cpu import library as native, ops as native_ops;"
         "torch.save((native.describe(), native_ops.normal(torch.tensor([[5, 9]]), 2, 100003)), sys.argv[1])"
     )
     draws = {}

@@ -8,9 +8,9 @@ import pytest
 import tempflow_kernels as tk
 import torch
 from kernel_cases import Case
-from tempflow_kernels import reference
 from tempflow_kernels._ops import ops
 from tempflow_kernels.library import SCHEMAS
+from tempflow_kernels.plain import reference
 
 CASE = Case()
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from kernel_cases import Case, oracle_log_ratio, oracle_loss, oracle_noise, oracle_step
 from kernel_contract import CASES, check_log_prob, check_log_ratio, check_loss, check_nan, unnumbered
-from tempflow_kernels import gradients, reference, reference_ops
+from tempflow_kernels.plain import gradients, reference
+from tempflow_kernels.plain import ops as reference_ops
 
 DOUBLE_CASES = [Case(dtype=torch.float64, stored_noise=stored, optional=optional, distance=distance)
                 for stored, optional, distance in (

@@ -28,7 +28,9 @@ def test_every_kernel_in_the_interpreter():
 def test_kernels_take_no_float_arguments():
     """Inductor passes Python floats to Triton kernels as fp64; numbers are constexpr here or live in device tensors."""
     import triton
-    from tempflow_kernels import triton_loss, triton_noise, triton_transition
+    from tempflow_kernels.gpu import loss as triton_loss
+    from tempflow_kernels.gpu import noise as triton_noise
+    from tempflow_kernels.gpu import transition as triton_transition
 
     pointers_and_counts = set(kernel_aot.TYPES)
     kernels = [

@@ -6,8 +6,8 @@ Imports only torch (and triton where it is used). Every operator is defined by i
 
 from .info import backend_info
 from .ops import branch_loss, log_ratio, normal_like, transition_log_prob, transition_step
-from .philox import fold_key, philox4x32
-from .reference import BranchLossStats
+from .plain.philox import fold_key, philox4x32
+from .plain.reference import BranchLossStats
 
 __version__ = "0.1.0"
 

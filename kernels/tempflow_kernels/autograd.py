@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import library  # noqa: F401 - registers the operators
 from ._ops import ops
-from .gradients import split_guidance
+from .plain.gradients import split_guidance
 
 
 class LogProb(torch.autograd.Function):

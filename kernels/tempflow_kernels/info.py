@@ -6,7 +6,7 @@ from importlib import metadata, util
 
 import torch
 
-from . import native
+from .cpu import library as native
 from .library import CHOSEN, NAMESPACE
 
 

@@ -2,8 +2,8 @@
 
 | dispatch key | implementation |
 |---|---|
-| CPU | the C++ twin (`native_ops`) if its library is there, else plain torch (`reference_ops`) |
-| CUDA (also ROCm) | Triton (`triton_ops`); without triton an error, never a silent replacement |
+| CPU | the C++ twin (`cpu/`) if its library is there, else plain torch (`plain/`) |
+| CUDA (also ROCm) | Triton (`gpu/`); without triton an error, never a silent replacement |
 | any other device | plain torch |
 
 The environment variable TEMPFLOW_KERNELS_BACKEND = reference | native | triton overrules the choice for CPU and CUDA
@@ -20,10 +20,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from . import native
 from ._ops import add_op_namespace_prefix
+from .cpu import library as native
 
-BACKENDS = ("reference", "native", "triton")
+BACKENDS = {"reference": "plain", "native": "cpu", "triton": "gpu"}
+"""The folder of each backend; its operators stand in `ops.py` there."""
 _GRADIENT_INPUTS = (
     "Tensor velocity, Tensor velocity_old, Tensor coef, Tensor? key, Tensor? noise, "
     "Tensor? velocity_ref, Tensor? velocity_uncond, Tensor? kl_weights"
@@ -91,7 +92,7 @@ FAKES = {
 
 def _on_first_call(backend: str, name: str) -> Callable:
     """The operator `name` of a backend module that is imported when it is first used (triton takes its time)."""
-    found = functools.cache(lambda: getattr(importlib.import_module(f".{backend}_ops", __package__), name))
+    found = functools.cache(lambda: getattr(importlib.import_module(f".{BACKENDS[backend]}.ops", __package__), name))
     return lambda *arguments: found()(*arguments)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import autograd, reference
+from . import autograd
 from ._ops import ops
 from .checks import (
     check_coef,
@@ -24,7 +24,8 @@ from .checks import (
     expect,
 )  # fmt: skip
 from .library import CHOSEN
-from .reference import BranchLossStats, compute_dtype
+from .plain import reference
+from .plain.reference import BranchLossStats, compute_dtype
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:

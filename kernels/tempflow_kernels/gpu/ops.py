@@ -12,11 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
-from . import triton_loss as loss_kernels
-from . import triton_noise as noise_kernels
-from . import triton_transition as step_kernels
-from .gradients import loss_then_gradient
-from .triton_noise import LAUNCH
+from ..plain.gradients import loss_then_gradient
+from . import loss as loss_kernels
+from . import noise as noise_kernels
+from . import transition as step_kernels
+from .noise import LAUNCH
 
 BLOCK = 1024
 LANES = 256

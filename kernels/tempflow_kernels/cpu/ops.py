@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .native import Array, Batch, Branches, byref, call
+from .library import Array, Batch, Branches, byref, call
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOTHING = Array(None, 0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_noise import noise_block
+from .noise import noise_block
 
 
 @triton.jit

@@ -10,8 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_noise import noise_block
-from .triton_transition import load_guided, load_row, sum_blocks
+from .noise import noise_block
+from .transition import load_guided, load_row, sum_blocks
 
 
 @triton.jit

@@ -1,0 +1,1 @@
+"""The Triton twin for CUDA and ROCm."""
