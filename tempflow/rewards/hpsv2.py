@@ -2,7 +2,7 @@
 
 Score: the plain cosine, about 0.2 to 0.35, as in the official package and Flow-GRPO. The official checkpoint is
 open_clip's ViT-H/14; its tensors are renamed to those of transformers' CLIP, which computes the same
-(tests/test_rewards_clip.py). Pictures are resized by their longer side, with black margins, as HPSv2 does.
+(tests/rewards/test_clip.py). Pictures are resized by their longer side, with black margins, as HPSv2 does.
 
 Left out: ftfy, which open_clip runs over prompts to repair wrongly decoded text. The rest of its cleaning is here.
 """

@@ -11,7 +11,7 @@ The instruction belongs to the weights but is its authors' text; it is read from
 there (`pip install --no-deps hpsv3`), or from a file of yours with `{text_prompt}` in it.
 
 Verified: network, positions, head and pixel layout against an independent computation on small random weights, and
-pixels against transformers' processor (tests/test_rewards_hpsv3.py). Not verified: a score of the real 7B weights
+pixels against transformers' processor (tests/rewards/test_hpsv3.py). Not verified: a score of the real 7B weights
 against one of the official package, whose pinned versions cannot be installed beside ours.
 """
 

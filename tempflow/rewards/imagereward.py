@@ -2,7 +2,7 @@
 
 Score: BLIP reads the prompt while looking at the picture, a stack of five linear layers turns its first token into
 a number, standardised by the official mean and deviation; about -2 to 2. The official checkpoint is BLIP's own code;
-its tensors are renamed to those of transformers' BLIP, which computes the same (tests/test_rewards_blip.py).
+its tensors are renamed to those of transformers' BLIP, which computes the same (tests/rewards/test_blip.py).
 """
 
 from __future__ import annotations

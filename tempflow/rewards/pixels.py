@@ -3,7 +3,7 @@
 The official pipelines resize in Pillow, whose bicubic and bilinear filters widen with the scale (antialiasing)
 and which rounds and clips to levels after its horizontal pass and again after its vertical one. torch's antialiased
 `interpolate` uses the same filters; in two passes with the same rounding it gives Pillow's levels but for rare ties
-(tests/test_rewards_pixels.py).
+(tests/rewards/test_pixels.py).
 """
 
 from __future__ import annotations

@@ -1,0 +1,295 @@
+"""One architecture on one device: policies, scorers and runs for the variants of `rollouts.py`, and timed iterations.
+
+Runs are real, set up by `tempflow.assembly.set_up` from a real configuration, stepped by `tempflow.train.train_step`;
+only the policy is shared between variants that have the same weights, and the scorer is the architecture's own. Every
+timed iteration starts from the same parameters and a fresh optimizer, so all variants solve the same problem and their
+rewards can be compared branch by branch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import io
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from machine.flops import synchronise
+from machine.memory_peak import MemoryPeak
+from rollouts.architectures import ARCHITECTURES, COMMON, Architecture, make_pipeline, random_texts
+from rollouts.clip_scorer import CLIP_H, SMALL_CLIP, ByImages, ByTensor, make_clip
+from rollouts.official import official_step
+from rollouts.variants import Variant, settings_of
+from torch import Tensor
+
+import tempflow.assembly
+from tempflow.assembly import set_up
+from tempflow.config import read_values, validate
+from tempflow.models import load_policy
+from tempflow.policy import Policy
+from tempflow.rewards import Scorer
+from tempflow.rewards.digits import DigitsReward
+from tempflow.rewards.panel import Panel
+from tempflow.run import Run
+from tempflow.settings import Config, RewardConfig
+from tempflow.tail_engine import TailWork
+from tempflow.train import train_step
+
+DIGITS = {"branch.prompts": 2, "branch.rows": 48, "branch.decode_rows": 48, "learn.rows": 4, "eval.prompts": 1}
+COPIES = 4.5
+"""Memory of the device over that of a transformer, from which on several policies are kept at a time."""
+DISTURBANCE = 0.02
+"""size of the normal noise on adapters, so that they do something"""
+
+
+class Recording:
+    """A score queue that remembers the rewards it gave."""
+
+    def __init__(self, queue: Any):
+        self.queue, self.rewards = queue, torch.empty(0)
+
+    def collect(self) -> Tensor:
+        self.rewards = self.queue.collect()
+        return self.rewards
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.queue, name)
+
+
+@dataclass
+class TotalWork(TailWork):
+    """Counts network rows of tails, and never anew."""
+
+    total: int = 0
+
+    def add(self, computed: int, needed: int) -> None:
+        super().add(computed, needed)
+        self.total += computed
+
+
+@dataclass
+class Case:
+    """A variant ready to run."""
+
+    variant: Variant
+    run: Run
+    judge: Callable | None
+    """scorer of PIL images, for the released algorithm"""
+    start: dict[str, Tensor]
+    """trained parameters that every iteration starts from"""
+    decoder: Callable | None
+    """torch's compiled call of the image decoder, which variants share, where this variant compiles it"""
+    copies: int | None = None
+    """rows of a training micro-batch of the released algorithm"""
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """What one timed iteration gave."""
+
+    seconds: float
+    cpu_seconds: float
+    """of all threads of this process"""
+    phases: dict[str, float]
+    rewards: Tensor
+    """(S, R, K)"""
+    grad_norm: float
+    gib: float | None
+    """memory above what was held before it began"""
+    tail_rows: int | None
+    """network rows of tails that were computed, padding included; None for the released algorithm"""
+
+
+class Bench:
+    """Makes cases. `overrides` are `section.field` -> value on top of the architecture's settings."""
+
+    def __init__(self, name: str, device: torch.device, workshop: Path, overrides: dict[str, Any]):
+        self.name, self.device, self.workshop, self.overrides = name, device, workshop, overrides
+        self.on_gpu = device.type == "cuda"
+        self.architecture: Architecture | None = ARCHITECTURES.get(name)
+        self.policies: dict[str, Policy] = {}
+        self.starts: dict[str, dict[str, Tensor]] = {}
+        self.clips: dict[torch.dtype, torch.nn.Module] = {}
+        self.runs = 0
+        if self.architecture:
+            dtype = "bf16" if self.on_gpu else "fp32"
+            make_pipeline(self.architecture, workshop / "pipeline", device, dtype)
+            (workshop / "prompts.txt").write_text("\n".join(f"prompt number {index}" for index in range(64)))
+
+    def config(self, variant: Variant) -> Config:
+        """The configuration of a variant."""
+        settings = {"run.dir": str(self.workshop / f"run{self.runs}"), "run.device": self.device.type,
+                    "prompts.test": None, "run.trackers": []}  # fmt: skip
+        if self.architecture:
+            side = self.architecture.pixels
+            settings |= COMMON | self.architecture.settings
+            settings |= {"sample.height": side, "sample.width": side, "model.path": str(self.workshop / "pipeline"),
+                         "prompts.train": str(self.workshop / "prompts.txt")}  # fmt: skip
+        else:
+            settings |= COMMON | DIGITS
+        settings |= settings_of(variant, self.on_gpu)
+        if self.architecture and variant.name == "official" and self.on_gpu:
+            settings["model.dtype"] = self.architecture.official_weights
+        values = {} if self.architecture else read_values("digits")
+        for name, value in (settings | self.overrides).items():
+            part, _, field = name.partition(".")
+            values.setdefault(part, {})[field] = value
+        return validate(values)
+
+    def case(self, variant: Variant) -> Case:
+        """The variant, set up; its policy is shared with variants of the same `model` settings."""
+        config = self.config(variant)
+        self.runs += 1
+        policy = self.policy(config)
+        function, judge = self.scorers(variant)
+
+        def panels(config: RewardConfig, rows: int, device: torch.device) -> tuple[Panel, Panel]:
+            reward = Scorer("reward.name", self.name, function, rows)
+            return Panel({self.name: reward}, torch.ones(1)), Panel({}, torch.ones(0))
+
+        with (
+            contextlib.redirect_stderr(io.StringIO()),
+            patch.object(tempflow.assembly, "load_policy", lambda *_, **__: policy),
+            patch.object(tempflow.assembly, "load_panels", panels),
+        ):
+            run, _ = set_up(config)
+        run = replace(run, scores=Recording(run.scores))
+        object.__setattr__(run.engine, "work", TotalWork())
+        decoder = policy.pipeline.vae.decoder._compiled_call_impl if config.tails.compile_vae else None
+        judge = judge if variant.official else None
+        copies = run.plan.siblings if judge else None
+        return Case(variant, run, judge, self.starts[repr(config.model)], decoder, copies)
+
+    def policy(self, config: Config) -> Policy:
+        """The policy of a configuration's `model` section; in fp8 it has a merged copy of its own."""
+        key = repr(config.model)
+        if key not in self.policies:
+            with self.texts():
+                policy = load_policy(config.model, config.sample, self.device, keep_reference=True)
+            if self.on_gpu and config.model.dtype == "fp32":
+                policy.network.dtype = torch.bfloat16  # fp32 weights in a 16-bit autocast, as the released code
+                policy.prepare_decoder = lambda compiled: None  # torch's own memory layout, as the released code
+            self._same_adapters(policy)
+            self.policies[key] = policy
+            self.starts[key] = {name: value.detach().clone() for name, value in policy.trainable().items()}
+        return self._twin(key) if config.tails.fp8 else self.policies[key]
+
+    def _twin(self, key: str) -> Policy:
+        """A policy of the same weights whose merged copy is another one."""
+        if f"{key} fp8" not in self.policies:
+            twin = copy.copy(self.policies[key])
+            twin.network = copy.copy(twin.network)
+            twin.network._merged = None
+            twin.quantise_merged()
+            twin.quantise_merged = lambda: "in fp8 already"
+            self.policies[f"{key} fp8"] = twin
+        return self.policies[f"{key} fp8"]
+
+    def has_room(self, policy: Policy) -> bool:
+        """Whether further copies of a transformer of that size fit on the device beside it, and work with them."""
+        held = sum(parameter.nbytes for parameter in policy.pipeline.transformer.parameters())
+        return not self.on_gpu or torch.cuda.mem_get_info(self.device)[1] > COPIES * held
+
+    def forget(self, policy: Policy) -> None:
+        """Lets go of a policy."""
+        for key in [key for key, known in self.policies.items() if known is policy]:
+            del self.policies[key], self.starts[key]
+
+    @torch.no_grad()
+    def _same_adapters(self, policy: Policy) -> None:
+        """Adapters that do something, the same in every policy."""
+        generator = torch.Generator().manual_seed(2)
+        for parameter in policy.trainable().values():
+            noise = torch.randn(parameter.shape, generator=generator) * DISTURBANCE
+            parameter.copy_(noise)
+
+    @contextlib.contextmanager
+    def texts(self) -> Iterator[None]:
+        """Random embeddings where there is no text encoder."""
+        with random_texts(self.architecture) if self.architecture else contextlib.nullcontext():
+            yield
+
+    def scorers(self, variant: Variant) -> tuple[Callable, Callable]:
+        """The reward from tensors, and from PIL images."""
+        if not self.architecture:
+            digits = DigitsReward()
+            return digits, lambda images, prompts: digits(bytes_of(images), prompts)
+        plain = not self.on_gpu or variant.name == "official"
+        model = self.clip(torch.float32 if plain else torch.bfloat16)
+        return ByTensor(model), ByImages(model)
+
+    def clip(self, dtype: torch.dtype) -> torch.nn.Module:
+        if dtype not in self.clips:
+            config = SMALL_CLIP if self.name.startswith("small") else CLIP_H
+            self.clips[dtype] = make_clip(config, self.device, dtype)
+        return self.clips[dtype]
+
+    def row_tokens(self) -> tuple[int, int]:
+        """Image and text tokens of a network row."""
+        if self.architecture:
+            return self.architecture.image_tokens, self.architecture.text_tokens
+        transformer = next(iter(self.policies.values())).pipeline.transformer.config
+        return (transformer.sample_size // transformer.patch_size) ** 2, 77 + 16
+
+
+def bytes_of(images: list) -> Tensor:
+    """PIL images back to (B, 3, H, W) uint8."""
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
+
+
+def iterate(case: Case, iteration: int) -> Iteration:
+    """One timed iteration from the case's starting point."""
+    run = case.run
+    _reset(case)
+    before = run.engine.work.total
+    run.clock.read()
+    peak = MemoryPeak(run.policy.device)
+    synchronise(run.policy.device)
+    began, began_cpu = time.perf_counter(), time.process_time()
+    if case.judge:
+        figures = official_step(run, iteration, case.judge, case.copies)
+    else:
+        figures = train_step(run, iteration)
+        figures["rewards"] = run.scores.rewards.view(len(run.plan.steps), -1, run.plan.siblings)
+    synchronise(run.policy.device)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
+    phases = run.clock.read()
+    if case.judge:
+        phases["reward"] = round(figures["reward_seconds"], 4)
+    rows = None if case.judge else run.engine.work.total - before
+    return Iteration(seconds, cpu_seconds, phases, figures["rewards"].cpu(), figures["grad_norm"], peak.gib(), rows)
+
+
+@torch.no_grad()
+def _reset(case: Case) -> None:
+    """Parameters and optimizer as at the start."""
+    gc.collect()
+    for name, parameter in case.run.policy.trainable().items():
+        parameter.copy_(case.start[name])
+        parameter.grad = None
+    case.run.stepper.optimizer.state.clear()
+    case.run.policy.pipeline.vae.decoder._compiled_call_impl = case.decoder
+
+
+def warm_up(case: Case) -> float:
+    """Seconds of an iteration that forks at the last steps alone: all shapes of a full one, few network rows."""
+    plan, branch = case.run.plan, case.run.config.branch
+    branches = branch.prompts * branch.seeds * plan.siblings
+    last = plan.pool[-forks_to_warm_up(branches, case.run.engine.rows, len(plan.pool)) :]
+    short = replace(case, run=replace(case.run, plan=replace(plan, steps=last, pool=last)))
+    return iterate(short, 0).seconds
+
+
+def forks_to_warm_up(branches: int, rows: int, forks: int) -> int:
+    """The fewest forks, of `branches` each, that make a full chunk of `rows` and a rest as all forks do."""
+    total = branches * forks
+    fitting = [count for count in range(1, forks) if branches * count % rows == total % rows
+               and branches * count >= min(rows, total)]  # fmt: skip
+    return min(fitting, default=forks)

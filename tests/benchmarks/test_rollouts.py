@@ -1,0 +1,212 @@
+"""The rollouts benchmark: its baseline learns what ours learns; FLOPs are those torch counts; its sums are right."""
+
+
+import diffusers
+import pytest
+import torch
+from machine.flops import ROW_COSTS, counted
+from rollouts import compare as rollouts
+from rollouts import linearity, official, profile_iteration
+from rollouts.bench import Bench, bytes_of, forks_to_warm_up, iterate
+from rollouts.figures import figures, network_rows, rank_correlation
+from rollouts.report import read, summarise
+from rollouts.variants import REFERENCE, VARIANTS, settings_of
+
+from tempflow.models.network import TrainedNetwork
+
+SMALL = {"branch.prompts": 2, "branch.seeds": 2, "branch.siblings": 3, "sample.steps": 4, "learn.rows": 4,
+         "branch.rows": 10, "learn.kl": 0.05}  # fmt: skip
+BY_NAME = {variant.name: variant for variant in VARIANTS}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    """Digits in small, with a KL term large enough to show in the gradient."""
+    return Bench("digits", torch.device("cpu"), tmp_path_factory.mktemp("bench"), SMALL)
+
+
+def gradients(case) -> dict[str, torch.Tensor]:
+    """What an iteration hands to its optimizer."""
+    seen = {}
+
+    def keep(idle: bool) -> None:
+        seen.update({name: value.grad.clone() for name, value in case.run.policy.trainable().items()})
+        for value in case.run.policy.trainable().values():
+            value.grad = None
+        case.run.stepper.idle()
+
+    object.__setattr__(case.run, "optimizer_step", keep)
+    case.rewards = iterate(case, 0).rewards
+    return seen
+
+
+def test_the_baseline_has_the_same_rewards_and_gradient(bench):
+    """The released algorithm's copies, loops and PIL images against chunks and shared rows: equal up to rounding."""
+    ours, released = bench.case(BY_NAME[REFERENCE]), bench.case(BY_NAME["official"])
+    found, expected = gradients(ours), gradients(released)
+    assert ours.rewards.shape == (3, 4, 3) and ours.rewards.std() > 0
+    assert (ours.rewards - released.rewards).abs().max() < 5e-3  # a pixel may round the other way
+    size = torch.cat([value.flatten() for value in expected.values()]).norm()
+    difference = torch.cat([(found[name] - expected[name]).flatten() for name in expected]).norm()
+    assert size > 1e-4 and difference < 2e-2 * size
+
+
+def test_the_baseline_learns_the_same_from_the_same_rewards(bench, monkeypatch):
+    """With rewards taken from noise identities instead of pixels nothing is left but rounding of the loss."""
+    rewards = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(3))
+    ours, released = bench.case(BY_NAME[REFERENCE]), bench.case(BY_NAME["official"])
+    monkeypatch.setattr(official, "collect", lambda scores: (rewards.transpose(0, 1).flatten(), 0.0))
+    given = rewards.view(1, -1)
+    monkeypatch.setattr(ours.run.scores, "collect", lambda: setattr(ours.run.scores, "rewards", given) or given)
+    found, expected = gradients(ours), gradients(released)
+    assert torch.equal(ours.rewards, released.rewards)
+    size = max(value.abs().max() for value in expected.values())
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() < 2e-4 * size, name
+
+
+def test_rank_correlation_is_spearmans():
+    exact = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    assert rank_correlation(exact * 7, exact) == pytest.approx(1)
+    assert rank_correlation(-exact, exact) == pytest.approx(-1)
+    assert rank_correlation(torch.tensor([[2.0, 1.0, 3.0, 4.0]]), exact) == pytest.approx(0.8)
+    assert rank_correlation(torch.tensor([[1.0, 1.0, 3.0, 4.0]]), exact) == pytest.approx(0.9487, abs=1e-4)
+    halves = torch.stack((exact, -exact)), torch.stack((exact, exact))
+    assert rank_correlation(*halves) == pytest.approx(0)
+
+
+def sd3():
+    from rollouts.architectures import SMALL_SD3
+
+    model = diffusers.SD3Transformer2DModel(**SMALL_SD3 | {"num_layers": 3, "dual_attention_layers": (0, 1)})
+    inputs = {"hidden_states": torch.zeros(1, 16, 16, 16), "timestep": torch.zeros(1),
+              "encoder_hidden_states": torch.zeros(1, 7, 32), "pooled_projections": torch.zeros(1, 16)}  # fmt: skip
+    return model, inputs
+
+
+def flux():
+    from rollouts.architectures import SMALL_FLUX
+
+    model = diffusers.FluxTransformer2DModel(**SMALL_FLUX | {"num_layers": 2, "num_single_layers": 3})
+    inputs = {"hidden_states": torch.zeros(1, 64, 64), "timestep": torch.zeros(1), "guidance": torch.zeros(1),
+              "encoder_hidden_states": torch.zeros(1, 7, 32), "pooled_projections": torch.zeros(1, 16),
+              "img_ids": torch.zeros(64, 3), "txt_ids": torch.zeros(7, 3)}  # fmt: skip
+    return model, inputs
+
+
+@pytest.mark.parametrize("build", [sd3, flux])
+def test_flops_of_a_row_are_those_torch_counts(build):
+    model, inputs = build()
+    cost = ROW_COSTS[type(model).__name__](model.config, 64, 7)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert cost.forward == counted(lambda: model(**inputs))
+    assert 0 < cost.attention < cost.linear
+
+
+def test_network_rows_are_the_calls_that_are_made(bench, monkeypatch):
+    """Counted at the network's door: forward rows of trunk, tails, learning and reference."""
+    rows, forward = [], TrainedNetwork.forward
+
+    def counting(self, inputs, device):
+        rows.append(len(inputs["hidden_states"]))
+        return forward(self, inputs, device)
+
+    monkeypatch.setattr(TrainedNetwork, "forward", counting)
+    for name in ("official", REFERENCE):
+        case = bench.case(BY_NAME[name])
+        rows.clear()
+        found = network_rows(case, iterate(case, 0))
+        assert sum(rows) == found.trunk + found.tails + found.learn + found.reference
+        assert found.learn == 3 * 4 * (3 if name == "official" else 1)
+
+
+def test_settings_add_up_level_by_level():
+    last, beside = BY_NAME["+stride 3"], settings_of(BY_NAME["compiled decoder"], True)
+    assert settings_of(BY_NAME[REFERENCE], True)["tails.merged"] is False
+    assert settings_of(last, True)["tails.fp8"] is True and settings_of(last, True)["model.dtype"] == "bf16"
+    assert "tails.fp8" not in settings_of(last, False) and settings_of(last, False)["model.dtype"] == "fp32"
+    assert beside["tails.compile_vae"] and beside["branch.overlap"] and "tails.fp8" not in beside
+    assert settings_of(BY_NAME["official"], True)["model.dtype"] == "fp32"
+
+
+def test_a_smoke_run_writes_rows_table_and_picture(tmp_path, capsys):
+    assert rollouts.main(["--smoke", "--architecture", "digits", "--minutes", "60", "--out", str(tmp_path),
+                          "--variants", f"official,official-tuned,{REFERENCE},+merged,+multistep",
+                          "--set", "tails.level=eager"]) == 0  # fmt: skip
+    rows = read(tmp_path / "rollouts_digits.jsonl")
+    found = summarise(rows)
+    assert list(found) == ["official", REFERENCE, "+merged", "+multistep"]
+    assert [row["variant"] for row in rows if row["kind"] == "skipped"] == ["official-tuned"]
+    assert all({"device", "torch", "commit", "date"} <= set(row) for row in rows)
+    assert found["+multistep"].rows["tails"] < found["+merged"].rows["tails"] == found[REFERENCE].rows["tails"]
+    for item in found.values():
+        assert sum(item.phases.values()) == pytest.approx(item.per_thousand, rel=0.02)
+        assert item.rate == pytest.approx(item.rollouts / item.seconds * 3600)
+    assert found["+merged"].correlation > 0.9
+    table = capsys.readouterr().out
+    assert "not run: `official-tuned`" in table and "| 1.00 |" in table
+    assert (tmp_path / "rollouts_digits.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("name", ["small-sd3", "small-flux"])
+def test_real_architectures_run_in_miniature(name, tmp_path):
+    """Random pipelines of the published classes, CLIP as reward, guidance, bytes against PIL images."""
+    small = {"branch.seeds": 2, "branch.siblings": 2, "sample.steps": 3, "learn.rows": 2, "tails.level": "eager"}
+    bench = Bench(name, torch.device("cpu"), tmp_path, small)
+    measured = {}
+    with bench.texts():
+        for variant in ("official", REFERENCE):
+            case = bench.case(BY_NAME[variant])
+            measured[variant] = iterate(case, 0)
+    row = figures(bench, case, measured[REFERENCE], measured["official"], 1e12)
+    assert measured[REFERENCE].rewards.shape == (2, 2, 2)
+    assert row["network_tflop"] >= 0 and row["grad_norm"] > 0
+    assert (measured["official"].rewards - measured[REFERENCE].rewards).abs().max() < 0.02
+
+
+def test_warming_up_meets_every_chunk_size():
+    """24 branches a fork: one fork fills a chunk of 24; a chunk of 48 and the half one at the end need three."""
+    assert forks_to_warm_up(24, 24, 9) == 1
+    assert forks_to_warm_up(24, 48, 9) == 3 and forks_to_warm_up(24, 48, 8) == 2
+    assert forks_to_warm_up(24, 1000, 9) == 9
+
+
+def test_pil_images_and_back():
+    from PIL import Image
+
+    pixels = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5).to(torch.uint8)
+    images = [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).contiguous().numpy()]
+    assert torch.equal(bytes_of(images), pixels)
+
+
+def test_cost_grows_with_size_and_the_curve_says_how(tmp_path):
+    """Two sizes of one quantity on the real pipeline, and the exponent of a known curve."""
+    sizes = {"siblings": (2, 3)}
+    assert linearity.main(["--rounds", "1", "--out", str(tmp_path)], sizes, {"sample.steps": 2}) == 0
+    rows = read(tmp_path / "linearity_digits.jsonl")
+    assert [(row["size"], row["rollouts"]) for row in rows] == [(2, 8), (2, 8), (3, 12), (3, 12)]
+    assert (tmp_path / "linearity_digits.png").stat().st_size > 5_000
+    assert linearity.exponent([(1, 3.0), (2, 12.0), (4, 48.0)]) == pytest.approx(2)
+    assert linearity.exponent([(3, 5.0), (6, 5.0)]) == pytest.approx(0)
+
+
+def test_the_profile_names_costs(bench, monkeypatch):
+    monkeypatch.setattr(bench, "overrides", SMALL | {"sample.steps": 2, "tails.level": "eager"})
+    text = profile_iteration.profiled(bench, REFERENCE)
+    assert "| matrix products |" in text and "convolutions" in text and "tails" in text
+    assert 10 <= sum(line.startswith("| ") for line in text.splitlines()) <= 12
+
+
+@pytest.mark.parametrize(("name", "kind"), [
+    ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n", "matrix products"),
+    ("nvjet_tst_256x128_64x4_1x2_h_bz_coopA_NTN", "matrix products"),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
+    ("void pytorch_flash::flash_fwd_kernel", "attention"),
+    ("aten::convolution_backward", "convolutions"),
+    ("triton_red_fused_native_layer_norm_gelu_3", "compiled chains: norms, elementwise"),
+    ("triton_tem_fused_mm_2", "matrix products"),
+    ("Memcpy DtoH (Device -> Pageable)", "copies to and from the host"),
+    ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "elementwise"),
+])  # fmt: skip
+def test_kernels_are_sorted_by_kind(name, kind):
+    assert profile_iteration.kind_of(name) == kind

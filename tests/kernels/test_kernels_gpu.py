@@ -1,0 +1,60 @@
+"""The Triton kernels on a real device: contract, determinism, CUDA graphs. `gpu_check.py` adds the timing."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from kernel_cases import Case
+from kernel_contract import (
+    CASES,
+    check_log_prob,
+    check_log_ratio,
+    check_loss,
+    check_nan,
+    check_noise,
+    check_step,
+    on_device,
+    unnumbered,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
+]
+OPTIONS = SimpleNamespace(device="cuda", tiny=False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contract(case):
+    from tempflow_kernels.gpu import ops as triton_ops
+
+    case = on_device(case, "cuda")
+    check_log_ratio(triton_ops, case)
+    check_loss(triton_ops, case, scale=65536.0)
+    for check in (check_noise, check_step, check_log_prob):
+        check(triton_ops, unnumbered(case))
+
+
+def test_nan_is_not_clipped_away():
+    from tempflow_kernels.gpu import ops as triton_ops
+
+    check_nan(triton_ops, Case(device="cuda"))
+
+
+def test_public_operators_dispatch_to_triton_and_train():
+    import tempflow_kernels as tk
+
+    case = Case(shape=(16, 16, 16), dtype=torch.bfloat16, device="cuda")
+    leaf = case.velocity.clone().requires_grad_()
+    loss, _ = tk.branch_loss(leaf, case.velocity_old, case.advantages, case.weights, case.coef, case.key)
+    (65536.0 * loss).backward()
+    assert leaf.grad.dtype == torch.bfloat16 and torch.isfinite(leaf.grad).all() and leaf.grad.abs().max() > 0
+    with pytest.raises(ValueError, match="velocity_old: found device cpu"):
+        tk.log_ratio(leaf, case.velocity_old.cpu(), case.coef, case.key, 3)
+
+
+@pytest.mark.parametrize("part", ["determinism", "graph"])
+def test_parts_of_the_gpu_check(part):
+    from operators.gpu_check import PARTS
+
+    PARTS[part](OPTIONS)

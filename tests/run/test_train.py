@@ -1,0 +1,197 @@
+"""Whole runs through the command line's own entry point: outputs, resume, wrong input."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tempflow.metrics import read_metrics
+from tempflow.train import main
+
+SMALL = ["digits", "branch.prompts=2", "branch.seeds=2", "branch.siblings=3", "branch.steps=[0,3]", "sample.steps=5",
+         "learn.lr=3e-4", "learn.lr_schedule=constant", "learn.rows=2", "eval.prompts=6", "eval.steps=4",
+         "eval.pictures=3", "eval.every=2", "learn.ema_every=1", "learn.iterations=4", "run.save_every=2"]  # fmt: skip
+
+
+def train(folder: Path, *overrides: str) -> int:
+    return main([*SMALL, f"run.dir={folder}", *overrides])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of four iterations with KL and two updates each."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert train(folder, "learn.updates=2", "learn.kl=0.01") == 0
+    return folder
+
+
+def test_a_run_writes_everything(finished):
+    names = {path.name for path in finished.iterdir()}
+    expected = {"config.yaml", "metrics.jsonl", "report.png", "pytorch_lora_weights.safetensors", "tensorboard"}
+    assert expected <= names
+    assert Image.open(finished / "report.png").size[0] > 1000
+    assert [path.name for path in sorted((finished / "pictures").iterdir())] == [
+        f"step_{step:06d}.png" for step in (0, 2, 4)
+    ]
+    assert [path.name for path in sorted((finished / "checkpoints").iterdir())] == ["step_000002", "step_000004"]
+    assert not list(finished.rglob("*.partial")) and any((finished / "tensorboard").iterdir())
+
+
+def test_metrics_have_their_fields(finished):
+    start, *rows = read_metrics(finished / "metrics.jsonl")
+    assert start["step"] == 0 and 0 <= start["gold"] <= 1 and len(start["noise_weights"]) == 4
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    for row in rows:
+        numbers = ("seconds", "rollouts", "rollouts_per_hour", "reward_mean", "log_ratio_mean", "log_ratio_max",
+                   "clip_fraction", "grad_norm", "kl", "groups_masked")  # fmt: skip
+        assert all(isinstance(row[name], int | float) for name in numbers)
+        assert row["first_log_ratio_max"] == 0.0 and row["rollouts"] == 24 * row["step"]
+        assert [value is None for value in row["reward_std_per_step"]] == [False, True, True, False]
+        assert {"trunk", "tails", "decode", "reward", "learn"} <= set(row["phase_seconds"])
+        assert ("gold" in row) == (row["step"] % 2 == 0)
+    assert rows[-1]["kl"] > 0 and rows[-1]["log_ratio_max"] > 0
+
+
+def test_resume_continues_as_if_never_stopped(finished, tmp_path):
+    arguments = ("learn.updates=2", "learn.kl=0.01")
+    folder = tmp_path / "stopped"
+    assert train(folder, "learn.iterations=2", *arguments) == 0
+    assert train(folder, "run.resume=true", *arguments) == 0
+    for name in ("parameters", "average", "optimizer"):
+        file = Path("checkpoints", "step_000004", f"{name}.safetensors")
+        whole, parts = load_file(finished / file), load_file(folder / file)
+        assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+    timeless = [
+        [{key: row[key] for key in ("step", "rollouts", "reward_mean", "grad_norm") if key in row} for row in
+         read_metrics(run / "metrics.jsonl")] for run in (finished, folder)
+    ]  # fmt: skip
+    assert timeless[0] == timeless[1]
+
+
+def test_resume_drops_lines_after_the_checkpoint(tmp_path):
+    folder = tmp_path / "run"
+    assert train(folder, "learn.iterations=2") == 0
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "reward_mean": 99.0}) + '\n{"step": 4, "rew')
+    assert train(folder, "run.resume=true", "learn.iterations=3") == 0
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and rows[-1]["reward_mean"] < 2
+
+
+def test_full_training_and_other_settings_run(tmp_path):
+    """Full fine-tuning, a random subset of forks, inner epochs, prompt groups, Dance-SDE, no held-out prompts."""
+    folder = tmp_path / "full"
+    overrides = ["model.train=full", "learn.kl=0.001", "learn.kl_divisor=diffusion", "branch.steps=random:2",
+                 "learn.inner_epochs=2", "learn.group=prompt", "learn.advantage_std=global", "run.trackers=[]",
+                 "prompts.test=null", "learn.weighting=uniform", "sample.transition=dance_sde",
+                 "learn.lr=1e-5"]  # fmt: skip
+    assert train(folder, *overrides) == 0
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert "gold" not in rows[-1] and (folder / "transformer" / "config.json").is_file()
+    spreads = [row["reward_std_per_step"] for row in rows[1:]]
+    forked = [tuple(step for step, value in enumerate(spread) if value is not None) for spread in spreads]
+    assert all(len(steps) == 2 for steps in forked) and len(set(forked)) > 1
+    assert rows[-1]["log_ratio_max"] > 0 == rows[-1]["first_log_ratio_max"]
+
+
+def test_plan_only_prints_and_writes_nothing(tmp_path, capsys):
+    assert train(tmp_path / "none", "run.plan_only=true") == 0
+    printed = capsys.readouterr().err
+    assert "4 trunks x 2 forks x 3 siblings = 24 images" in printed and "advantages among 3 branches" in printed
+    assert not (tmp_path / "none").exists()
+
+
+def test_help_prints_every_field(capsys):
+    assert main(["--help"]) == 0
+    assert "branch.siblings=6" in capsys.readouterr().out
+
+
+BAD_SCORERS = """
+import torch
+def short(images, prompts): return torch.zeros(len(images) - 1)
+def nan(images, prompts): return torch.full((len(images),), float("nan"))
+"""
+
+WRONG_INPUT = [
+    (["model.path=/nowhere"], "model.path", "no such folder"),
+    (["prompts.train=/nowhere.txt"], "prompts.train", "no such file"),
+    (["prompts.train={folder}/empty.txt"], "prompts.train", "no prompt"),
+    (["branch.siblings=1"], "branch.siblings", "at least 2"),
+    (["branch.steps=[0,4]"], "branch.steps", "0 .. 3"),
+    (["model.path={folder}/other"], "model.path", "supported are StableDiffusion3Pipeline"),
+    (["learn.group=prompt", "branch.seeds=1", "branch.siblings=1", "learn.rows=1"], "branch.siblings", "at least 2"),
+    (["sample.transition=cps", "learn.kl_divisor=diffusion"], "learn.kl_divisor", "std"),
+    (["run.dir={folder}/empty.txt"], "run.dir", "exists already"),
+    (["run.dir={folder}/" + 300 * "x"], "run.dir", "cannot be used"),
+    (["learn.rows=3"], "learn.rows", "divide the 4 trunks"),
+    (["learn.updates=3"], "learn.updates", "divide the 2 batches"),
+    (["reward.name=bad_scorers:nan"], "reward.name", "NaN"),
+    (["reward.name=bad_scorers:short"], "reward.name", "one number per image"),
+    (["reward.gold=bad_scorers:none"], "reward.gold", "cannot be imported"),
+    (["learn.lrr=1"], "learn.lrr", "learn.lr"),
+    (["run.resume=true"], "run.resume", "no run"),
+    (["run.dir=/proc/tempflow"], "run.dir", "cannot be written"),
+    (["run.device=cuda"], "run.device", "no GPU") if not torch.cuda.is_available() else (["lr=1"], "argument", "form"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "field", "words"), WRONG_INPUT, ids=lambda value: str(value)[:40])
+def test_wrong_input_is_one_clear_line_and_exit_code_2(tmp_path, monkeypatch, capsys, overrides, field, words):
+    (tmp_path / "bad_scorers.py").write_text(BAD_SCORERS)
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text('{"_class_name": "SanaPipeline"}')
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert train(tmp_path / "run", *(override.format(folder=tmp_path) for override in overrides)) == 2
+    printed = capsys.readouterr().err
+    (line,) = [line for line in printed.splitlines() if line.startswith(f"tempflow: {field}=")]
+    assert words in line and "Traceback" not in printed
+    assert "metrics.jsonl" not in {path.name for path in (tmp_path / "run").glob("*") if path.stat().st_size}
+
+
+def test_an_existing_run_is_never_overwritten(finished, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert train(finished, "learn.updates=2", "learn.kl=0.01") == 2
+    assert "run.resume=true" in capsys.readouterr().err
+    assert train(finished, "run.resume=true", "learn.updates=2", "learn.kl=0.02") == 2
+    assert "learn.kl=0.02" in capsys.readouterr().err
+    assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+
+
+def test_a_broken_checkpoint_is_named(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train(folder, "learn.iterations=2") == 0
+    (folder / "checkpoints" / "step_000002" / "parameters.safetensors").write_bytes(b"torn")
+    assert train(folder, "run.resume=true") == 2
+    assert "step_000002" in capsys.readouterr().err
+
+
+def torchrun(folder: Path, processes: int) -> list[dict]:
+    """A run under torchrun, as users start it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
+               str(Path(__file__).parents[2] / "tempflow" / "train.py"), *SMALL, f"run.dir={folder}",
+               "learn.group=batch", "learn.lr=1e-3", "learn.iterations=3"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def test_two_processes_draw_and_learn_what_one_does(tmp_path):
+    """Whole prompts per rank, averaged gradients, groups across ranks: the same run up to the order of sums."""
+    one, two = torchrun(tmp_path / "one", 1), torchrun(tmp_path / "two", 2)
+    assert two[1]["reward_mean"] == pytest.approx(one[1]["reward_mean"], abs=1e-6)
+    assert two[1]["reward_std_per_step"] == pytest.approx(one[1]["reward_std_per_step"], abs=2e-6, nan_ok=True)
+    assert [row["rollouts"] for row in two] == [row["rollouts"] for row in one]
+    assert all(row["first_log_ratio_max"] == 0 for row in two[1:])
+    assert two[3]["grad_norm"] == pytest.approx(one[3]["grad_norm"], rel=1e-3)
+    file = Path("checkpoints", "step_000003", "parameters.safetensors")
+    weights = [load_file(tmp_path / name / file) for name in ("one", "two")]
+    apart = torch.cat([(tensor - weights[1][name]).abs().flatten() for name, tensor in weights[0].items()])
+    assert apart.mean() < 3e-5 and apart.max() < 1e-3  # AdamW takes a full step where a gradient is all rounding
