@@ -23,13 +23,13 @@ from tempflow_kernels import transition_step
 from torch import Tensor
 
 from tempflow.batching import chunks
-from tempflow.draws import Draw
+from tempflow.common.draws import Draw
+from tempflow.common.tensors import to_device
 from tempflow.plan import BranchPlan
 from tempflow.policy import Conditioning, Policy
 from tempflow.schedule import NoiseSchedule
 from tempflow.settings import LearnConfig
 from tempflow.tail_engine import TailEngine, ode_step
-from tempflow.transfer import to_device
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Checkpoints that restore everything: parameters, optimizer, moving average, iteration. Safetensors and JSON only.
 
-The random draws need no state: they are functions of the run seed and the iteration (`tempflow.draws`).
+The random draws need no state: they are functions of the run seed and the iteration (`tempflow.common.draws`).
 Deviation: the released code saves adapters only and its resume cannot find them.
 """
 
@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.optim import load_state
 from tempflow.stepping import Stepper
 

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from tempflow.errors import BadInput
-from tempflow.paths import PACKAGE
+from tempflow.common.errors import BadInput
+from tempflow.common.files import PACKAGE
 from tempflow.settings import Config
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tempflow.batching import BUCKET
-from tempflow.errors import BadInput, Unscored
+from tempflow.common.errors import BadInput, Unscored
 
 Result = TypeVar("Result")
 

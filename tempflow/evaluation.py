@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tempflow.batching import chunks
 from tempflow.branching import decode_branches
+from tempflow.common.draws import EVALUATION, Draw
 from tempflow.distributed import Ranks
-from tempflow.draws import EVALUATION, Draw
 from tempflow.metrics import known_mean
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt

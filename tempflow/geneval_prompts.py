@@ -17,9 +17,9 @@ from itertools import accumulate, islice, pairwise, permutations, product
 from pathlib import Path
 from typing import Any
 
-from tempflow.draws import PROMPTS, shuffled
-from tempflow.errors import BadInput
-from tempflow.paths import write_atomically
+from tempflow.common.draws import PROMPTS, shuffled
+from tempflow.common.errors import BadInput
+from tempflow.common.files import write_atomically
 from tempflow.prompts import Prompt, read_prompts
 
 CLASSES = [

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tempflow.paths import write_atomically
+from tempflow.common.files import write_atomically
 
 REWARD = "reward_test"
 """The name of the optimised reward among the scores."""

@@ -15,8 +15,8 @@ import torch
 from tempflow_kernels import BranchLossStats
 from torch import Tensor
 
-from tempflow.errors import BadInput
-from tempflow.paths import write_atomically
+from tempflow.common.errors import BadInput
+from tempflow.common.files import write_atomically
 
 Item = TypeVar("Item")
 MAXIMA = ("log_ratio_max", "ratio_max")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.settings import LearnConfig
 
 

@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from tempflow.draws import FORKS, shuffled
-from tempflow.errors import BadInput
+from tempflow.common.draws import FORKS, shuffled
+from tempflow.common.errors import BadInput
 
 FORMS = "all, a list such as [0,2,4], first:n or random:n"
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tempflow.draws import PROMPTS, shuffled
-from tempflow.errors import BadInput
-from tempflow.paths import resolve
+from tempflow.common.draws import PROMPTS, shuffled
+from tempflow.common.errors import BadInput
+from tempflow.common.files import resolve
 
 
 @dataclass(frozen=True)

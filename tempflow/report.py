@@ -17,9 +17,9 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
+from tempflow.common.files import write_atomically
 from tempflow.metrics import read_metrics
-from tempflow.paths import write_atomically
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

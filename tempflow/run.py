@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tempflow import checkpoint
 from tempflow.checkpoint import Progress
+from tempflow.common.draws import Draw
+from tempflow.common.errors import BadInput, Unscored
 from tempflow.distributed import Ranks
-from tempflow.draws import Draw
-from tempflow.errors import BadInput, Unscored
 from tempflow.evaluation import Evaluator
 from tempflow.hacking import falls, keep_scores, read_scores
 from tempflow.metrics import MetricsWriter, PhaseClock

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
+from tempflow.common.errors import BadInput
+from tempflow.common.files import write_atomically
 from tempflow.config import read_values, to_yaml, validate
 from tempflow.distributed import Ranks
-from tempflow.errors import BadInput
-from tempflow.paths import write_atomically
 from tempflow.settings import Config
 
 MAY_CHANGE = {

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tempflow.errors import BadInput
-from tempflow.transfer import to_device
+from tempflow.common.errors import BadInput
+from tempflow.common.tensors import to_device
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tempflow.branching import decode_branches
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.metrics import PhaseClock
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.optim import MovingAverage, state_bytes
 
 PATIENCE = 20

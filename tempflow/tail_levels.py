@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from tempflow.common.errors import BadInput
 from tempflow.compiled import CompiledBlocks
-from tempflow.errors import BadInput
 from tempflow.policy import Policy
 from tempflow.schedule import NoiseSchedule
 from tempflow.settings import TailConfig

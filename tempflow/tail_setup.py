@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from tempflow.chunk_planner import choose_rows, free_memory, measure, tail_lengths
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.optim import estimated_state_bytes
 from tempflow.plan import BranchPlan
 from tempflow.policy import Policy

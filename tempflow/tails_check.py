@@ -19,8 +19,8 @@ from torch import Tensor
 from tempflow import distributed
 from tempflow.assembly import set_up
 from tempflow.branching import Trunk, sample_branches, sample_trunk
+from tempflow.common.errors import BadInput
 from tempflow.config import load
-from tempflow.errors import BadInput
 from tempflow.metrics import PhaseClock
 from tempflow.run import Run
 from tempflow.tail_engine import EagerEngine, TailEngine

@@ -32,13 +32,13 @@ from tempflow.advantage import Credit, combined_advantages, known_std
 from tempflow.assembly import set_up, show_plan
 from tempflow.branching import TransitionBatch, sample_branches, sample_trunk, updates
 from tempflow.checkpoint import Progress
+from tempflow.common.errors import BadInput, Unscored
+from tempflow.common.tensors import to_device
 from tempflow.config import load
-from tempflow.errors import BadInput, Unscored
 from tempflow.metrics import LossRecord, known_mean, loss_figures
 from tempflow.optim import set_learning_rate
 from tempflow.run import Run
 from tempflow.tails_check import check_tails
-from tempflow.transfer import to_device
 from tempflow.usage import help_text
 
 INTERRUPTED = 130

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt, iteration_prompts, read_prompts
 
 

@@ -36,7 +36,7 @@ from rollouts.figures import figures
 from rollouts.report import write_report
 from rollouts.variants import REFERENCE, VARIANTS, Variant
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 
 CLOSING_SECONDS = 8
 """kept for the report"""

@@ -13,7 +13,8 @@ import diffusers
 import torch
 import transformers
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
+from tempflow.common.files import resolve
 from tempflow.models.attention import check_attention, set_attention
 from tempflow.models.family import Family
 from tempflow.models.flux import Flux
@@ -26,7 +27,6 @@ from tempflow.models.sd3 import SD3
 from tempflow.models.skeleton import Skeleton
 from tempflow.models.text import TextRows, files_identity
 from tempflow.models.z_image import ZImage
-from tempflow.paths import resolve
 from tempflow.settings import ModelConfig, SampleConfig
 
 FAMILIES = {family.pipeline_class.__name__: family for family in (SD3, Flux, QwenImage, Flux2, Flux2Klein, ZImage)}

@@ -13,8 +13,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from tempflow.errors import BadInput
-from tempflow.paths import resolve
+from tempflow.common.errors import BadInput
+from tempflow.common.files import resolve
 from tempflow.settings import ModelConfig
 
 NAME = "default"

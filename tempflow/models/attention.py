@@ -19,7 +19,7 @@ from diffusers.models.attention_dispatch import (
 from diffusers.utils import logging as diffusers_logging
 from torch import nn
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.models.pipeline import PipelinePolicy
 
 CANDIDATES = ("_native_cudnn", "_native_flash", "flash", "_flash_3")

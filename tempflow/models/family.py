@@ -14,7 +14,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.settings import ModelConfig, SampleConfig
 
 

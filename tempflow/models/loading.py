@@ -14,9 +14,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
+from tempflow.common.files import resolve
 from tempflow.models.network import DTYPES
-from tempflow.paths import resolve
 from tempflow.settings import ModelConfig
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}

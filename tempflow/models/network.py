@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.models.adapters import adapted_layers, add_adapters, load_adapters, save_adapters
 from tempflow.models.float8 import why_not
 from tempflow.models.merged import MergedNetwork

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 
 MEMORY_LIMIT = 8 * 2**30
 """Bytes of encoded texts kept in main memory; the texts used longest ago go first."""

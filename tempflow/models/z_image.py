@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, ZImagePipeline
 from torch import Tensor
 from torch.nn import functional as F
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.models.family import Family
 from tempflow.models.z_image_rows import SEQ_MULTI_OF, forward_rows, round_up
 from tempflow.settings import ModelConfig, SampleConfig

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tempflow.batching import chunks
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
 
 SCORERS = {

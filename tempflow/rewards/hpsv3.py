@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer, Qwen2VLConfig
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
 from tempflow.rewards.pixels import check_images, normalise, qwen_size, resize
 from tempflow.rewards.weights import dtype_of, find, frozen, install, needed, option, read_tensors, renamed

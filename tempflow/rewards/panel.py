@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tempflow.errors import BadInput, Unscored
+from tempflow.common.errors import BadInput, Unscored
 from tempflow.prompts import Prompt
 from tempflow.rewards import Scorer, check_options, load_scorer
 from tempflow.rewards.secret import read_token

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from tempflow.batching import chunks
-from tempflow.errors import BadInput, Unscored
+from tempflow.common.errors import BadInput, Unscored
 from tempflow.prompts import Prompt
 from tempflow.rewards import wire
 from tempflow.rewards.wire import ANSWER_BYTES, SCORE_BYTES, Malformed, Request, read_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 
 VARIABLE = "TEMPFLOW_SCORER_TOKEN"
 

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.rewards import SCORERS, Scorer, load_scorer
 from tempflow.rewards.score import read_device, read_options
 from tempflow.rewards.secret import read_token

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 from PIL import Image
 from torch import Tensor
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
 from tempflow.rewards.pixels import check_images
 from tempflow.rewards.weights import option, require

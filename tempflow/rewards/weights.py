@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 
 Loaded = TypeVar("Loaded")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

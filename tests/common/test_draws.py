@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tempflow.draws import EVALUATION, FORKS, NOISE, PROMPTS, Draw, shuffled
+from tempflow.common.draws import EVALUATION, FORKS, NOISE, PROMPTS, Draw, shuffled
 
 
 def test_permutations_are_complete_and_differ_by_seed_purpose_and_turn():

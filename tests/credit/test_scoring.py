@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.metrics import PhaseClock
 from tempflow.prompts import Prompt
 from tempflow.rewards import Scorer

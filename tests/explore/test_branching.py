@@ -5,8 +5,8 @@ import torch
 from tempflow_kernels import normal_like
 
 from tempflow.branching import decode_branches, sample_branches, sample_trunk, updates
-from tempflow.draws import Draw
-from tempflow.errors import BadInput
+from tempflow.common.draws import Draw
+from tempflow.common.errors import BadInput
 from tempflow.plan import BranchCost, BranchPlan
 from tempflow.settings import LearnConfig
 from tempflow.tail_engine import EagerEngine

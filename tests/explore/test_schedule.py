@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.schedule import TRANSITIONS, build_schedule, cps, dance_sde, flow_sde, ode
 
 

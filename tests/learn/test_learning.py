@@ -5,7 +5,7 @@ import torch
 from tempflow_kernels import BranchLossStats, branch_loss
 
 from tempflow.branching import sample_trunk, updates
-from tempflow.draws import Draw
+from tempflow.common.draws import Draw
 from tempflow.metrics import LossRecord, loss_figures
 from tempflow.optim import MovingAverage, make_optimizer, set_learning_rate
 from tempflow.plan import BranchPlan

@@ -8,7 +8,7 @@ from torch.nn import Parameter
 
 from tempflow import checkpoint
 from tempflow.checkpoint import Progress
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.models import load_policy
 from tempflow.optim import (
     OPTIMIZERS,

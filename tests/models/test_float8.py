@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.models import load_policy
 from tempflow.models.float8 import Float8Linear, takes_float8, to_float8
 from tempflow.settings import ModelConfig, SampleConfig

@@ -12,7 +12,7 @@ import torch
 from diffusers.models.transformers import transformer_qwenimage
 from tiny_pipelines import BUILDERS, SIZE, TEXTS, model_config, sample_config
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.models import adapters, attention, load_policy, load_skeleton
 from tempflow.stepping import LossScale
 

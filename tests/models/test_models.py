@@ -6,10 +6,10 @@ import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-from tempflow.draws import Draw
-from tempflow.errors import BadInput
+from tempflow.common.draws import Draw
+from tempflow.common.errors import BadInput
+from tempflow.common.files import resolve
 from tempflow.models import load_policy
-from tempflow.paths import resolve
 from tempflow.schedule import build_schedule
 from tempflow.settings import ModelConfig, SampleConfig
 from tempflow.tail_engine import EagerEngine

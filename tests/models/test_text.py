@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_pipelines import BUILDERS, TEXT_TOKENS, TEXTS
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.models import text as text_module
 
 

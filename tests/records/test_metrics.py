@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, flat_numbers, read_metrics
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from reward_cases import attention, pictures, random_tensors
 from transformers import BertTokenizer
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
 from tempflow.rewards import load_scorer
 from tempflow.rewards.imagereward import TEXT_HEADS, VISION_HEADS

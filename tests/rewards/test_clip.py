@@ -15,7 +15,7 @@ from reward_cases import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
 from tempflow.rewards import load_scorer
 from tempflow.rewards.pixels import clip_pixels, letterbox_pixels

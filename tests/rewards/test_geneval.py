@@ -5,7 +5,7 @@ import torch
 from reward_cases import clip_folder, open_clip_tensors, pictures
 from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation, SwinConfig
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
 from tempflow.rewards import detection, load_scorer
 from tempflow.rewards.detection import CLASSES, COLOURS, Detection, Detector, box_of, cut_out

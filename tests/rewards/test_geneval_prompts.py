@@ -6,7 +6,7 @@ from itertools import starmap
 
 import pytest
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.geneval_prompts import CLASSES, TASKS, choices, content, main, phrase
 from tempflow.prompts import read_prompts
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer, Qwen2VLConfig
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
 from tempflow.rewards import hpsv3, load_scorer
 from tempflow.rewards.hpsv3 import patches_of

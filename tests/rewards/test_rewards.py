@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
 from tempflow.rewards import Scorer, check_options, load_scorer
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
 from tempflow.rewards import load_scorer
 from tempflow.rewards.vlm_judge import number_in

@@ -5,7 +5,7 @@ import torch
 
 from tempflow import checkpoint
 from tempflow.checkpoint import Progress
-from tempflow.errors import BadInput
+from tempflow.common.errors import BadInput
 from tempflow.optim import MovingAverage
 from tempflow.stepping import Stepper
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from tempflow.common.errors import BadInput
 from tempflow.config import field_names, load, presets, to_yaml
-from tempflow.errors import BadInput
 from tempflow.run_folder import check_consistency
 from tempflow.settings import Config
 from tempflow.usage import help_text

@@ -10,8 +10,8 @@ import torch
 from tempflow import tail_levels, tail_setup, tails_check
 from tempflow.assembly import set_up
 from tempflow.chunk_planner import Probe, choose_rows, measure, tail_lengths
+from tempflow.common.errors import BadInput
 from tempflow.config import load
-from tempflow.errors import BadInput
 from tempflow.metrics import read_metrics
 from tempflow.plan import BranchPlan
 from tempflow.settings import Config, TailConfig

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from tempflow.branching import sample_branches, sample_trunk
+from tempflow.common.draws import Draw
 from tempflow.compiled import CompiledBlocks
-from tempflow.draws import Draw
 from tempflow.plan import BranchPlan
 from tempflow.schedule import build_schedule
 from tempflow.tail_engine import BufferStore, Direct, EagerEngine, StaticEngine

@@ -7,7 +7,7 @@ import torch
 
 from tempflow.branching import sample_branches, sample_trunk
 from tempflow.chunk_planner import choose_rows, free_memory, measure
-from tempflow.draws import Draw
+from tempflow.common.draws import Draw
 from tempflow.metrics import PhaseClock
 from tempflow.models import load_policy
 from tempflow.models.float8 import Float8Linear, to_float8

@@ -16,7 +16,7 @@ import torch
 from rewards.servers.test_wire import garbled, mutated
 from scorer_faults import FAULTS, ROOT, bright, post, running, same, serving, survive, work
 
-from tempflow.errors import BadInput, Unscored
+from tempflow.common.errors import BadInput, Unscored
 from tempflow.metrics import PhaseClock
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.rewards import Scorer, load_scorer
