@@ -25,7 +25,7 @@ from tempflow.run import Run
 from tempflow.run_folder import check_consistency, check_folder, write_settings
 from tempflow.schedule import NoiseSchedule, build_schedule
 from tempflow.scoring import ScoreQueue
-from tempflow.settings import Config
+from tempflow.settings.fields import Config
 from tempflow.stepping import LossScale, Stepper
 from tempflow.tail_engine import TailEngine
 from tempflow.tail_levels import Engines

@@ -28,7 +28,7 @@ from tempflow.common.tensors import to_device
 from tempflow.plan import BranchPlan
 from tempflow.policy import Conditioning, Policy
 from tempflow.schedule import NoiseSchedule
-from tempflow.settings import LearnConfig
+from tempflow.settings.fields import LearnConfig
 from tempflow.tail_engine import TailEngine, ode_step
 
 

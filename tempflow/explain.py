@@ -11,7 +11,7 @@ from tempflow.optim import estimated_state_bytes
 from tempflow.plan import BranchCost, BranchPlan
 from tempflow.run_folder import group_size
 from tempflow.schedule import NoiseSchedule
-from tempflow.settings import Config
+from tempflow.settings.fields import Config
 
 ALIKE = {"seed": "one prompt, one initial noise, one fork", "prompt": "one prompt, one fork step, all its noises",
          "batch": "one fork step, all prompts"}  # fmt: skip

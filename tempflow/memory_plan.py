@@ -31,7 +31,7 @@ from tempflow.models.network import DTYPES
 from tempflow.models.skeleton import Skeleton
 from tempflow.optim import estimated_state_bytes
 from tempflow.plan import BranchPlan
-from tempflow.settings import Config
+from tempflow.settings.fields import Config
 
 CUDA = 2**30
 CAPTURED = ("auto", "graph", "compiled_graph")

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tempflow.common.errors import BadInput
-from tempflow.settings import LearnConfig
+from tempflow.settings.fields import LearnConfig
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from tempflow.report import draw_report, save_pictures
 from tempflow.rewards.panel import Panel
 from tempflow.schedule import NoiseSchedule
 from tempflow.scoring import ScoreQueue
-from tempflow.settings import Config
+from tempflow.settings.fields import Config
 from tempflow.stepping import Stepper
 from tempflow.tail_engine import Numerics, TailEngine
 

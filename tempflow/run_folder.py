@@ -10,9 +10,9 @@ import torch
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import write_atomically
-from tempflow.config import read_values, to_yaml, validate
 from tempflow.distributed import Ranks
-from tempflow.settings import Config
+from tempflow.settings.fields import Config
+from tempflow.settings.reading import read_values, to_yaml, validate
 
 MAY_CHANGE = {
     "run.resume", "run.dir", "run.save_every", "run.keep_checkpoints", "run.trackers", "run.plan_only", "run.device",

@@ -13,7 +13,7 @@ from tempflow.common.errors import BadInput
 from tempflow.compiled import CompiledBlocks
 from tempflow.policy import Policy
 from tempflow.schedule import NoiseSchedule
-from tempflow.settings import TailConfig
+from tempflow.settings.fields import TailConfig
 from tempflow.tail_engine import (
     BufferStore,
     CudaGraphs,

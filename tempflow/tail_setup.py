@@ -12,7 +12,7 @@ from tempflow.optim import estimated_state_bytes
 from tempflow.plan import BranchPlan
 from tempflow.policy import Policy
 from tempflow.schedule import NoiseSchedule
-from tempflow.settings import Config
+from tempflow.settings.fields import Config
 from tempflow.tail_levels import LEVELS, Engines, levels_of, make_engines
 from tempflow.tail_solver import TailSolver
 

@@ -20,9 +20,9 @@ from tempflow import distributed
 from tempflow.assembly import set_up
 from tempflow.branching import Trunk, sample_branches, sample_trunk
 from tempflow.common.errors import BadInput
-from tempflow.config import load
 from tempflow.metrics import PhaseClock
 from tempflow.run import Run
+from tempflow.settings.reading import load
 from tempflow.tail_engine import EagerEngine, TailEngine
 
 

@@ -34,12 +34,12 @@ from tempflow.branching import TransitionBatch, sample_branches, sample_trunk, u
 from tempflow.checkpoint import Progress
 from tempflow.common.errors import BadInput, Unscored
 from tempflow.common.tensors import to_device
-from tempflow.config import load
 from tempflow.metrics import LossRecord, known_mean, loss_figures
 from tempflow.optim import set_learning_rate
 from tempflow.run import Run
+from tempflow.settings.help import help_text
+from tempflow.settings.reading import load
 from tempflow.tails_check import check_tails
-from tempflow.usage import help_text
 
 INTERRUPTED = 130
 """The exit code of a program that Ctrl-C ended: 128 + SIGINT."""

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 from tempflow.models import load_policy
 from tempflow.policy import Conditioning
 from tempflow.schedule import NoiseSchedule, build_schedule
-from tempflow.settings import ModelConfig, SampleConfig
+from tempflow.settings.fields import ModelConfig, SampleConfig
 
 SD35_SIGMAS = (1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.278, 0.0089, 0.0)
 

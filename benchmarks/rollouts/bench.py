@@ -31,14 +31,14 @@ from torch import Tensor
 
 import tempflow.assembly
 from tempflow.assembly import set_up
-from tempflow.config import read_values, validate
 from tempflow.models import load_policy
 from tempflow.policy import Policy
 from tempflow.rewards import Scorer
 from tempflow.rewards.digits import DigitsReward
 from tempflow.rewards.panel import Panel
 from tempflow.run import Run
-from tempflow.settings import Config, RewardConfig
+from tempflow.settings.fields import Config, RewardConfig
+from tempflow.settings.reading import read_values, validate
 from tempflow.tail_engine import TailWork
 from tempflow.train import train_step
 

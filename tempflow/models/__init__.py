@@ -27,7 +27,7 @@ from tempflow.models.sd3 import SD3
 from tempflow.models.skeleton import Skeleton
 from tempflow.models.text import TextRows, files_identity
 from tempflow.models.z_image import ZImage
-from tempflow.settings import ModelConfig, SampleConfig
+from tempflow.settings.fields import ModelConfig, SampleConfig
 
 FAMILIES = {family.pipeline_class.__name__: family for family in (SD3, Flux, QwenImage, Flux2, Flux2Klein, ZImage)}
 

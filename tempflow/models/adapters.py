@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
-from tempflow.settings import ModelConfig
+from tempflow.settings.fields import ModelConfig
 
 NAME = "default"
 PREFIX = "transformer."

@@ -9,7 +9,7 @@ from tempflow.models.loading import dtypes
 from tempflow.models.rehearsal import META, Peak, enable_checkpointing, give_precision, rehearse
 from tempflow.models.skeleton import Skeleton
 from tempflow.models.z_image_rows import round_up
-from tempflow.settings import ModelConfig
+from tempflow.settings.fields import ModelConfig
 
 
 class DryModel:

@@ -15,7 +15,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from tempflow.common.errors import BadInput
-from tempflow.settings import ModelConfig, SampleConfig
+from tempflow.settings.fields import ModelConfig, SampleConfig
 
 
 class Family:

@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor
 
 from tempflow.models.family import Family
-from tempflow.settings import ModelConfig, SampleConfig
+from tempflow.settings.fields import ModelConfig, SampleConfig
 
 
 class Flux(Family):

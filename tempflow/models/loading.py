@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
 from tempflow.models.network import DTYPES
-from tempflow.settings import ModelConfig
+from tempflow.settings.fields import ModelConfig
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 

@@ -16,7 +16,7 @@ from tempflow.common.errors import BadInput
 from tempflow.models.adapters import adapted_layers, add_adapters, load_adapters, save_adapters
 from tempflow.models.float8 import why_not
 from tempflow.models.merged import MergedNetwork
-from tempflow.settings import ModelConfig
+from tempflow.settings.fields import ModelConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

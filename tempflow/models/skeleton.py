@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tempflow.models.family import Family
 from tempflow.models.loading import dtypes
 from tempflow.models.network import TrainedNetwork
-from tempflow.settings import ModelConfig
+from tempflow.settings.fields import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from tempflow.common.errors import BadInput
 from tempflow.models.family import Family
 from tempflow.models.z_image_rows import SEQ_MULTI_OF, forward_rows, round_up
-from tempflow.settings import ModelConfig, SampleConfig
+from tempflow.settings.fields import ModelConfig, SampleConfig
 
 
 class ZImage(Family):

@@ -16,7 +16,7 @@ from tempflow.common.errors import BadInput, Unscored
 from tempflow.prompts import Prompt
 from tempflow.rewards import Scorer, check_options, load_scorer
 from tempflow.rewards.secret import read_token
-from tempflow.settings import RewardConfig
+from tempflow.settings.fields import RewardConfig
 
 LOCAL = threading.Lock()
 """Scorers that compute here work one at a time, however many threads wait for other machines."""

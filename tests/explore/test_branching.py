@@ -8,7 +8,7 @@ from tempflow.branching import decode_branches, sample_branches, sample_trunk, u
 from tempflow.common.draws import Draw
 from tempflow.common.errors import BadInput
 from tempflow.plan import BranchCost, BranchPlan
-from tempflow.settings import LearnConfig
+from tempflow.settings.fields import LearnConfig
 from tempflow.tail_engine import EagerEngine
 
 TEXTS = ("one", "three", "eleven")

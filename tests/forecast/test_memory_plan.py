@@ -7,12 +7,12 @@ import pytest
 import tiny_pipelines
 import torch
 
-from tempflow.config import load
 from tempflow.memory_plan import MemoryPlan, plan_memory
 from tempflow.models import load_policy, load_skeleton
 from tempflow.models.dry_model import DryModel
 from tempflow.plan import BranchPlan
-from tempflow.settings import ModelConfig, SampleConfig
+from tempflow.settings.fields import ModelConfig, SampleConfig
+from tempflow.settings.reading import load
 
 GIB = 2**30
 TOLERANCE = 0.15

@@ -9,7 +9,7 @@ from tempflow.common.draws import Draw
 from tempflow.metrics import LossRecord, loss_figures
 from tempflow.optim import MovingAverage, make_optimizer, set_learning_rate
 from tempflow.plan import BranchPlan
-from tempflow.settings import LearnConfig
+from tempflow.settings.fields import LearnConfig
 
 TEXTS = ("a two at the top left", "three fours", "a one above a nine")
 

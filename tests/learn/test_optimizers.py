@@ -19,7 +19,7 @@ from tempflow.optim import (
     make_optimizer,
     state_bytes,
 )
-from tempflow.settings import LearnConfig, ModelConfig, SampleConfig
+from tempflow.settings.fields import LearnConfig, ModelConfig, SampleConfig
 from tempflow.stepping import PATIENCE, LossScale, Stepper
 
 bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")

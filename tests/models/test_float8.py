@@ -7,7 +7,7 @@ from torch import nn
 from tempflow.common.errors import BadInput
 from tempflow.models import load_policy
 from tempflow.models.float8 import Float8Linear, takes_float8, to_float8
-from tempflow.settings import ModelConfig, SampleConfig
+from tempflow.settings.fields import ModelConfig, SampleConfig
 
 
 @pytest.fixture(autouse=True)

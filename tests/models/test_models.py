@@ -11,7 +11,7 @@ from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
 from tempflow.models import load_policy
 from tempflow.schedule import build_schedule
-from tempflow.settings import ModelConfig, SampleConfig
+from tempflow.settings.fields import ModelConfig, SampleConfig
 from tempflow.tail_engine import EagerEngine
 
 PIPELINE = resolve("tempflow:digits/pipeline")

@@ -8,7 +8,7 @@ import torch
 from tempflow import distributed
 from tempflow.distributed import Ranks
 from tempflow.run import Run
-from tempflow.settings import LearnConfig
+from tempflow.settings.fields import LearnConfig
 
 CPU = torch.device("cpu")
 

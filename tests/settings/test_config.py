@@ -3,10 +3,10 @@
 import pytest
 
 from tempflow.common.errors import BadInput
-from tempflow.config import field_names, load, presets, to_yaml
 from tempflow.run_folder import check_consistency
-from tempflow.settings import Config
-from tempflow.usage import help_text
+from tempflow.settings.fields import Config
+from tempflow.settings.help import help_text
+from tempflow.settings.reading import field_names, load, presets, to_yaml
 
 
 def test_default_is_the_digits_preset():

@@ -4,10 +4,10 @@ import re
 
 import pytest
 
-from tempflow.config import load, presets
 from tempflow.plan import BranchPlan
 from tempflow.rewards import SCORERS
 from tempflow.run_folder import check_consistency
+from tempflow.settings.reading import load, presets
 
 PAPER = ["sd35_geneval", "sd35_pickscore", "flux_hpsv3", "qwen_pickscore"]
 TO_COME = {"pickscore", "hpsv2", "hpsv3", "geneval"}

@@ -14,7 +14,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 
-from tempflow.settings import ModelConfig, SampleConfig
+from tempflow.settings.fields import ModelConfig, SampleConfig
 
 TEXTS = [
     "a seven at the top left and a three at the bottom right",

@@ -11,10 +11,10 @@ from tempflow import tail_levels, tail_setup, tails_check
 from tempflow.assembly import set_up
 from tempflow.chunk_planner import Probe, choose_rows, measure, tail_lengths
 from tempflow.common.errors import BadInput
-from tempflow.config import load
 from tempflow.metrics import read_metrics
 from tempflow.plan import BranchPlan
-from tempflow.settings import Config, TailConfig
+from tempflow.settings.fields import Config, TailConfig
+from tempflow.settings.reading import load
 from tempflow.tail_engine import EagerEngine, StaticEngine
 from tempflow.tail_levels import Level, make_engines
 from tempflow.tail_setup import set_up_tails

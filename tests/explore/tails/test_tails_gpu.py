@@ -17,7 +17,7 @@ from tempflow.prompts import Prompt
 from tempflow.rewards import Scorer
 from tempflow.schedule import build_schedule
 from tempflow.scoring import ScoreQueue
-from tempflow.settings import ModelConfig, SampleConfig, TailConfig
+from tempflow.settings.fields import ModelConfig, SampleConfig, TailConfig
 from tempflow.tail_engine import BufferStore, CudaGraphs, Direct, EagerEngine, StaticEngine
 from tempflow.tail_levels import make_engines
 from tempflow.tail_solver import EXACT, TailSolver

@@ -25,7 +25,7 @@ from tempflow.rewards.remote import Fault, Fleet, Terms
 from tempflow.rewards.serve import Bodies, main
 from tempflow.rewards.wire import Malformed, Request, pack_answer, pack_request
 from tempflow.scoring import ScoreQueue
-from tempflow.settings import RewardConfig
+from tempflow.settings.fields import RewardConfig
 
 TERMS = Terms(requests=4, timeout=5, patience=5)
 CPU = torch.device("cpu")

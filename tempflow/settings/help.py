@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
-from tempflow.config import plain, presets
-from tempflow.settings import Config
+from tempflow.settings.fields import Config
+from tempflow.settings.reading import plain, presets
 
 
 def help_text() -> str:

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import PACKAGE
-from tempflow.settings import Config
+from tempflow.settings.fields import Config
 
 
 def load(arguments: Sequence[str]) -> Config:
