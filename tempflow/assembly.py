@@ -10,26 +10,26 @@ import torch
 
 from tempflow import checkpoint, distributed
 from tempflow.checkpoint import Progress
-from tempflow.compiled import CompiledBlocks
 from tempflow.distributed import Ranks
 from tempflow.evaluation import Evaluator
 from tempflow.explain import explain, explain_memory
+from tempflow.explore.plan import BranchPlan
+from tempflow.explore.schedule import NoiseSchedule, build_schedule
+from tempflow.explore.tails.choose import set_up_tails
+from tempflow.explore.tails.compiled import CompiledBlocks
+from tempflow.explore.tails.engine import TailEngine
+from tempflow.explore.tails.levels import Engines
 from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, read_metrics
 from tempflow.models import load_policy, load_skeleton
 from tempflow.optim import MovingAverage, make_optimizer
-from tempflow.plan import BranchPlan
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.rewards.panel import Panel, load_panels
 from tempflow.run import Run
 from tempflow.run_folder import check_consistency, check_folder, write_settings
-from tempflow.schedule import NoiseSchedule, build_schedule
 from tempflow.scoring import ScoreQueue
 from tempflow.settings.fields import Config
 from tempflow.stepping import LossScale, Stepper
-from tempflow.tail_engine import TailEngine
-from tempflow.tail_levels import Engines
-from tempflow.tail_setup import set_up_tails
 
 
 def set_up(config: Config) -> tuple[Run, Progress]:

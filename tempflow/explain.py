@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from tempflow_kernels import backend_info
 
+from tempflow.explore.plan import BranchCost, BranchPlan
+from tempflow.explore.schedule import NoiseSchedule
 from tempflow.memory_plan import plan_memory
 from tempflow.models.skeleton import Skeleton
 from tempflow.optim import estimated_state_bytes
-from tempflow.plan import BranchCost, BranchPlan
 from tempflow.run_folder import group_size
-from tempflow.schedule import NoiseSchedule
 from tempflow.settings.fields import Config
 
 ALIKE = {"seed": "one prompt, one initial noise, one fork", "prompt": "one prompt, one fork step, all its noises",

@@ -26,11 +26,11 @@ from dataclasses import dataclass
 import torch
 
 from tempflow.batching import BUCKET
+from tempflow.explore.plan import BranchPlan
 from tempflow.models.dry_model import DryModel
 from tempflow.models.network import DTYPES
 from tempflow.models.skeleton import Skeleton
 from tempflow.optim import estimated_state_bytes
-from tempflow.plan import BranchPlan
 from tempflow.settings.fields import Config
 
 CUDA = 2**30

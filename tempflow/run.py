@@ -16,19 +16,19 @@ from tempflow.common.draws import Draw
 from tempflow.common.errors import BadInput, Unscored
 from tempflow.distributed import Ranks
 from tempflow.evaluation import Evaluator
+from tempflow.explore.plan import BranchPlan
+from tempflow.explore.schedule import NoiseSchedule
+from tempflow.explore.tails.engine import Numerics, TailEngine
 from tempflow.hacking import falls, keep_scores, read_scores
 from tempflow.metrics import MetricsWriter, PhaseClock
 from tempflow.optim import state_bytes
-from tempflow.plan import BranchPlan
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, iteration_prompts
 from tempflow.report import draw_report, save_pictures
 from tempflow.rewards.panel import Panel
-from tempflow.schedule import NoiseSchedule
 from tempflow.scoring import ScoreQueue
 from tempflow.settings.fields import Config
 from tempflow.stepping import Stepper
-from tempflow.tail_engine import Numerics, TailEngine
 
 
 @dataclass(frozen=True)

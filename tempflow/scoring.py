@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tempflow.branching import decode_branches
 from tempflow.common.errors import BadInput
+from tempflow.explore.rollout import decode_branches
 from tempflow.metrics import PhaseClock
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt

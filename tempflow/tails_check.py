@@ -18,12 +18,12 @@ from torch import Tensor
 
 from tempflow import distributed
 from tempflow.assembly import set_up
-from tempflow.branching import Trunk, sample_branches, sample_trunk
 from tempflow.common.errors import BadInput
+from tempflow.explore.rollout import Trunk, sample_branches, sample_trunk
+from tempflow.explore.tails.engine import EagerEngine, TailEngine
 from tempflow.metrics import PhaseClock
 from tempflow.run import Run
 from tempflow.settings.reading import load
-from tempflow.tail_engine import EagerEngine, TailEngine
 
 
 @dataclass(frozen=True)

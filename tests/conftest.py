@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
+from tempflow.explore.schedule import NoiseSchedule, build_schedule
 from tempflow.models import load_policy
 from tempflow.policy import Conditioning
-from tempflow.schedule import NoiseSchedule, build_schedule
 from tempflow.settings.fields import ModelConfig, SampleConfig
 
 SD35_SIGMAS = (1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.278, 0.0089, 0.0)

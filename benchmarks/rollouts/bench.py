@@ -31,6 +31,7 @@ from torch import Tensor
 
 import tempflow.assembly
 from tempflow.assembly import set_up
+from tempflow.explore.tails.engine import TailWork
 from tempflow.models import load_policy
 from tempflow.policy import Policy
 from tempflow.rewards import Scorer
@@ -39,7 +40,6 @@ from tempflow.rewards.panel import Panel
 from tempflow.run import Run
 from tempflow.settings.fields import Config, RewardConfig
 from tempflow.settings.reading import read_values, validate
-from tempflow.tail_engine import TailWork
 from tempflow.train import train_step
 
 DIGITS = {"branch.prompts": 2, "branch.rows": 48, "branch.decode_rows": 48, "learn.rows": 4, "eval.prompts": 1}

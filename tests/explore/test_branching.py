@@ -4,12 +4,12 @@ import pytest
 import torch
 from tempflow_kernels import normal_like
 
-from tempflow.branching import decode_branches, sample_branches, sample_trunk, updates
 from tempflow.common.draws import Draw
 from tempflow.common.errors import BadInput
-from tempflow.plan import BranchCost, BranchPlan
+from tempflow.explore.plan import BranchCost, BranchPlan
+from tempflow.explore.rollout import decode_branches, sample_branches, sample_trunk, updates
+from tempflow.explore.tails.engine import EagerEngine
 from tempflow.settings.fields import LearnConfig
-from tempflow.tail_engine import EagerEngine
 
 TEXTS = ("one", "three", "eleven")
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tempflow.common.errors import BadInput
-from tempflow.schedule import TRANSITIONS, build_schedule, cps, dance_sde, flow_sde, ode
+from tempflow.explore.schedule import TRANSITIONS, build_schedule, cps, dance_sde, flow_sde, ode
 
 
 def sd3_sigmas(steps: int) -> torch.Tensor:

@@ -7,10 +7,10 @@ import pytest
 import tiny_pipelines
 import torch
 
+from tempflow.explore.plan import BranchPlan
 from tempflow.memory_plan import MemoryPlan, plan_memory
 from tempflow.models import load_policy, load_skeleton
 from tempflow.models.dry_model import DryModel
-from tempflow.plan import BranchPlan
 from tempflow.settings.fields import ModelConfig, SampleConfig
 from tempflow.settings.reading import load
 

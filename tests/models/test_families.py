@@ -10,11 +10,11 @@ from diffusers import DiffusionPipeline
 from tiny_pipelines import BUILDERS, NONE, SIZE, TEXT_TOKENS, TEXTS, model_config, sample_config
 from torch import Tensor
 
+from tempflow.explore.schedule import build_schedule
+from tempflow.explore.tails.engine import EagerEngine
 from tempflow.metrics import read_metrics
 from tempflow.models import load_policy, load_skeleton
 from tempflow.models.pipeline import PipelinePolicy
-from tempflow.schedule import build_schedule
-from tempflow.tail_engine import EagerEngine
 from tempflow.train import main
 
 NAMES = list(BUILDERS)

@@ -9,10 +9,10 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from tempflow.common.draws import Draw
 from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
+from tempflow.explore.schedule import build_schedule
+from tempflow.explore.tails.engine import EagerEngine
 from tempflow.models import load_policy
-from tempflow.schedule import build_schedule
 from tempflow.settings.fields import ModelConfig, SampleConfig
-from tempflow.tail_engine import EagerEngine
 
 PIPELINE = resolve("tempflow:digits/pipeline")
 TEXTS = ["a seven at the top left and a three at the bottom right", "three fours", "a one above a nine"]

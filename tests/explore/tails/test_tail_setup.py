@@ -7,18 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tempflow import tail_levels, tail_setup, tails_check
+from tempflow import tails_check
 from tempflow.assembly import set_up
-from tempflow.chunk_planner import Probe, choose_rows, measure, tail_lengths
 from tempflow.common.errors import BadInput
+from tempflow.explore.plan import BranchPlan
+from tempflow.explore.tails import choose as tail_setup
+from tempflow.explore.tails import levels as tail_levels
+from tempflow.explore.tails.choose import set_up_tails
+from tempflow.explore.tails.chunks import Probe, choose_rows, measure, tail_lengths
+from tempflow.explore.tails.engine import EagerEngine, StaticEngine
+from tempflow.explore.tails.levels import Level, make_engines
+from tempflow.explore.tails.solver import EXACT, TailSolver
 from tempflow.metrics import read_metrics
-from tempflow.plan import BranchPlan
 from tempflow.settings.fields import Config, TailConfig
 from tempflow.settings.reading import load
-from tempflow.tail_engine import EagerEngine, StaticEngine
-from tempflow.tail_levels import Level, make_engines
-from tempflow.tail_setup import set_up_tails
-from tempflow.tail_solver import EXACT, TailSolver
 from tempflow.tails_check import rank_correlations
 from tempflow.train import main, train_step
 

@@ -6,8 +6,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tempflow.schedule import build_schedule
-from tempflow.tail_solver import COLUMNS, EXACT, IDLE, KEEP_V, KEEP_X, MEMORY, SIGMA, TailSolver
+from tempflow.explore.schedule import build_schedule
+from tempflow.explore.tails.solver import COLUMNS, EXACT, IDLE, KEEP_V, KEEP_X, MEMORY, SIGMA, TailSolver
 
 SOLVERS = ("euler", "dpmpp_2m", "adams_2")
 

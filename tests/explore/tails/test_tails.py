@@ -7,13 +7,13 @@ import tiny_pipelines
 import torch
 from torch import nn
 
-from tempflow.branching import sample_branches, sample_trunk
 from tempflow.common.draws import Draw
-from tempflow.compiled import CompiledBlocks
-from tempflow.plan import BranchPlan
-from tempflow.schedule import build_schedule
-from tempflow.tail_engine import BufferStore, Direct, EagerEngine, StaticEngine
-from tempflow.tail_solver import EXACT, TailSolver
+from tempflow.explore.plan import BranchPlan
+from tempflow.explore.rollout import sample_branches, sample_trunk
+from tempflow.explore.schedule import build_schedule
+from tempflow.explore.tails.compiled import CompiledBlocks
+from tempflow.explore.tails.engine import BufferStore, Direct, EagerEngine, StaticEngine
+from tempflow.explore.tails.solver import EXACT, TailSolver
 
 TEXTS = ("one", "three", "eleven")
 DIGITS = ("a two at the top left", "three fours")

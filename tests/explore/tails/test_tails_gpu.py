@@ -5,22 +5,22 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
-from tempflow.branching import sample_branches, sample_trunk
-from tempflow.chunk_planner import choose_rows, free_memory, measure
 from tempflow.common.draws import Draw
+from tempflow.explore.plan import BranchPlan
+from tempflow.explore.rollout import sample_branches, sample_trunk
+from tempflow.explore.schedule import build_schedule
+from tempflow.explore.tails.chunks import choose_rows, free_memory, measure
+from tempflow.explore.tails.engine import BufferStore, CudaGraphs, Direct, EagerEngine, StaticEngine
+from tempflow.explore.tails.levels import make_engines
+from tempflow.explore.tails.solver import EXACT, TailSolver
 from tempflow.metrics import PhaseClock
 from tempflow.models import load_policy
 from tempflow.models.float8 import Float8Linear, to_float8
-from tempflow.plan import BranchPlan
 from tempflow.policy import Conditioning
 from tempflow.prompts import Prompt
 from tempflow.rewards import Scorer
-from tempflow.schedule import build_schedule
 from tempflow.scoring import ScoreQueue
 from tempflow.settings.fields import ModelConfig, SampleConfig, TailConfig
-from tempflow.tail_engine import BufferStore, CudaGraphs, Direct, EagerEngine, StaticEngine
-from tempflow.tail_levels import make_engines
-from tempflow.tail_solver import EXACT, TailSolver
 
 pytestmark = [
     pytest.mark.gpu,

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from tempflow.common.tensors import to_device
-from tempflow.schedule import NoiseSchedule
+from tempflow.explore.schedule import NoiseSchedule
 
 COLUMNS = ("x_coef", "v_coef", "std", "sigma", "memory_coef", "keep_x", "keep_v")
 """x_coef, v_coef, std first: what `transition_step` takes; std is 0."""

@@ -10,11 +10,11 @@ from itertools import pairwise
 import torch
 
 from tempflow.batching import chunks
-from tempflow.plan import BranchPlan
+from tempflow.explore.plan import BranchPlan
+from tempflow.explore.schedule import NoiseSchedule
+from tempflow.explore.tails.engine import Numerics
+from tempflow.explore.tails.solver import TailSolver
 from tempflow.policy import Conditioning, Policy
-from tempflow.schedule import NoiseSchedule
-from tempflow.tail_engine import Numerics
-from tempflow.tail_solver import TailSolver
 
 FIRST_PROBE, GROWTH = 4, 4
 """Sizes that are tried: 4, 16, 64, ..."""

@@ -10,11 +10,9 @@ from dataclasses import dataclass
 import torch
 
 from tempflow.common.errors import BadInput
-from tempflow.compiled import CompiledBlocks
-from tempflow.policy import Policy
-from tempflow.schedule import NoiseSchedule
-from tempflow.settings.fields import TailConfig
-from tempflow.tail_engine import (
+from tempflow.explore.schedule import NoiseSchedule
+from tempflow.explore.tails.compiled import CompiledBlocks
+from tempflow.explore.tails.engine import (
     BufferStore,
     CudaGraphs,
     Direct,
@@ -24,7 +22,9 @@ from tempflow.tail_engine import (
     StaticEngine,
     TailEngine,
 )
-from tempflow.tail_solver import EXACT, TailSolver
+from tempflow.explore.tails.solver import EXACT, TailSolver
+from tempflow.policy import Policy
+from tempflow.settings.fields import TailConfig
 
 
 @dataclass(frozen=True)

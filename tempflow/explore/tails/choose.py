@@ -6,15 +6,15 @@ import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 
-from tempflow.chunk_planner import choose_rows, free_memory, measure, tail_lengths
 from tempflow.common.errors import BadInput
+from tempflow.explore.plan import BranchPlan
+from tempflow.explore.schedule import NoiseSchedule
+from tempflow.explore.tails.chunks import choose_rows, free_memory, measure, tail_lengths
+from tempflow.explore.tails.levels import LEVELS, Engines, levels_of, make_engines
+from tempflow.explore.tails.solver import TailSolver
 from tempflow.optim import estimated_state_bytes
-from tempflow.plan import BranchPlan
 from tempflow.policy import Policy
-from tempflow.schedule import NoiseSchedule
 from tempflow.settings.fields import Config
-from tempflow.tail_levels import LEVELS, Engines, levels_of, make_engines
-from tempflow.tail_solver import TailSolver
 
 
 def set_up_tails(

@@ -25,11 +25,11 @@ from torch import Tensor
 from tempflow.batching import chunks
 from tempflow.common.draws import Draw
 from tempflow.common.tensors import to_device
-from tempflow.plan import BranchPlan
+from tempflow.explore.plan import BranchPlan
+from tempflow.explore.schedule import NoiseSchedule
+from tempflow.explore.tails.engine import TailEngine, ode_step
 from tempflow.policy import Conditioning, Policy
-from tempflow.schedule import NoiseSchedule
 from tempflow.settings.fields import LearnConfig
-from tempflow.tail_engine import TailEngine, ode_step
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from tempflow_kernels import transition_step
 from torch import Tensor
 
 from tempflow.common.tensors import to_device
+from tempflow.explore.schedule import NoiseSchedule
+from tempflow.explore.tails.solver import EXACT, IDLE, KEEP_V, KEEP_X, MEMORY, SIGMA, TailSolver
 from tempflow.policy import Conditioning, Policy
-from tempflow.schedule import NoiseSchedule
-from tempflow.tail_solver import EXACT, IDLE, KEEP_V, KEEP_X, MEMORY, SIGMA, TailSolver
 
 Numerics = Callable[[], AbstractContextManager[None]]
 """Makes the context in which a tail calls the network: merged weights, compiled blocks, or nothing."""
