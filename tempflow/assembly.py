@@ -10,6 +10,7 @@ import torch
 
 from tempflow import checkpoint, distributed
 from tempflow.checkpoint import Progress
+from tempflow.credit.scoring import ScoreQueue
 from tempflow.distributed import Ranks
 from tempflow.evaluation import Evaluator
 from tempflow.explain import explain, explain_memory
@@ -27,7 +28,6 @@ from tempflow.prompts import Prompt, read_prompts
 from tempflow.rewards.panel import Panel, load_panels
 from tempflow.run import Run
 from tempflow.run_folder import check_consistency, check_folder, write_settings
-from tempflow.scoring import ScoreQueue
 from tempflow.settings.fields import Config
 from tempflow.stepping import LossScale, Stepper
 

@@ -14,6 +14,7 @@ from tempflow import checkpoint
 from tempflow.checkpoint import Progress
 from tempflow.common.draws import Draw
 from tempflow.common.errors import BadInput, Unscored
+from tempflow.credit.scoring import ScoreQueue
 from tempflow.distributed import Ranks
 from tempflow.evaluation import Evaluator
 from tempflow.explore.plan import BranchPlan
@@ -26,7 +27,6 @@ from tempflow.policy import Policy
 from tempflow.prompts import Prompt, iteration_prompts
 from tempflow.report import draw_report, save_pictures
 from tempflow.rewards.panel import Panel
-from tempflow.scoring import ScoreQueue
 from tempflow.settings.fields import Config
 from tempflow.stepping import Stepper
 

@@ -28,11 +28,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tempflow import distributed
-from tempflow.advantage import Credit, combined_advantages, known_std
 from tempflow.assembly import set_up, show_plan
 from tempflow.checkpoint import Progress
 from tempflow.common.errors import BadInput, Unscored
 from tempflow.common.tensors import to_device
+from tempflow.credit.advantage import Credit, combined_advantages, known_std
 from tempflow.explore.rollout import TransitionBatch, sample_branches, sample_trunk, updates
 from tempflow.metrics import LossRecord, known_mean, loss_figures
 from tempflow.optim import set_learning_rate

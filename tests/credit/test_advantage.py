@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tempflow.advantage import combined_advantages, group_advantages
+from tempflow.credit.advantage import combined_advantages, group_advantages
 
 
 def by_hand(rewards, groups):

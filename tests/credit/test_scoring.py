@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from tempflow.common.errors import BadInput
+from tempflow.credit.scoring import ScoreQueue
 from tempflow.metrics import PhaseClock
 from tempflow.prompts import Prompt
 from tempflow.rewards import Scorer
-from tempflow.scoring import ScoreQueue
 
 
 def queue(toy, function, parallel, rows=2):

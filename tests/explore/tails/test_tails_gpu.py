@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tempflow.common.draws import Draw
+from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.plan import BranchPlan
 from tempflow.explore.rollout import sample_branches, sample_trunk
 from tempflow.explore.schedule import build_schedule
@@ -19,7 +20,6 @@ from tempflow.models.float8 import Float8Linear, to_float8
 from tempflow.policy import Conditioning
 from tempflow.prompts import Prompt
 from tempflow.rewards import Scorer
-from tempflow.scoring import ScoreQueue
 from tempflow.settings.fields import ModelConfig, SampleConfig, TailConfig
 
 pytestmark = [

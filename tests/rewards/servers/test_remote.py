@@ -17,6 +17,7 @@ from rewards.servers.test_wire import garbled, mutated
 from scorer_faults import FAULTS, ROOT, bright, post, running, same, serving, survive, work
 
 from tempflow.common.errors import BadInput, Unscored
+from tempflow.credit.scoring import ScoreQueue
 from tempflow.metrics import PhaseClock
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.rewards import Scorer, load_scorer
@@ -24,7 +25,6 @@ from tempflow.rewards.panel import load_panels
 from tempflow.rewards.remote import Fault, Fleet, Terms
 from tempflow.rewards.serve import Bodies, main
 from tempflow.rewards.wire import Malformed, Request, pack_answer, pack_request
-from tempflow.scoring import ScoreQueue
 from tempflow.settings.fields import RewardConfig
 
 TERMS = Terms(requests=4, timeout=5, patience=5)
