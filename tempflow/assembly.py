@@ -20,16 +20,16 @@ from tempflow.explore.tails.choose import set_up_tails
 from tempflow.explore.tails.compiled import CompiledBlocks
 from tempflow.explore.tails.engine import TailEngine
 from tempflow.explore.tails.levels import Engines
+from tempflow.learn.optimizers import MovingAverage, make_optimizer
+from tempflow.learn.stepper import LossScale, Stepper
 from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, read_metrics
 from tempflow.models import load_policy, load_skeleton
-from tempflow.optim import MovingAverage, make_optimizer
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.rewards.panel import Panel, load_panels
 from tempflow.run import Run
 from tempflow.run_folder import check_consistency, check_folder, write_settings
 from tempflow.settings.fields import Config
-from tempflow.stepping import LossScale, Stepper
 
 
 def set_up(config: Config) -> tuple[Run, Progress]:

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tempflow.common.errors import BadInput
-from tempflow.optim import load_state
-from tempflow.stepping import Stepper
+from tempflow.learn.optimizers import load_state
+from tempflow.learn.stepper import Stepper
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ operator by operator without data (`tempflow.models.rehearsal`); phases do not m
     merged copy        model.dtype, of the adapted layers (of everything with full training), where tails use one
     reference          model.dtype, a copy of everything; only with full training and learn.kl
     moving average     fp32, as the trained parameters
-    optimizer state    `tempflow.optim.estimated_state_bytes`; paged states may move to the host
+    optimizer state    `tempflow.learn.optimizers.estimated_state_bytes`; paged states may move to the host
     gradients          fp32, from the first batch of an update to its step; a bucket twice while ranks average them
     trunk states       latents and velocities at every fork, fp32; branches: one latent each, fp32
     text encoders      beside all else, or with model.offload_text only while new prompts are encoded
@@ -27,10 +27,10 @@ import torch
 
 from tempflow.batching import BUCKET
 from tempflow.explore.plan import BranchPlan
+from tempflow.learn.optimizers import estimated_state_bytes
 from tempflow.models.dry_model import DryModel
 from tempflow.models.network import DTYPES
 from tempflow.models.skeleton import Skeleton
-from tempflow.optim import estimated_state_bytes
 from tempflow.settings.fields import Config
 
 CUDA = 2**30

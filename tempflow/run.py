@@ -21,14 +21,14 @@ from tempflow.explore.plan import BranchPlan
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.engine import Numerics, TailEngine
 from tempflow.hacking import falls, keep_scores, read_scores
+from tempflow.learn.optimizers import state_bytes
+from tempflow.learn.stepper import Stepper
 from tempflow.metrics import MetricsWriter, PhaseClock
-from tempflow.optim import state_bytes
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, iteration_prompts
 from tempflow.report import draw_report, save_pictures
 from tempflow.rewards.panel import Panel
 from tempflow.settings.fields import Config
-from tempflow.stepping import Stepper
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Run:
         return [not learn.kl and not by_update[:, update].any() for update in range(learn.updates)]
 
     def optimizer_step(self, idle: bool) -> None:
-        """Averages gradients over ranks, clips and steps, without waiting for the device (see `tempflow.stepping`).
+        """Averages gradients over ranks, clips and steps, without waiting for the device (see `tempflow.learn.stepper`).
 
         Args:
             idle: no rank had anything to learn; then no parameter moves.

@@ -9,8 +9,7 @@ from torch.nn import Parameter
 from tempflow import checkpoint
 from tempflow.checkpoint import Progress
 from tempflow.common.errors import BadInput
-from tempflow.models import load_policy
-from tempflow.optim import (
+from tempflow.learn.optimizers import (
     OPTIMIZERS,
     MovingAverage,
     check_device,
@@ -19,8 +18,9 @@ from tempflow.optim import (
     make_optimizer,
     state_bytes,
 )
+from tempflow.learn.stepper import PATIENCE, LossScale, Stepper
+from tempflow.models import load_policy
 from tempflow.settings.fields import LearnConfig, ModelConfig, SampleConfig
-from tempflow.stepping import PATIENCE, LossScale, Stepper
 
 bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 ON_CPU = ["adamw", pytest.param("adamw8bit", marks=bitsandbytes)]

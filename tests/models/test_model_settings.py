@@ -13,8 +13,8 @@ from diffusers.models.transformers import transformer_qwenimage
 from tiny_pipelines import BUILDERS, SIZE, TEXTS, model_config, sample_config
 
 from tempflow.common.errors import BadInput
+from tempflow.learn.stepper import LossScale
 from tempflow.models import adapters, attention, load_policy, load_skeleton
-from tempflow.stepping import LossScale
 
 
 def arguments(policy, rows=3):

@@ -6,8 +6,8 @@ import torch
 from tempflow import checkpoint
 from tempflow.checkpoint import Progress
 from tempflow.common.errors import BadInput
-from tempflow.optim import MovingAverage
-from tempflow.stepping import Stepper
+from tempflow.learn.optimizers import MovingAverage
+from tempflow.learn.stepper import Stepper
 
 
 def state(size=3, steps=2):

@@ -12,7 +12,7 @@ from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.chunks import choose_rows, free_memory, measure, tail_lengths
 from tempflow.explore.tails.levels import LEVELS, Engines, levels_of, make_engines
 from tempflow.explore.tails.solver import TailSolver
-from tempflow.optim import estimated_state_bytes
+from tempflow.learn.optimizers import estimated_state_bytes
 from tempflow.policy import Policy
 from tempflow.settings.fields import Config
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tempflow.common.errors import BadInput
-from tempflow.optim import MovingAverage, state_bytes
+from tempflow.learn.optimizers import MovingAverage, state_bytes
 
 PATIENCE = 20
 """fp16: optimizer steps in a row that may be skipped; the loss scale has fallen to a millionth by then"""
