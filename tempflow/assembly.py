@@ -13,13 +13,13 @@ from tempflow.checkpoint import Progress
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.distributed import Ranks
 from tempflow.evaluation import Evaluator
-from tempflow.explain import explain, explain_memory
 from tempflow.explore.plan import BranchPlan
 from tempflow.explore.schedule import NoiseSchedule, build_schedule
 from tempflow.explore.tails.choose import set_up_tails
 from tempflow.explore.tails.compiled import CompiledBlocks
 from tempflow.explore.tails.engine import TailEngine
 from tempflow.explore.tails.levels import Engines
+from tempflow.forecast.words import explain, explain_memory
 from tempflow.learn.optimizers import MovingAverage, make_optimizer
 from tempflow.learn.stepper import LossScale, Stepper
 from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, read_metrics

@@ -8,7 +8,7 @@ import tiny_pipelines
 import torch
 
 from tempflow.explore.plan import BranchPlan
-from tempflow.memory_plan import MemoryPlan, plan_memory
+from tempflow.forecast.memory import MemoryPlan, plan_memory
 from tempflow.models import load_policy, load_skeleton
 from tempflow.models.dry_model import DryModel
 from tempflow.settings.fields import ModelConfig, SampleConfig

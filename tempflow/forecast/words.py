@@ -7,8 +7,8 @@ from tempflow_kernels import backend_info
 
 from tempflow.explore.plan import BranchCost, BranchPlan
 from tempflow.explore.schedule import NoiseSchedule
+from tempflow.forecast.memory import plan_memory
 from tempflow.learn.optimizers import estimated_state_bytes
-from tempflow.memory_plan import plan_memory
 from tempflow.models.skeleton import Skeleton
 from tempflow.run_folder import group_size
 from tempflow.settings.fields import Config
