@@ -23,7 +23,7 @@ from tempflow.forecast.words import explain, explain_memory
 from tempflow.learn.optimizers import MovingAverage, make_optimizer
 from tempflow.learn.stepper import LossScale, Stepper
 from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, read_metrics
-from tempflow.models import load_policy, load_skeleton
+from tempflow.models.load import load_policy, load_skeleton
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.rewards.panel import Panel, load_panels

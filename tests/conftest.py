@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from tempflow.explore.schedule import NoiseSchedule, build_schedule
-from tempflow.models import load_policy
+from tempflow.models.load import load_policy
 from tempflow.policy import Conditioning
 from tempflow.settings.fields import ModelConfig, SampleConfig
 

@@ -32,7 +32,7 @@ from torch import Tensor
 import tempflow.assembly
 from tempflow.assembly import set_up
 from tempflow.explore.tails.engine import TailWork
-from tempflow.models import load_policy
+from tempflow.models.load import load_policy
 from tempflow.policy import Policy
 from tempflow.rewards import Scorer
 from tempflow.rewards.digits import DigitsReward

@@ -1,7 +1,7 @@
 """What a run will hold in a GPU's memory, part by part, before any weight is loaded.
 
 Parts that stay: counted from the model's configuration and the settings, exactly. Parts that come and go: rehearsed
-operator by operator without data (`tempflow.models.rehearsal`); phases do not meet, so the dearest one decides.
+operator by operator without data (`tempflow.models.without_weights.rehearsal`); phases do not meet, so the dearest one decides.
 
     weights            frozen: model.dtype; trained: fp32, and with model.train=full they are the whole transformer
     merged copy        model.dtype, of the adapted layers (of everything with full training), where tails use one
@@ -28,9 +28,9 @@ import torch
 from tempflow.batching import BUCKET
 from tempflow.explore.plan import BranchPlan
 from tempflow.learn.optimizers import estimated_state_bytes
-from tempflow.models.dry_model import DryModel
-from tempflow.models.network import DTYPES
-from tempflow.models.skeleton import Skeleton
+from tempflow.models.network.network import DTYPES
+from tempflow.models.without_weights.peaks import DryModel
+from tempflow.models.without_weights.skeleton import Skeleton
 from tempflow.settings.fields import Config
 
 CUDA = 2**30

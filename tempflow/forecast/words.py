@@ -9,7 +9,7 @@ from tempflow.explore.plan import BranchCost, BranchPlan
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.forecast.memory import plan_memory
 from tempflow.learn.optimizers import estimated_state_bytes
-from tempflow.models.skeleton import Skeleton
+from tempflow.models.without_weights.skeleton import Skeleton
 from tempflow.run_folder import group_size
 from tempflow.settings.fields import Config
 

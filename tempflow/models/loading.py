@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
-from tempflow.models.network import DTYPES
+from tempflow.models.network.network import DTYPES
 from tempflow.settings.fields import ModelConfig
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}

@@ -12,8 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from tempflow.models.family import Family
-from tempflow.models.network import TrainedNetwork
+from tempflow.models.families.family import Family
+from tempflow.models.network.network import TrainedNetwork
 from tempflow.models.text import TextRows
 from tempflow.policy import Conditioning
 

@@ -12,7 +12,7 @@ from rollouts.figures import figures, network_rows, rank_correlation
 from rollouts.report import read, summarise
 from rollouts.variants import REFERENCE, VARIANTS, settings_of
 
-from tempflow.models.network import TrainedNetwork
+from tempflow.models.network.network import TrainedNetwork
 
 SMALL = {"branch.prompts": 2, "branch.seeds": 2, "branch.siblings": 3, "sample.steps": 4, "learn.rows": 4,
          "branch.rows": 10, "learn.kl": 0.05}  # fmt: skip

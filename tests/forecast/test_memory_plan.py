@@ -9,8 +9,8 @@ import torch
 
 from tempflow.explore.plan import BranchPlan
 from tempflow.forecast.memory import MemoryPlan, plan_memory
-from tempflow.models import load_policy, load_skeleton
-from tempflow.models.dry_model import DryModel
+from tempflow.models.load import load_policy, load_skeleton
+from tempflow.models.without_weights.peaks import DryModel
 from tempflow.settings.fields import ModelConfig, SampleConfig
 from tempflow.settings.reading import load
 

@@ -19,7 +19,7 @@ from tempflow.learn.optimizers import (
     state_bytes,
 )
 from tempflow.learn.stepper import PATIENCE, LossScale, Stepper
-from tempflow.models import load_policy
+from tempflow.models.load import load_policy
 from tempflow.settings.fields import LearnConfig, ModelConfig, SampleConfig
 
 bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")

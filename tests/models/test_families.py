@@ -13,7 +13,7 @@ from torch import Tensor
 from tempflow.explore.schedule import build_schedule
 from tempflow.explore.tails.engine import EagerEngine
 from tempflow.metrics import read_metrics
-from tempflow.models import load_policy, load_skeleton
+from tempflow.models.load import load_policy, load_skeleton
 from tempflow.models.pipeline import PipelinePolicy
 from tempflow.train import main
 

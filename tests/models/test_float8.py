@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from tempflow.common.errors import BadInput
-from tempflow.models import load_policy
-from tempflow.models.float8 import Float8Linear, takes_float8, to_float8
+from tempflow.models.load import load_policy
+from tempflow.models.network.float8 import Float8Linear, takes_float8, to_float8
 from tempflow.settings.fields import ModelConfig, SampleConfig
 
 

@@ -11,7 +11,7 @@ from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
 from tempflow.explore.schedule import build_schedule
 from tempflow.explore.tails.engine import EagerEngine
-from tempflow.models import load_policy
+from tempflow.models.load import load_policy
 from tempflow.settings.fields import ModelConfig, SampleConfig
 
 PIPELINE = resolve("tempflow:digits/pipeline")

@@ -15,8 +15,8 @@ from tempflow.explore.tails.engine import BufferStore, CudaGraphs, Direct, Eager
 from tempflow.explore.tails.levels import make_engines
 from tempflow.explore.tails.solver import EXACT, TailSolver
 from tempflow.metrics import PhaseClock
-from tempflow.models import load_policy
-from tempflow.models.float8 import Float8Linear, to_float8
+from tempflow.models.load import load_policy
+from tempflow.models.network.float8 import Float8Linear, to_float8
 from tempflow.policy import Conditioning
 from tempflow.prompts import Prompt
 from tempflow.rewards import Scorer

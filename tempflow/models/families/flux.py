@@ -6,7 +6,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxPipeline
 from torch import Tensor
 
-from tempflow.models.family import Family
+from tempflow.models.families.family import Family
 from tempflow.settings.fields import ModelConfig, SampleConfig
 
 

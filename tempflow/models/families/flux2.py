@@ -13,7 +13,7 @@ from diffusers import DiffusionPipeline, Flux2KleinPipeline, Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor
 
-from tempflow.models.family import Family
+from tempflow.models.families.family import Family
 from tempflow.settings.fields import ModelConfig, SampleConfig
 
 

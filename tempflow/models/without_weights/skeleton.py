@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tempflow.models.family import Family
+from tempflow.models.families.family import Family
 from tempflow.models.loading import dtypes
-from tempflow.models.network import TrainedNetwork
+from tempflow.models.network.network import TrainedNetwork
 from tempflow.settings.fields import ModelConfig
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tempflow.models.families.z_image_rows import round_up
 from tempflow.models.loading import dtypes
-from tempflow.models.rehearsal import META, Peak, enable_checkpointing, give_precision, rehearse
-from tempflow.models.skeleton import Skeleton
-from tempflow.models.z_image_rows import round_up
+from tempflow.models.without_weights.rehearsal import META, Peak, enable_checkpointing, give_precision, rehearse
+from tempflow.models.without_weights.skeleton import Skeleton
 from tempflow.settings.fields import ModelConfig
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
-from tempflow.models.family import Family
+from tempflow.models.families.family import Family
 
 
 class SD3(Family):

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tempflow.common.errors import BadInput
-from tempflow.models.family import Family
-from tempflow.models.z_image_rows import SEQ_MULTI_OF, forward_rows, round_up
+from tempflow.models.families.family import Family
+from tempflow.models.families.z_image_rows import SEQ_MULTI_OF, forward_rows, round_up
 from tempflow.settings.fields import ModelConfig, SampleConfig
 
 

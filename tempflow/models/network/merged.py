@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from tempflow.models.adapters import NAME, adapted_layers
-from tempflow.models.float8 import Float8Linear, takes_float8, told
+from tempflow.models.network.adapters import NAME, adapted_layers
+from tempflow.models.network.float8 import Float8Linear, takes_float8, told
 
 
 class MergedNetwork:

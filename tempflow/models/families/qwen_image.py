@@ -14,7 +14,7 @@ from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor
 from torch.nn import functional as F
 
-from tempflow.models.family import Family
+from tempflow.models.families.family import Family
 
 
 def text_lengths(embeds: Tensor, mask: Tensor | None) -> tuple[int, Tensor | None, Tensor | None]:
