@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 
-from tempflow import checkpoint, distributed
+from tempflow import checkpoint
 from tempflow.checkpoint import Progress
 from tempflow.credit.scoring import ScoreQueue
-from tempflow.distributed import Ranks
 from tempflow.evaluation import Evaluator
 from tempflow.explore.plan import BranchPlan
 from tempflow.explore.schedule import NoiseSchedule, build_schedule
@@ -24,6 +23,8 @@ from tempflow.learn.optimizers import MovingAverage, make_optimizer
 from tempflow.learn.stepper import LossScale, Stepper
 from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, read_metrics
 from tempflow.models.load import load_policy, load_skeleton
+from tempflow.parallel import ranks as distributed
+from tempflow.parallel.ranks import Ranks
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.rewards.panel import Panel, load_panels

@@ -15,7 +15,6 @@ from tempflow.checkpoint import Progress
 from tempflow.common.draws import Draw
 from tempflow.common.errors import BadInput, Unscored
 from tempflow.credit.scoring import ScoreQueue
-from tempflow.distributed import Ranks
 from tempflow.evaluation import Evaluator
 from tempflow.explore.plan import BranchPlan
 from tempflow.explore.schedule import NoiseSchedule
@@ -24,6 +23,7 @@ from tempflow.hacking import falls, keep_scores, read_scores
 from tempflow.learn.optimizers import state_bytes
 from tempflow.learn.stepper import Stepper
 from tempflow.metrics import MetricsWriter, PhaseClock
+from tempflow.parallel.ranks import Ranks
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, iteration_prompts
 from tempflow.report import draw_report, save_pictures

@@ -10,7 +10,7 @@ import torch
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import write_atomically
-from tempflow.distributed import Ranks
+from tempflow.parallel.ranks import Ranks
 from tempflow.settings.fields import Config
 from tempflow.settings.reading import read_values, to_yaml, validate
 

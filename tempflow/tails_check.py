@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tempflow import distributed
 from tempflow.assembly import set_up
 from tempflow.common.errors import BadInput
 from tempflow.explore.rollout import Trunk, sample_branches, sample_trunk
 from tempflow.explore.tails.engine import EagerEngine, TailEngine
 from tempflow.metrics import PhaseClock
+from tempflow.parallel import ranks as distributed
 from tempflow.run import Run
 from tempflow.settings.reading import load
 

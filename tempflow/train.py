@@ -27,7 +27,6 @@ from tempflow_kernels import BranchLossStats, branch_loss
 from torch import Tensor
 from tqdm import tqdm
 
-from tempflow import distributed
 from tempflow.assembly import set_up, show_plan
 from tempflow.checkpoint import Progress
 from tempflow.common.errors import BadInput, Unscored
@@ -36,6 +35,7 @@ from tempflow.credit.advantage import Credit, combined_advantages, known_std
 from tempflow.explore.rollout import TransitionBatch, sample_branches, sample_trunk, updates
 from tempflow.learn.optimizers import set_learning_rate
 from tempflow.metrics import LossRecord, known_mean, loss_figures
+from tempflow.parallel import ranks as distributed
 from tempflow.run import Run
 from tempflow.settings.help import help_text
 from tempflow.settings.reading import load

@@ -81,7 +81,7 @@ def test_only_models_know_diffusers_and_few_know_ranks():
         roots = {name.split(".")[0] for name in imports(path)}
         if roots & {"diffusers", "peft", "transformers"}:
             assert unit(path) in DIFFUSERS or (unit(path) == "rewards" and not roots & {"diffusers", "peft"}), path.name
-        if any(name.startswith(("tempflow.distributed", "torch.distributed")) for name in imports(path)):
+        if any(name.startswith(("tempflow.parallel.ranks", "torch.distributed")) for name in imports(path)):
             assert unit(path) in RANKS, path.name
 
 

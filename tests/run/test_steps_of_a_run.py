@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tempflow import distributed
-from tempflow.distributed import Ranks
+from tempflow.parallel import ranks as distributed
+from tempflow.parallel.ranks import Ranks
 from tempflow.run import Run
 from tempflow.settings.fields import LearnConfig
 
