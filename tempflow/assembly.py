@@ -21,12 +21,12 @@ from tempflow.explore.tails.levels import Engines
 from tempflow.forecast.words import explain, explain_memory
 from tempflow.learn.optimizers import MovingAverage, make_optimizer
 from tempflow.learn.stepper import LossScale, Stepper
-from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, read_metrics
 from tempflow.models.load import load_policy, load_skeleton
 from tempflow.parallel import ranks as distributed
 from tempflow.parallel.ranks import Ranks
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, read_prompts
+from tempflow.records.rows import MetricsWriter, PhaseClock, check_trackers, read_metrics
 from tempflow.rewards.panel import Panel, load_panels
 from tempflow.run import Run
 from tempflow.run_folder import check_consistency, check_folder, write_settings

@@ -13,10 +13,10 @@ from tempflow.common.draws import EVALUATION, Draw
 from tempflow.explore.rollout import decode_branches
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.engine import TailEngine
-from tempflow.metrics import known_mean
 from tempflow.parallel.ranks import Ranks
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt
+from tempflow.records.rows import known_mean
 from tempflow.rewards.panel import Panel
 
 

@@ -22,11 +22,11 @@ from tempflow.explore.tails.engine import Numerics, TailEngine
 from tempflow.hacking import falls, keep_scores, read_scores
 from tempflow.learn.optimizers import state_bytes
 from tempflow.learn.stepper import Stepper
-from tempflow.metrics import MetricsWriter, PhaseClock
 from tempflow.parallel.ranks import Ranks
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, iteration_prompts
-from tempflow.report import draw_report, save_pictures
+from tempflow.records.figures import draw_report, save_pictures
+from tempflow.records.rows import MetricsWriter, PhaseClock
 from tempflow.rewards.panel import Panel
 from tempflow.settings.fields import Config
 

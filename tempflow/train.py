@@ -34,8 +34,8 @@ from tempflow.common.tensors import to_device
 from tempflow.credit.advantage import Credit, combined_advantages, known_std
 from tempflow.explore.rollout import TransitionBatch, sample_branches, sample_trunk, updates
 from tempflow.learn.optimizers import set_learning_rate
-from tempflow.metrics import LossRecord, known_mean, loss_figures
 from tempflow.parallel import ranks as distributed
+from tempflow.records.rows import LossRecord, known_mean, loss_figures
 from tempflow.run import Run
 from tempflow.settings.help import help_text
 from tempflow.settings.reading import load

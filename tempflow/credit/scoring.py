@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tempflow.common.errors import BadInput
 from tempflow.explore.rollout import decode_branches
-from tempflow.metrics import PhaseClock
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt
+from tempflow.records.rows import PhaseClock
 from tempflow.rewards import Scorer
 from tempflow.rewards.panel import Panel
 

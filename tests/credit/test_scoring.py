@@ -8,8 +8,8 @@ import torch
 
 from tempflow.common.errors import BadInput
 from tempflow.credit.scoring import ScoreQueue
-from tempflow.metrics import PhaseClock
 from tempflow.prompts import Prompt
+from tempflow.records.rows import PhaseClock
 from tempflow.rewards import Scorer
 
 

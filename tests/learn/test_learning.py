@@ -8,7 +8,7 @@ from tempflow.common.draws import Draw
 from tempflow.explore.plan import BranchPlan
 from tempflow.explore.rollout import sample_trunk, updates
 from tempflow.learn.optimizers import MovingAverage, make_optimizer, set_learning_rate
-from tempflow.metrics import LossRecord, loss_figures
+from tempflow.records.rows import LossRecord, loss_figures
 from tempflow.settings.fields import LearnConfig
 
 TEXTS = ("a two at the top left", "three fours", "a one above a nine")

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tempflow.explore.schedule import build_schedule
 from tempflow.explore.tails.engine import EagerEngine
-from tempflow.metrics import read_metrics
 from tempflow.models.load import load_policy, load_skeleton
 from tempflow.models.pipeline import PipelinePolicy
+from tempflow.records.rows import read_metrics
 from tempflow.train import main
 
 NAMES = list(BUILDERS)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tempflow.common.errors import BadInput
-from tempflow.metrics import MetricsWriter, PhaseClock, check_trackers, flat_numbers, read_metrics
+from tempflow.records.rows import MetricsWriter, PhaseClock, check_trackers, flat_numbers, read_metrics
 
 
 def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):

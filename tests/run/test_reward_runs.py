@@ -13,7 +13,7 @@ from run.test_train import SMALL
 from safetensors.torch import load_file
 from scorer_faults import serving
 
-from tempflow.metrics import read_metrics
+from tempflow.records.rows import read_metrics
 from tempflow.train import main
 
 SCORERS = """

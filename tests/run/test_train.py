@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from tempflow.metrics import read_metrics
+from tempflow.records.rows import read_metrics
 from tempflow.train import main
 
 SMALL = ["digits", "branch.prompts=2", "branch.seeds=2", "branch.siblings=3", "branch.steps=[0,3]", "sample.steps=5",

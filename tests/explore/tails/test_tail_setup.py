@@ -18,7 +18,7 @@ from tempflow.explore.tails.chunks import Probe, choose_rows, measure, tail_leng
 from tempflow.explore.tails.engine import EagerEngine, StaticEngine
 from tempflow.explore.tails.levels import Level, make_engines
 from tempflow.explore.tails.solver import EXACT, TailSolver
-from tempflow.metrics import read_metrics
+from tempflow.records.rows import read_metrics
 from tempflow.settings.fields import Config, TailConfig
 from tempflow.settings.reading import load
 from tempflow.tails_check import rank_correlations

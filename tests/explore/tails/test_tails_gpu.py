@@ -14,11 +14,11 @@ from tempflow.explore.tails.chunks import choose_rows, free_memory, measure
 from tempflow.explore.tails.engine import BufferStore, CudaGraphs, Direct, EagerEngine, StaticEngine
 from tempflow.explore.tails.levels import make_engines
 from tempflow.explore.tails.solver import EXACT, TailSolver
-from tempflow.metrics import PhaseClock
 from tempflow.models.load import load_policy
 from tempflow.models.network.float8 import Float8Linear, to_float8
 from tempflow.policy import Conditioning
 from tempflow.prompts import Prompt
+from tempflow.records.rows import PhaseClock
 from tempflow.rewards import Scorer
 from tempflow.settings.fields import ModelConfig, SampleConfig, TailConfig
 

@@ -18,8 +18,8 @@ from scorer_faults import FAULTS, ROOT, bright, post, running, same, serving, su
 
 from tempflow.common.errors import BadInput, Unscored
 from tempflow.credit.scoring import ScoreQueue
-from tempflow.metrics import PhaseClock
 from tempflow.prompts import Prompt, read_prompts
+from tempflow.records.rows import PhaseClock
 from tempflow.rewards import Scorer, load_scorer
 from tempflow.rewards.panel import load_panels
 from tempflow.rewards.remote import Fault, Fleet, Terms

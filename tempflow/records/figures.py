@@ -1,6 +1,6 @@
 """report.png: the curves of a run, its process reward against the noise weight, and the same prompts before and after.
 
-`python -m tempflow.report runs/digits` draws it anew from a run's folder.
+`python -m tempflow.records.figures runs/digits` draws it anew from a run's folder.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import write_atomically
-from tempflow.metrics import read_metrics
+from tempflow.records.rows import read_metrics
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
