@@ -34,9 +34,9 @@ from tempflow.assembly import set_up
 from tempflow.explore.tails.engine import TailWork
 from tempflow.models.load import load_policy
 from tempflow.policy import Policy
-from tempflow.rewards import Scorer
 from tempflow.rewards.digits import DigitsReward
 from tempflow.rewards.panel import Panel
+from tempflow.rewards.scorer import Scorer
 from tempflow.run import Run
 from tempflow.settings.fields import Config, RewardConfig
 from tempflow.settings.reading import read_values, validate

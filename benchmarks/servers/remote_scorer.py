@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from tempflow.prompts import Prompt
-from tempflow.rewards import load_scorer
-from tempflow.rewards.remote import Fleet, Terms
+from tempflow.rewards.scorer import load_scorer
+from tempflow.rewards.servers.fleet import Fleet, Terms
 
 SCORER = "jpeg_compressibility"
 
@@ -129,7 +129,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     images = pictures(given.images, given.side)
-    command = [sys.executable, "-m", "tempflow.rewards.serve", SCORER, "--port", "0"]
+    command = [sys.executable, "-m", "tempflow.rewards.servers.server", SCORER, "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         url = server.stdout.readline().split()[-1]

@@ -15,8 +15,8 @@ from tempflow.explore.rollout import decode_branches
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt
 from tempflow.records.rows import PhaseClock
-from tempflow.rewards import Scorer
 from tempflow.rewards.panel import Panel
+from tempflow.rewards.scorer import Scorer
 
 
 class InTurn(Executor):

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tempflow.common.errors import BadInput, Unscored
 from tempflow.prompts import Prompt
-from tempflow.rewards import Scorer, check_options, load_scorer
-from tempflow.rewards.secret import read_token
+from tempflow.rewards.scorer import Scorer, check_options, load_scorer
+from tempflow.rewards.servers.secret import read_token
 from tempflow.settings.fields import RewardConfig
 
 LOCAL = threading.Lock()
@@ -121,7 +121,7 @@ def labels(setting: str, names: Sequence[str]) -> dict[str, str]:
 
 def _servers(config: RewardConfig, rows: int, rewards: Sequence[str]) -> dict[str, Callable[..., Tensor]]:
     """What the servers serve: name -> scoring function."""
-    from tempflow.rewards.remote import Fleet, Terms  # needs a package that scoring here does not
+    from tempflow.rewards.servers.fleet import Fleet, Terms  # needs a package that scoring here does not
 
     token = read_token("reward.token_file", config.token_file)
     terms = Terms(config.requests, config.timeout, config.patience)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-import tempflow.rewards
-from tempflow.rewards.score import main
+import tempflow.rewards.scorer
+from tempflow.commands.score import main
 
 SCORERS = """
 import torch
@@ -117,7 +117,7 @@ def test_as_a_command_it_loads_no_more_than_it_needs(folder):
         "heavy = {'transformers', 'rapidocr', 'onnxruntime', 'httpx', 'diffusers'}\n"
         "atexit.register(lambda: print('loaded', heavy & set(sys.modules), file=sys.stderr))\n"
         "sys.argv[1:] = ['--reward', 'jpeg_compressibility', 'pictures', 'one.txt']\n"
-        "runpy.run_module('tempflow.rewards.score', run_name='__main__')\n"
+        "runpy.run_module('tempflow.commands.score', run_name='__main__')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from tempflow.common.errors import BadInput
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.prompts import Prompt
 from tempflow.records.rows import PhaseClock
-from tempflow.rewards import Scorer
+from tempflow.rewards.scorer import Scorer
 
 
 def queue(toy, function, parallel, rows=2):

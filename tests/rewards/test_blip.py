@@ -11,9 +11,9 @@ from transformers import BertTokenizer
 
 from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
-from tempflow.rewards import load_scorer
-from tempflow.rewards.imagereward import TEXT_HEADS, VISION_HEADS
-from tempflow.rewards.pixels import clip_pixels
+from tempflow.rewards.parts.pixels import clip_pixels
+from tempflow.rewards.scorer import load_scorer
+from tempflow.rewards.scorers.imagereward import TEXT_HEADS, VISION_HEADS
 
 SEEN, READ, SIDE = 32, 24, 32
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "cube", "two", "dogs", "a", *string.ascii_lowercase[1:]]

@@ -17,8 +17,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
-from tempflow.rewards import load_scorer
-from tempflow.rewards.pixels import clip_pixels, letterbox_pixels
+from tempflow.rewards.parts.pixels import clip_pixels, letterbox_pixels
+from tempflow.rewards.scorer import load_scorer
 
 TEXTS = ["a red cube", "two dogs", "a red cube", "many letters in a prompt that does not fit"]
 PROMPTS = [Prompt(text) for text in TEXTS]

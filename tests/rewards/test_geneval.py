@@ -7,9 +7,9 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
-from tempflow.rewards import detection, load_scorer
-from tempflow.rewards.detection import CLASSES, COLOURS, Detection, Detector, box_of, cut_out
-from tempflow.rewards.geneval import benchmark, check_metadata, graded, kept, relations, strict
+from tempflow.rewards.geneval.detection import CLASSES, COLOURS, Detection, Detector, box_of, cut_out
+from tempflow.rewards.geneval.scorer import benchmark, check_metadata, detection, graded, kept, relations, strict
+from tempflow.rewards.scorer import load_scorer
 
 CENTRE = (40, 40, 60, 60)
 LEFT, RIGHT, ABOVE, BELOW = (0, 40, 20, 60), (80, 40, 100, 60), (40, 0, 60, 20), (40, 80, 60, 100)

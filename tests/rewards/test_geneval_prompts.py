@@ -7,8 +7,8 @@ from itertools import starmap
 import pytest
 
 from tempflow.common.errors import BadInput
-from tempflow.geneval_prompts import CLASSES, TASKS, choices, content, main, phrase
 from tempflow.prompts import read_prompts
+from tempflow.rewards.geneval.prompts import CLASSES, TASKS, choices, content, main, phrase
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,9 @@ from transformers import Qwen2Tokenizer, Qwen2VLConfig
 
 from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
-from tempflow.rewards import hpsv3, load_scorer
-from tempflow.rewards.hpsv3 import patches_of
+from tempflow.rewards.scorer import load_scorer
+from tempflow.rewards.scorers import hpsv3
+from tempflow.rewards.scorers.hpsv3 import patches_of
 
 SEE, READ, HEADS, GROUPS = 32, 24, 4, 2
 """widths of picture and text towers, heads of both, key and value heads of the text tower"""

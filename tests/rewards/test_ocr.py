@@ -12,8 +12,8 @@ from reward_cases import pictures
 
 from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
-from tempflow.rewards import load_scorer
-from tempflow.rewards.ocr import wanted_text
+from tempflow.rewards.scorer import load_scorer
+from tempflow.rewards.scorers.ocr import wanted_text
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 FACES = ("DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono", "DejaVuSans-Oblique")

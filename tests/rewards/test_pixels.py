@@ -9,9 +9,8 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from tempflow.rewards.detection import detector_pixels
-from tempflow.rewards.hpsv3 import PIXELS, patches_of
-from tempflow.rewards.pixels import (
+from tempflow.rewards.geneval.detection import detector_pixels
+from tempflow.rewards.parts.pixels import (
     CLIP_STD,
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -21,6 +20,7 @@ from tempflow.rewards.pixels import (
     normalise,
     qwen_size,
 )
+from tempflow.rewards.scorers.hpsv3 import PIXELS, patches_of
 
 LEVEL = 1 / 255
 

@@ -14,8 +14,8 @@ from PIL import Image
 
 from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
-from tempflow.rewards import load_scorer
-from tempflow.rewards.vlm_judge import number_in
+from tempflow.rewards.scorer import load_scorer
+from tempflow.rewards.scorers.vlm_judge import number_in
 
 IMAGES = torch.arange(4, dtype=torch.uint8).view(4, 1, 1, 1).mul(20).repeat(1, 3, 8, 8)
 PROMPTS = [Prompt(f"grey {level}") for level in range(4)]

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tempflow.explore.plan import BranchPlan
-from tempflow.rewards import SCORERS
+from tempflow.rewards.scorer import SCORERS
 from tempflow.run_folder import check_consistency
 from tempflow.settings.reading import load, presets
 

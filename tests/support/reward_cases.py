@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from tempflow.rewards.hpsv2 import HEADS, config_of, from_open_clip
+from tempflow.rewards.scorers.hpsv2 import HEADS, config_of, from_open_clip
 
 CLIP_SIDE, WIDTH, WORDS = 24, 32, 2 * len(string.ascii_lowercase) + 2
 """side of the tiny CLIP's pictures, its width, the size of its vocabulary"""

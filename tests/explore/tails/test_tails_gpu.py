@@ -19,7 +19,7 @@ from tempflow.models.network.float8 import Float8Linear, to_float8
 from tempflow.policy import Conditioning
 from tempflow.prompts import Prompt
 from tempflow.records.rows import PhaseClock
-from tempflow.rewards import Scorer
+from tempflow.rewards.scorer import Scorer
 from tempflow.settings.fields import ModelConfig, SampleConfig, TailConfig
 
 pytestmark = [

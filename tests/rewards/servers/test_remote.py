@@ -20,11 +20,11 @@ from tempflow.common.errors import BadInput, Unscored
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.records.rows import PhaseClock
-from tempflow.rewards import Scorer, load_scorer
 from tempflow.rewards.panel import load_panels
-from tempflow.rewards.remote import Fault, Fleet, Terms
-from tempflow.rewards.serve import Bodies, main
-from tempflow.rewards.wire import Malformed, Request, pack_answer, pack_request
+from tempflow.rewards.scorer import Scorer, load_scorer
+from tempflow.rewards.servers.fleet import Fault, Fleet, Terms
+from tempflow.rewards.servers.server import Bodies, main
+from tempflow.rewards.servers.wire import Malformed, Request, pack_answer, pack_request
 from tempflow.settings.fields import RewardConfig
 
 TERMS = Terms(requests=4, timeout=5, patience=5)
@@ -284,7 +284,7 @@ def test_a_scorer_without_any_opinion_is_named():
 def test_the_package_that_servers_need_is_named(monkeypatch):
     import sys
 
-    monkeypatch.delitem(sys.modules, "tempflow.rewards.remote")
+    monkeypatch.delitem(sys.modules, "tempflow.rewards.servers.fleet")
     monkeypatch.setitem(sys.modules, "aiohttp", None)
     with pytest.raises(BadInput, match=r"pip install 'tempflow\[rewards\]'"):
         load_panels(RewardConfig(servers=["http://127.0.0.1:9"]), 4, CPU)

@@ -8,9 +8,9 @@ import safetensors.torch
 import torch
 
 from tempflow.prompts import Prompt
-from tempflow.rewards import Scorer
-from tempflow.rewards.serve import _work
-from tempflow.rewards.wire import (
+from tempflow.rewards.scorer import Scorer
+from tempflow.rewards.servers.server import _work
+from tempflow.rewards.servers.wire import (
     Limits,
     Malformed,
     Request,

@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from tempflow.prompts import Prompt
-from tempflow.rewards.clip_model import load_clip
-from tempflow.rewards.pixels import check_images
+from tempflow.rewards.parts.clip_model import load_clip
+from tempflow.rewards.parts.pixels import check_images
 
 DIVISOR = 30.0
 

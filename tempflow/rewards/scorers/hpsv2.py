@@ -18,9 +18,9 @@ from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from tempflow.prompts import Prompt
-from tempflow.rewards.clip_model import ClipEncoder
-from tempflow.rewards.pixels import check_images, letterbox_pixels
-from tempflow.rewards.weights import (
+from tempflow.rewards.parts.clip_model import ClipEncoder
+from tempflow.rewards.parts.pixels import check_images, letterbox_pixels
+from tempflow.rewards.parts.weights import (
     depth,
     dtype_of,
     frozen,

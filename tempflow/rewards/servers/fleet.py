@@ -25,8 +25,8 @@ from torch import Tensor
 from tempflow.batching import chunks
 from tempflow.common.errors import BadInput, Unscored
 from tempflow.prompts import Prompt
-from tempflow.rewards import wire
-from tempflow.rewards.wire import ANSWER_BYTES, SCORE_BYTES, Malformed, Request, read_json
+from tempflow.rewards.servers import wire
+from tempflow.rewards.servers.wire import ANSWER_BYTES, SCORE_BYTES, Malformed, Request, read_json
 
 try:
     import aiohttp

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
 from tempflow.batching import chunks
-from tempflow.geneval_prompts import CLASSES, COLOURS
-from tempflow.rewards.clip_model import load_clip, unit
-from tempflow.rewards.pixels import IMAGENET_MEAN, IMAGENET_STD, clip_pixels, grey_out, normalise, resize
-from tempflow.rewards.weights import pretrained
+from tempflow.rewards.geneval.prompts import CLASSES, COLOURS
+from tempflow.rewards.parts.clip_model import load_clip, unit
+from tempflow.rewards.parts.pixels import IMAGENET_MEAN, IMAGENET_STD, clip_pixels, grey_out, normalise, resize
+from tempflow.rewards.parts.weights import pretrained
 
 SHORT, LONG, MULTIPLE = 800, 1333, 32
 """The detector sees pictures whose shorter side is SHORT, unless the longer one would pass LONG, padded to MULTIPLE."""

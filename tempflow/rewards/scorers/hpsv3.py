@@ -29,8 +29,8 @@ from transformers import AutoModel, AutoTokenizer, Qwen2VLConfig
 
 from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
-from tempflow.rewards.pixels import check_images, normalise, qwen_size, resize
-from tempflow.rewards.weights import dtype_of, find, frozen, install, needed, option, read_tensors, renamed
+from tempflow.rewards.parts.pixels import check_images, normalise, qwen_size, resize
+from tempflow.rewards.parts.weights import dtype_of, find, frozen, install, needed, option, read_tensors, renamed
 
 REWARD_TOKEN, IMAGE_TOKEN = "<|Reward|>", "<|image_pad|>"
 PIXELS = 256 * 28 * 28

@@ -1,6 +1,6 @@
 """Scores a folder of pictures into CSV, so that scorers can be tried before a long run:
 
-    python -m tempflow.rewards.score --reward pickscore --reward ocr pictures/ prompts.txt
+    python -m tempflow.commands.score --reward pickscore --reward ocr pictures/ prompts.txt
 
 Pictures are taken in the order of their names, prompts in the order of their lines (text, or JSONL with metadata);
 one prompt alone goes with every picture.
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt, read_prompts
-from tempflow.rewards import SCORERS, Scorer, load_scorer
+from tempflow.rewards.scorer import SCORERS, Scorer, load_scorer
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
@@ -32,7 +32,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     own = argparse.ArgumentParser(
-        prog="python -m tempflow.rewards.score",
+        prog="python -m tempflow.commands.score",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

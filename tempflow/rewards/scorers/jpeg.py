@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from tempflow.prompts import Prompt
-from tempflow.rewards.pixels import check_images
+from tempflow.rewards.parts.pixels import check_images
 
 QUALITY, UNIT = 95, 500_000
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
-from tempflow.rewards.pixels import check_images
-from tempflow.rewards.weights import option, require
+from tempflow.rewards.parts.pixels import check_images
+from tempflow.rewards.parts.weights import option, require
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from tempflow.prompts import Prompt
-from tempflow.rewards.aesthetic import Head
-from tempflow.rewards.pixels import check_images, clip_pixels
-from tempflow.rewards.weights import (
+from tempflow.rewards.parts.pixels import check_images, clip_pixels
+from tempflow.rewards.parts.weights import (
     depth,
     dtype_of,
     frozen,
@@ -29,6 +28,7 @@ from tempflow.rewards.weights import (
     renamed,
     tokenizer_of,
 )
+from tempflow.rewards.scorers.aesthetic import Head
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 LENGTH = 35

@@ -1,6 +1,6 @@
 """Scorers as a server, so that a big one runs on another machine or GPU than the trainer.
 
-    python -m tempflow.rewards.serve digits my_module:my_scorer --port 9000
+    python -m tempflow.rewards.servers.server digits my_module:my_scorer --port 9000
 
 and, for the trainer, `reward.servers=[http://127.0.0.1:9000]`. A request is scored in one call of the scorer, and each
 scorer takes one request at a time while the next ones arrive. A request that is sent again (its answer was lost) gets
@@ -21,11 +21,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from tempflow.commands.score import read_device, read_options
 from tempflow.common.errors import BadInput
-from tempflow.rewards import SCORERS, Scorer, load_scorer
-from tempflow.rewards.score import read_device, read_options
-from tempflow.rewards.secret import read_token
-from tempflow.rewards.wire import Limits, Malformed, Request, pack_answer, pack_refusal, unpack_request
+from tempflow.rewards.scorer import SCORERS, Scorer, load_scorer
+from tempflow.rewards.servers.secret import read_token
+from tempflow.rewards.servers.wire import Limits, Malformed, Request, pack_answer, pack_refusal, unpack_request
 
 try:
     from aiohttp import web
@@ -156,7 +156,7 @@ def _error(status: int, reason: str) -> web.Response:
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     defaults = Limits()
-    parser = argparse.ArgumentParser(prog="python -m tempflow.rewards.serve", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tempflow.rewards.servers.server", description=__doc__.split("\n\n")[0])
     parser.add_argument("scorers", nargs="+", help=f"{', '.join(SCORERS)}, or module:attribute")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; any but a loopback needs a token")
     parser.add_argument("--port", type=int, default=9000, help="0 takes a free one; the first line printed names it")

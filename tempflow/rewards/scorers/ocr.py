@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor
 
 from tempflow.prompts import Prompt
-from tempflow.rewards.pixels import check_images
-from tempflow.rewards.weights import require
+from tempflow.rewards.parts.pixels import check_images
+from tempflow.rewards.parts.weights import require
 
 QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
 

@@ -1,6 +1,6 @@
 """Finding and loading what scorers are made of: folders, files, hub ids; errors in one line that names the option.
 
-Only the scorers import this file, so `tempflow.rewards` itself stays light.
+Only the scorers import this file, so `tempflow.rewards.scorer` itself stays light.
 """
 
 from __future__ import annotations

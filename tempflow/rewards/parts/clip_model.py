@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPModel, CLIPTokenizer
 
-from tempflow.rewards.pixels import clip_pixels
-from tempflow.rewards.weights import dtype_of, pretrained, tokenizer_of
+from tempflow.rewards.parts.pixels import clip_pixels
+from tempflow.rewards.parts.weights import dtype_of, pretrained, tokenizer_of
 
 
 class ClipEncoder:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.prompts import Prompt
-from tempflow.rewards.clip_model import load_clip
-from tempflow.rewards.pixels import check_images
-from tempflow.rewards.weights import frozen, install, needed, option, read_tensors
+from tempflow.rewards.parts.clip_model import load_clip
+from tempflow.rewards.parts.pixels import check_images
+from tempflow.rewards.parts.weights import frozen, install, needed, option, read_tensors
 
 HIDDEN = (1024, 128, 64, 16)
 PLACES = (0, 2, 4, 6, 7)

@@ -31,9 +31,9 @@ from typing import Any
 from torch import Tensor
 
 from tempflow.prompts import Prompt
-from tempflow.rewards.detection import COLOURS, ColourReader, Detection, Detector
-from tempflow.rewards.pixels import check_images
-from tempflow.rewards.weights import one_of
+from tempflow.rewards.geneval.detection import COLOURS, ColourReader, Detection, Detector
+from tempflow.rewards.parts.pixels import check_images
+from tempflow.rewards.parts.weights import one_of
 
 Clause = Mapping[str, Any]
 Found = Mapping[str, Sequence[Detection]]

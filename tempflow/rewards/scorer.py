@@ -1,0 +1,167 @@
+"""Scorers: `(images uint8 (B, 3, H, W), prompts) -> B numbers`. One file per scorer; yours by import path."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tempflow.batching import chunks
+from tempflow.common.errors import BadInput
+from tempflow.prompts import Prompt
+
+SCORERS = {
+    "digits": "tempflow.rewards.digits:DigitsReward",
+    "digits_gold": "tempflow.rewards.digits:DigitsGold",
+    "pickscore": "tempflow.rewards.scorers.pickscore:PickScore",
+    "clipscore": "tempflow.rewards.scorers.clipscore:ClipScore",
+    "hpsv2": "tempflow.rewards.scorers.hpsv2:HpsV2",
+    "hpsv3": "tempflow.rewards.scorers.hpsv3:HpsV3",
+    "imagereward": "tempflow.rewards.scorers.imagereward:ImageReward",
+    "aesthetic": "tempflow.rewards.scorers.aesthetic:Aesthetic",
+    "jpeg_compressibility": "tempflow.rewards.scorers.jpeg:compressibility",
+    "jpeg_incompressibility": "tempflow.rewards.scorers.jpeg:incompressibility",
+    "ocr": "tempflow.rewards.scorers.ocr:Ocr",
+    "geneval": "tempflow.rewards.geneval.scorer:GenEval",
+    "vlm_judge": "tempflow.rewards.scorers.vlm_judge:VlmJudge",
+}
+"""name -> `module:attribute`; a class is called with its options, and with a `device` if it takes one, to make the
+scorer."""
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """A scoring function under its name, called with batches of `rows` images, its answers checked."""
+
+    setting: str
+    name: str
+    function: Callable[[Tensor, Sequence[Prompt]], Tensor | Sequence[float]]
+    rows: int
+    parallel: int = 0
+    """calls that may wait for another machine at once; 0 for a scorer that computes here"""
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """(B, 3, H, W) uint8 images and B prompts -> (B,) fp32.
+
+        Raises:
+            BadInput: the function refuses its input, or answers with a wrong number of values or an infinite one.
+                NaN is passed on: it says that the scorer has no opinion of this image.
+        """
+        parts = [self._score(images[part], prompts[part]) for part in chunks(len(images), self.rows)]
+        return torch.cat(parts)
+
+    def check(self, prompts: Sequence[Prompt]) -> None:
+        """Lets the function look at prompts before there is an image, if it has a method `check` for that.
+
+        Raises:
+            BadInput: it cannot judge one of them.
+        """
+        check = getattr(self.function, "check", None)
+        if check is None:
+            return
+        try:
+            check(prompts)
+        except ValueError as error:
+            raise BadInput(self.setting, self.name, f"the scorer refuses a prompt: {error}") from error
+
+    def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        try:
+            with torch.no_grad():
+                scores = torch.as_tensor(self.function(images, prompts), dtype=torch.float32).cpu()
+        except BadInput:
+            raise  # it says already what is wrong
+        except (ValueError, TypeError) as error:
+            mend = f"the scorer refuses its input or answers with no numbers: {error}"
+            raise BadInput(self.setting, self.name, mend) from error
+        if scores.shape != (len(images),):
+            mend = f"must return one number per image: expected ({len(images)},), found {tuple(scores.shape)}"
+            raise BadInput(self.setting, self.name, mend)
+        if torch.isinf(scores).any():
+            text = prompts[int(torch.nonzero(torch.isinf(scores))[0, 0])].text
+            raise BadInput(self.setting, self.name, f'returned an infinite value for "{text}"; give a finite one')
+        return scores
+
+
+def check_options(options: Mapping[str, Any], used: Collection[str | None]) -> None:
+    """Refuses options of a scorer that the run does not use; most likely its name is misspelt."""
+    for name in options:
+        if name not in used:
+            mend = f"the run has no scorer of this name; it has {', '.join(filter(None, used))}"
+            raise BadInput("reward.options", name, mend)
+
+
+def load_scorer(
+    setting: str,
+    name: str,
+    rows: int,
+    options: Mapping[str, Any] | None = None,
+    device: torch.device | None = None,
+) -> Scorer:
+    """The scorer called `name` in SCORERS, or at `module:attribute`.
+
+    Args:
+        setting: the field that names it, for error messages.
+        options: keyword arguments for a scorer that is a class, from `reward.options`.
+        device: where such a scorer computes unless its options say otherwise.
+
+    One that needs something of its prompts has a method `check(prompts)`, which raises ValueError where it is missing.
+    A scorer that waits for another machine has an attribute `waits`: how many calls of it may be under way at once.
+    """
+    found = _find(setting, name)
+    if isinstance(found, type):
+        found = _construct(found, name, dict(options or {}), device)
+    elif options:
+        mend = "takes no options: it is no class; remove them"
+        raise BadInput(f"reward.options.{name}", dict(options), mend)
+    return Scorer(setting, name, found, rows, getattr(found, "waits", 0))
+
+
+def _find(setting: str, name: str) -> Callable[..., Any]:
+    path = SCORERS.get(name, name)
+    module, colon, attribute = path.partition(":")
+    if not (module and colon and attribute):
+        raise BadInput(setting, name, f"no such scorer; choose one of {', '.join(SCORERS)} or give module:attribute")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a script's own folder is on the path, the user's working folder is not
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, TypeError, SyntaxError) as error:
+        raise BadInput(setting, name, f"cannot be imported ({error})") from error
+    if not callable(found):
+        raise BadInput(setting, name, "is not callable; give a function (images, prompts) -> scores, or a class of one")
+    return found
+
+
+def _construct(kind: type, name: str, options: dict[str, Any], device: torch.device | None) -> Callable[..., Any]:
+    known = {
+        key: parameter.default is inspect.Parameter.empty
+        for key, parameter in inspect.signature(kind).parameters.items()
+        if parameter.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    }
+    for key, value in options.items():
+        if key not in known:
+            mend = f"no such option of this scorer; its options: {', '.join(known) or 'none'}"
+            raise BadInput(f"reward.options.{name}.{key}", value, mend)
+    if "device" in known and device is not None:
+        options.setdefault("device", device)
+    for key, required in known.items():
+        if required and key not in options:
+            raise BadInput(f"reward.options.{name}.{key}", None, "this scorer needs it; give a value")
+    if "device" in known and "device" in options:
+        _check_device(name, options["device"])
+    return kind(**options)
+
+
+def _check_device(name: str, device: Any) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # torch asserts that it was built for the device
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"reward.options.{name}.device", device, f"cannot be used here ({reason})") from error
