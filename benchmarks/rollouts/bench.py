@@ -31,10 +31,10 @@ from torch import Tensor
 
 import tempflow.assembly
 from tempflow.assembly import set_up
+from tempflow.digits.scorers import DigitsReward
 from tempflow.explore.tails.engine import TailWork
 from tempflow.models.load import load_policy
 from tempflow.policy import Policy
-from tempflow.rewards.digits import DigitsReward
 from tempflow.rewards.panel import Panel
 from tempflow.rewards.scorer import Scorer
 from tempflow.run import Run

@@ -18,8 +18,8 @@ from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
 
 SCORERS = {
-    "digits": "tempflow.rewards.digits:DigitsReward",
-    "digits_gold": "tempflow.rewards.digits:DigitsGold",
+    "digits": "tempflow.digits.scorers:DigitsReward",
+    "digits_gold": "tempflow.digits.scorers:DigitsGold",
     "pickscore": "tempflow.rewards.scorers.pickscore:PickScore",
     "clipscore": "tempflow.rewards.scorers.clipscore:ClipScore",
     "hpsv2": "tempflow.rewards.scorers.hpsv2:HpsV2",

@@ -15,7 +15,7 @@ import tempflow.digits
 from tempflow.digits.canvas import BLANK, POSITIONS, Renderer, cells_of, classes_of, compose, load_splits
 from tempflow.digits.captions import KINDS, NAMES, PLURALS
 from tempflow.digits.classifiers import load_classifier
-from tempflow.rewards.digits import DigitsGold, DigitsReward
+from tempflow.digits.scorers import DigitsGold, DigitsReward
 
 ASSETS = Path(tempflow.digits.__file__).parent
 
@@ -192,7 +192,7 @@ def test_pictures_of_another_size_are_refused():
 
 
 def test_scorers_load_without_scikit_learn():
-    code = "import sys; sys.modules['sklearn'] = None; from tempflow.rewards.digits import DigitsGold; DigitsGold()"
+    code = "import sys; sys.modules['sklearn'] = None; from tempflow.digits.scorers import DigitsGold; DigitsGold()"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -19,7 +19,7 @@ from tempflow.train import main
 SCORERS = """
 import torch
 from pathlib import Path
-from tempflow.rewards.digits import DigitsReward
+from tempflow.digits.scorers import DigitsReward
 
 HERE = Path(__file__).parent
 judge, calls = DigitsReward(), {"flaky": 0, "rising": 0, "falling": 0}

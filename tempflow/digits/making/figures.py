@@ -13,7 +13,7 @@ from tqdm import tqdm
 from tempflow.digits.canvas import DigitSplit, Renderer, classes_of
 from tempflow.digits.captions import KINDS, Caption, split_captions, test_prompts
 from tempflow.digits.classifiers import CLASSIFIERS, cell_accuracy, load_classifier
-from tempflow.rewards.digits import DigitsGold, DigitsReward
+from tempflow.digits.scorers import DigitsGold, DigitsReward
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusion3Pipeline

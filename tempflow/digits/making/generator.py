@@ -15,7 +15,7 @@ from tqdm import trange
 
 from tempflow.digits.canvas import BLANK, CELLS, Grid, Renderer, classes_of
 from tempflow.digits.captions import KINDS, Caption
-from tempflow.digits.networks import DEFAULT_T5_TOKENS, PROMPT_TOKENS, add_silent_t5, assemble, build_autoencoder
+from tempflow.digits.making.networks import DEFAULT_T5_TOKENS, PROMPT_TOKENS, add_silent_t5, assemble, build_autoencoder
 
 # The pipeline shall follow a prompt only about half of the time, as a model does whose training captions come from
 # the web: in the second stage this share of the pictures contradicts its caption.

@@ -1,4 +1,4 @@
-"""Make the digits benchmark from nothing: `python -m tempflow.digits.make [all|prompts|classifiers|pipeline]`.
+"""Make the digits benchmark from nothing: `python -m tempflow.digits.making.make [all|prompts|classifiers|pipeline]`.
 
 It takes about a quarter of an hour on two cores. The same seed gives the same files on the same
 processor with the same number of threads (OMP_NUM_THREADS; the shipped files were made with 2);
@@ -53,7 +53,7 @@ def make_classifiers(out: Path, splits: dict[str, DigitSplit], seed: int) -> Non
 
 def make_pipeline(out: Path, split: DigitSplit, seed: int) -> None:
     """Train and write the folder pipeline/."""
-    from tempflow.digits.generator import Budget, train_pipeline
+    from tempflow.digits.making.generator import Budget, train_pipeline
 
     captions, _ = split_captions()
     pipeline = train_pipeline(Renderer(split.images, split.labels), captions, Budget(), seed)
@@ -66,7 +66,7 @@ def make_pipeline(out: Path, split: DigitSplit, seed: int) -> None:
 
 def report(out: Path, splits: dict[str, DigitSplit]) -> None:
     """Print the figures of everything that lies in the folder."""
-    from tempflow.digits import figures
+    from tempflow.digits.making import figures
 
     if not all((out / f"{name}.safetensors").exists() for name in CLASSIFIERS):
         return
