@@ -16,13 +16,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tempflow.assembly import set_up
 from tempflow.common.errors import BadInput
 from tempflow.explore.rollout import Trunk, sample_branches, sample_trunk
 from tempflow.explore.tails.engine import EagerEngine, TailEngine
 from tempflow.parallel import ranks as distributed
 from tempflow.records.rows import PhaseClock
-from tempflow.run import Run
+from tempflow.run.assembly import set_up
+from tempflow.run.trainer import Run
 from tempflow.settings.reading import load
 
 

@@ -27,8 +27,6 @@ from tempflow_kernels import BranchLossStats, branch_loss
 from torch import Tensor
 from tqdm import tqdm
 
-from tempflow.assembly import set_up, show_plan
-from tempflow.checkpoint import Progress
 from tempflow.common.errors import BadInput, Unscored
 from tempflow.common.tensors import to_device
 from tempflow.credit.advantage import Credit, combined_advantages, known_std
@@ -36,7 +34,9 @@ from tempflow.explore.rollout import TransitionBatch, sample_branches, sample_tr
 from tempflow.learn.optimizers import set_learning_rate
 from tempflow.parallel import ranks as distributed
 from tempflow.records.rows import LossRecord, known_mean, loss_figures
-from tempflow.run import Run
+from tempflow.run.assembly import set_up, show_plan
+from tempflow.run.checkpoint import Progress
+from tempflow.run.trainer import Run
 from tempflow.settings.help import help_text
 from tempflow.settings.reading import load
 from tempflow.tails_check import check_tails

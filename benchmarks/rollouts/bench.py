@@ -1,6 +1,6 @@
 """One architecture on one device: policies, scorers and runs for the variants of `rollouts.py`, and timed iterations.
 
-Runs are real, set up by `tempflow.assembly.set_up` from a real configuration, stepped by `tempflow.train.train_step`;
+Runs are real, set up by `tempflow.run.assembly.set_up` from a real configuration, stepped by `tempflow.train.train_step`;
 only the policy is shared between variants that have the same weights, and the scorer is the architecture's own. Every
 timed iteration starts from the same parameters and a fresh optimizer, so all variants solve the same problem and their
 rewards can be compared branch by branch.
@@ -20,6 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import tempflow.assembly
 import torch
 from machine.flops import synchronise
 from machine.memory_peak import MemoryPeak
@@ -29,15 +30,14 @@ from rollouts.official import official_step
 from rollouts.variants import Variant, settings_of
 from torch import Tensor
 
-import tempflow.assembly
-from tempflow.assembly import set_up
 from tempflow.digits.scorers import DigitsReward
 from tempflow.explore.tails.engine import TailWork
 from tempflow.models.load import load_policy
 from tempflow.policy import Policy
 from tempflow.rewards.panel import Panel
 from tempflow.rewards.scorer import Scorer
-from tempflow.run import Run
+from tempflow.run.assembly import set_up
+from tempflow.run.trainer import Run
 from tempflow.settings.fields import Config, RewardConfig
 from tempflow.settings.reading import read_values, validate
 from tempflow.train import train_step
@@ -156,8 +156,8 @@ class Bench:
 
         with (
             contextlib.redirect_stderr(io.StringIO()),
-            patch.object(tempflow.assembly, "load_policy", lambda *_, **__: policy),
-            patch.object(tempflow.assembly, "load_panels", panels),
+            patch.object(tempflow.run.assembly, "load_policy", lambda *_, **__: policy),
+            patch.object(tempflow.run.assembly, "load_panels", panels),
         ):
             run, _ = set_up(config)
         run = replace(run, scores=Recording(run.scores))

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from tempflow.policy import Conditioning
 from tempflow.prompts import Prompt
-from tempflow.run import Run
+from tempflow.run.trainer import Run
 
 SCORING_THREADS = 8
 STD_EPSILON = 1e-4

@@ -10,7 +10,7 @@ from tempflow.explore.schedule import NoiseSchedule
 from tempflow.forecast.memory import plan_memory
 from tempflow.learn.optimizers import estimated_state_bytes
 from tempflow.models.without_weights.skeleton import Skeleton
-from tempflow.run_folder import group_size
+from tempflow.run.folder import group_size
 from tempflow.settings.fields import Config
 
 ALIKE = {"seed": "one prompt, one initial noise, one fork", "prompt": "one prompt, one fork step, all its noises",

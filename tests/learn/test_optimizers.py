@@ -6,8 +6,6 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from tempflow import checkpoint
-from tempflow.checkpoint import Progress
 from tempflow.common.errors import BadInput
 from tempflow.learn.optimizers import (
     OPTIMIZERS,
@@ -20,6 +18,8 @@ from tempflow.learn.optimizers import (
 )
 from tempflow.learn.stepper import PATIENCE, LossScale, Stepper
 from tempflow.models.load import load_policy
+from tempflow.run import checkpoint
+from tempflow.run.checkpoint import Progress
 from tempflow.settings.fields import LearnConfig, ModelConfig, SampleConfig
 
 bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from tempflow import checkpoint
-from tempflow.checkpoint import Progress
 from tempflow.common.errors import BadInput
 from tempflow.learn.optimizers import MovingAverage
 from tempflow.learn.stepper import Stepper
+from tempflow.run import checkpoint
+from tempflow.run.checkpoint import Progress
 
 
 def state(size=3, steps=2):

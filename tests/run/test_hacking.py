@@ -2,7 +2,7 @@
 
 import torch
 
-from tempflow.hacking import falls, keep_scores, read_scores
+from tempflow.run.hacking import falls, keep_scores, read_scores
 
 
 def scores(reward, gold, count=100):

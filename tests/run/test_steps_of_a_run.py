@@ -7,7 +7,7 @@ import torch
 
 from tempflow.parallel import ranks as distributed
 from tempflow.parallel.ranks import Ranks
-from tempflow.run import Run
+from tempflow.run.trainer import Run
 from tempflow.settings.fields import LearnConfig
 
 CPU = torch.device("cpu")

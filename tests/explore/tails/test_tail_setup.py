@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from tempflow import tails_check
-from tempflow.assembly import set_up
 from tempflow.common.errors import BadInput
 from tempflow.explore.plan import BranchPlan
 from tempflow.explore.tails import choose as tail_setup
@@ -19,6 +18,7 @@ from tempflow.explore.tails.engine import EagerEngine, StaticEngine
 from tempflow.explore.tails.levels import Level, make_engines
 from tempflow.explore.tails.solver import EXACT, TailSolver
 from tempflow.records.rows import read_metrics
+from tempflow.run.assembly import set_up
 from tempflow.settings.fields import Config, TailConfig
 from tempflow.settings.reading import load
 from tempflow.tails_check import rank_correlations

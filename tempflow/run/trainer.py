@@ -10,16 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tempflow import checkpoint
-from tempflow.checkpoint import Progress
 from tempflow.common.draws import Draw
 from tempflow.common.errors import BadInput, Unscored
 from tempflow.credit.scoring import ScoreQueue
-from tempflow.evaluation import Evaluator
 from tempflow.explore.plan import BranchPlan
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.engine import Numerics, TailEngine
-from tempflow.hacking import falls, keep_scores, read_scores
 from tempflow.learn.optimizers import state_bytes
 from tempflow.learn.stepper import Stepper
 from tempflow.parallel.ranks import Ranks
@@ -28,6 +24,10 @@ from tempflow.prompts import Prompt, iteration_prompts
 from tempflow.records.figures import draw_report, save_pictures
 from tempflow.records.rows import MetricsWriter, PhaseClock
 from tempflow.rewards.panel import Panel
+from tempflow.run import checkpoint
+from tempflow.run.checkpoint import Progress
+from tempflow.run.evaluation import Evaluator
+from tempflow.run.hacking import falls, keep_scores, read_scores
 from tempflow.settings.fields import Config
 
 

@@ -8,10 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tempflow import checkpoint
-from tempflow.checkpoint import Progress
 from tempflow.credit.scoring import ScoreQueue
-from tempflow.evaluation import Evaluator
 from tempflow.explore.plan import BranchPlan
 from tempflow.explore.schedule import NoiseSchedule, build_schedule
 from tempflow.explore.tails.choose import set_up_tails
@@ -28,8 +25,11 @@ from tempflow.policy import Policy
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.records.rows import MetricsWriter, PhaseClock, check_trackers, read_metrics
 from tempflow.rewards.panel import Panel, load_panels
-from tempflow.run import Run
-from tempflow.run_folder import check_consistency, check_folder, write_settings
+from tempflow.run import checkpoint
+from tempflow.run.checkpoint import Progress
+from tempflow.run.evaluation import Evaluator
+from tempflow.run.folder import check_consistency, check_folder, write_settings
+from tempflow.run.trainer import Run
 from tempflow.settings.fields import Config
 
 
