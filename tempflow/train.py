@@ -39,7 +39,7 @@ from tempflow.run.checkpoint import Progress
 from tempflow.run.trainer import Run
 from tempflow.settings.help import help_text
 from tempflow.settings.reading import load
-from tempflow.tails_check import check_tails
+from tempflow.studies.tails import check_tails
 
 INTERRUPTED = 130
 """The exit code of a program that Ctrl-C ended: 128 + SIGINT."""

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tempflow import tails_check
 from tempflow.common.errors import BadInput
 from tempflow.explore.plan import BranchPlan
 from tempflow.explore.tails import choose as tail_setup
@@ -21,7 +20,8 @@ from tempflow.records.rows import read_metrics
 from tempflow.run.assembly import set_up
 from tempflow.settings.fields import Config, TailConfig
 from tempflow.settings.reading import load
-from tempflow.tails_check import rank_correlations
+from tempflow.studies import tails as tails_check
+from tempflow.studies.tails import rank_correlations
 from tempflow.train import main, train_step
 
 SMALL = ["digits", "branch.prompts=2", "branch.seeds=2", "branch.siblings=3", "branch.steps=[0,3]", "sample.steps=5",

@@ -1,6 +1,6 @@
 """What fast tails do to the rewards: one iteration's branches carried both ways, exactly and as the run will.
 
-    python -m tempflow.tails_check [PRESET or FILE.yaml] [section.field=value ...]
+    python -m tempflow.studies.tails [PRESET or FILE.yaml] [section.field=value ...]
 
 takes the arguments of `train.py`, trains nothing and leaves no files; with `tails.check=true` a run does the same
 before its first iteration. Adapters that have learnt nothing yet hide what merging them changes: give `model.lora`.
