@@ -32,7 +32,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["tempflow", "tempflow.*"]),
     package_data={
-        "tempflow": ["presets/*.yaml", "digits/*.safetensors", "digits/prompts/*.jsonl", "digits/pipeline/**/*"],
+        "tempflow": [
+            "settings/presets/**/*.yaml", "digits/*.safetensors", "digits/prompts/*.jsonl", "digits/pipeline/**/*",
+        ],
     },
     install_requires=[
         kernels,

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tempflow.common.draws import PROMPTS, shuffled
 from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
 
@@ -72,8 +71,3 @@ def _parse(line: str, place: str, setting: str) -> Prompt:
         raise BadInput(setting, place, 'each line must be a JSON object such as {"prompt": "..."}') from error
 
 
-def iteration_prompts(prompts: list[Prompt], count: int, run_seed: int, iteration: int) -> list[Prompt]:
-    """The `count` prompts of an iteration: the file is walked in a new order each time it is through."""
-    places = [divmod(position, len(prompts)) for position in range(iteration * count, (iteration + 1) * count)]
-    orders = {turn: shuffled(len(prompts), run_seed, PROMPTS, turn) for turn in {turn for turn, _ in places}}
-    return [prompts[orders[turn][place]] for turn, place in places]

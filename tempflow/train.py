@@ -29,11 +29,12 @@ from tqdm import tqdm
 
 from tempflow.common.errors import BadInput, Unscored
 from tempflow.common.tensors import to_device
-from tempflow.credit.advantage import Credit, combined_advantages, known_std
-from tempflow.explore.rollout import TransitionBatch, sample_branches, sample_trunk, updates
+from tempflow.credit.advantage import Credit, combined_advantages, known_mean, known_std
+from tempflow.explore.rollout import sample_branches, sample_trunk
+from tempflow.learn.batches import TransitionBatch, updates
 from tempflow.learn.optimizers import set_learning_rate
+from tempflow.learn.statistics import LossRecord, loss_figures
 from tempflow.parallel import ranks as distributed
-from tempflow.records.rows import LossRecord, known_mean, loss_figures
 from tempflow.run.assembly import set_up, show_plan
 from tempflow.run.checkpoint import Progress
 from tempflow.run.trainer import Run

@@ -13,23 +13,18 @@ KERNELS = ROOT / "kernels" / "tempflow_kernels"
 SOURCES = sorted([*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")])
 
 LAYERS = [
-    {"errors", "batching", "paths", "settings", "compiled", "transfer"},
-    {"config", "draws"},
-    {"schedule", "policy", "plan", "prompts", "usage", "optim"},
-    {"tail_solver"},
-    {"advantage", "tail_engine", "stepping", "geneval_prompts", "distributed", "digits"},
-    {"branching", "rewards", "models", "checkpoint", "metrics", "tail_levels", "chunk_planner"},
-    {"scoring", "evaluation", "hacking", "report", "run_folder", "memory_plan", "digits maker", "tail_setup"},
-    {"explain"},
+    {"common"},
+    {"settings", "policy", "prompts", "parallel"},
+    {"models", "rewards", "digits", "records", "explore"},
+    {"credit", "learn"},
+    {"forecast"},
     {"run"},
-    {"assembly"},
-    {"tails_check"},
-    {"train"},
+    {"studies"},
+    {"commands", "train"},
 ]
-"""Bottom to top; a module may import from lower layers, or from its own file or folder."""
+"""The rooms, bottom to top: folders of tempflow/ and the files beside them. Arrows point down or stay in their room."""
 
-RANKS = {"train", "tails_check", "assembly", "run", "run_folder", "distributed", "evaluation"}
-DIFFUSERS = {"models", "digits maker"}
+RANKS = {"train", "commands", "run", "parallel", "forecast"}
 
 
 def imports(path: Path) -> set[str]:
@@ -43,50 +38,44 @@ def imports(path: Path) -> set[str]:
     return names
 
 
-def unit(path: Path) -> str:
-    """The module or sub-package of tempflow that a file belongs to."""
-    name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-    return "digits maker" if name == "digits" and path.stem in ("make", "figures", "generator", "networks") else name
+def room(path: Path) -> str:
+    """The folder of tempflow/, or the file beside them, that a file belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def own_imports(path: Path) -> set[str]:
-    """Units of tempflow that a file imports from."""
-    units = set()
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "tempflow" and len(parts) > 1:
-            inside = PACKAGE.joinpath(*parts[1:3]).with_suffix(".py")
-            units.add(unit(inside if inside.is_file() else PACKAGE / parts[1]))
-    return units
+def rooms_entered(path: Path) -> set[str]:
+    """Rooms of tempflow that a file imports from."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("tempflow.")}
 
 
 def tempflow_files() -> list[Path]:
     return [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
 
 
-def test_every_module_has_a_layer():
-    assert {unit(path) for path in tempflow_files()} == set().union(*LAYERS)
+def test_every_room_has_a_layer():
+    assert {room(path) for path in tempflow_files()} == set().union(*LAYERS)
 
 
 def test_arrows_point_down():
     level = {name: depth for depth, names in enumerate(LAYERS) for name in names}
     for path in tempflow_files():
-        own = unit(path)
-        for name in own_imports(path):
+        own = room(path)
+        for name in rooms_entered(path):
             assert name == own or level[name] < level[own], f"{path.name} imports {name}"
 
 
 def test_only_models_know_diffusers_and_few_know_ranks():
     for path in tempflow_files():
-        roots = {name.split(".")[0] for name in imports(path)}
-        if roots & {"diffusers", "peft", "transformers"}:
-            assert unit(path) in DIFFUSERS or (unit(path) == "rewards" and not roots & {"diffusers", "peft"}), path.name
-        if any(name.startswith(("tempflow.parallel.ranks", "torch.distributed")) for name in imports(path)):
-            assert unit(path) in RANKS, path.name
+        roots, makes_digits = {name.split(".")[0] for name in imports(path)}, path.parent.name == "making"
+        if roots & {"diffusers", "peft", "transformers"} and not makes_digits:
+            assert room(path) == "models" or (room(path) == "rewards" and not roots & {"diffusers", "peft"}), path.name
+        if any(name.startswith(("tempflow.parallel", "torch.distributed")) for name in imports(path)):
+            assert room(path) in RANKS, path.name
 
 
-def test_schedule_knows_no_network_and_branching_no_rewards():
-    for module, forbidden in (("schedule", "policy"), ("branching", "rewards"), ("advantage", "policy")):
+def test_exploring_knows_no_rewards_and_credit_no_network():
+    for module, forbidden in (("explore/schedule", "policy"), ("explore/rollout", "rewards"),
+                              ("credit/advantage", "policy"), ("digits/scorers", "rewards")):  # fmt: skip
         assert not any(f"tempflow.{forbidden}" in name for name in imports(PACKAGE / f"{module}.py"))
 
 

@@ -3,7 +3,8 @@
 import pytest
 
 from tempflow.common.errors import BadInput
-from tempflow.prompts import Prompt, iteration_prompts, read_prompts
+from tempflow.explore.feed import iteration_prompts
+from tempflow.prompts import Prompt, read_prompts
 
 
 def test_text_and_jsonl(tmp_path):

@@ -1,6 +1,6 @@
 """One architecture on one device: policies, scorers and runs for the variants of `rollouts.py`, and timed iterations.
 
-Runs are real, set up by `tempflow.run.assembly.set_up` from a real configuration, stepped by `tempflow.train.train_step`;
+Runs are real, set up by `tempflow.run.assembly` from a real configuration, stepped by `tempflow.train.train_step`;
 only the policy is shared between variants that have the same weights, and the scorer is the architecture's own. Every
 timed iteration starts from the same parameters and a fresh optimizer, so all variants solve the same problem and their
 rewards can be compared branch by branch.
@@ -20,7 +20,6 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import tempflow.assembly
 import torch
 from machine.flops import synchronise
 from machine.memory_peak import MemoryPeak
@@ -30,6 +29,7 @@ from rollouts.official import official_step
 from rollouts.variants import Variant, settings_of
 from torch import Tensor
 
+import tempflow.run.assembly
 from tempflow.digits.scorers import DigitsReward
 from tempflow.explore.tails.engine import TailWork
 from tempflow.models.load import load_policy

@@ -9,7 +9,7 @@ from machine.flops import ROW_COSTS, RowCost
 from rollouts.bench import Bench, Case, Iteration
 from torch import Tensor
 
-from tempflow.explore.plan import BranchCost
+from tempflow.forecast.cost import BranchCost
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     images = pictures(given.images, given.side)
-    command = [sys.executable, "-m", "tempflow.rewards.servers.server", SCORER, "--port", "0"]
+    command = [sys.executable, "-m", "tempflow.commands.serve", SCORER, "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         url = server.stdout.readline().split()[-1]

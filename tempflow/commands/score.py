@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt, read_prompts
+from tempflow.rewards.parts.options import read_device, read_options
 from tempflow.rewards.scorer import SCORERS, Scorer, load_scorer
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -50,35 +50,6 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--rows", type=int, default=16, help="pictures in one call, default %(default)s")
     own.add_argument("--output", help="CSV file; default: standard output")
     return own
-
-
-def read_options(arguments: Sequence[str], rewards: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`key=value` or `reward.key=value` -> options by reward."""
-    options: dict[str, dict[str, Any]] = {reward: {} for reward in rewards}
-    for argument in arguments:
-        name, equals, text = argument.partition("=")
-        reward = next((known for known in rewards if name.startswith(f"{known}.")), None)
-        if not equals or (reward is None and len(rewards) > 1):
-            form = "KEY=VALUE" if len(rewards) == 1 else f"REWARD.KEY=VALUE with one of {', '.join(rewards)}"
-            raise BadInput("--option", argument, f"must have the form {form}")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise BadInput("--option", argument, "not readable as a YAML value; quote it") from error
-        options[reward or rewards[0]][name if reward is None else name.removeprefix(f"{reward}.")] = value
-    return options
-
-
-def read_device(name: str) -> torch.device:
-    """The device called so.
-
-    Raises:
-        BadInput: torch knows none of this name.
-    """
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise BadInput("--device", name, "is no device of torch, such as cpu, cuda or cuda:1") from error
 
 
 def find_images(folder: str) -> list[Path]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -11,3 +13,9 @@ def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def chunks(total: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of `size` that cover range(total); the last may be shorter."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))

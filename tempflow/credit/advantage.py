@@ -6,6 +6,7 @@ a set of axes of the reward tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -103,3 +104,9 @@ def _normalise(rewards: Tensor, seeds: int, group: str, std: str) -> tuple[Tenso
     differs = highest - grouped.where(known, torch.inf).amin(axes, keepdim=True) > MIN_SPREAD
     advantages = ((grouped - mean) / (scale + STD_EPSILON)).where(known & differs, 0)
     return advantages.reshape(steps, rows, siblings), differs
+
+
+def known_mean(values: Tensor, digits: int | None = None) -> float | None:
+    """Mean of the values that are not NaN, rounded if `digits` are given; None if there are none."""
+    mean = values.nanmean().item()
+    return None if math.isnan(mean) else mean if digits is None else round(mean, digits)

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tempflow.common.clock import PhaseClock
 from tempflow.common.errors import BadInput
-from tempflow.explore.rollout import decode_branches
+from tempflow.common.tensors import chunks
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt
-from tempflow.records.rows import PhaseClock
 from tempflow.rewards.panel import Panel
 from tempflow.rewards.scorer import Scorer
 
@@ -81,3 +81,14 @@ class ScoreQueue:
     def _beside(self) -> AbstractContextManager[Any]:
         """The queue's own stream, where it has one."""
         return torch.cuda.stream(self.stream) if self.stream is not None else nullcontext()
+
+
+@torch.no_grad()
+def decode_branches(policy: Policy, latents: Tensor, rows: int) -> Tensor:
+    """(..., D...) finished latents to uint8 images (..., 3, H, W) on the CPU, `rows` a call."""
+    flat = latents.view(-1, *policy.latent_shape)
+    images = torch.empty(len(flat), *policy.image_shape, dtype=torch.uint8)
+    for part in chunks(len(flat), rows):
+        images[part] = policy.decode(flat[part]).cpu()
+    leading = latents.shape[: latents.dim() - len(policy.latent_shape)]
+    return images.view(*leading, *policy.image_shape)

@@ -22,14 +22,12 @@ import torch
 from tempflow_kernels import transition_step
 from torch import Tensor
 
-from tempflow.batching import chunks
 from tempflow.common.draws import Draw
-from tempflow.common.tensors import to_device
+from tempflow.common.tensors import chunks, to_device
 from tempflow.explore.plan import BranchPlan
-from tempflow.explore.schedule import NoiseSchedule
-from tempflow.explore.tails.engine import TailEngine, ode_step
+from tempflow.explore.schedule import NoiseSchedule, ode_step
+from tempflow.explore.tails.engine import TailEngine
 from tempflow.policy import Conditioning, Policy
-from tempflow.settings.fields import LearnConfig
 
 
 @dataclass(frozen=True)
@@ -55,26 +53,6 @@ class FinishedBranches:
     """(B, D...) fp32"""
     trunks: list[int]
     """B rows: the trunk that each left"""
-
-
-@dataclass(frozen=True)
-class TransitionBatch:
-    """The fork of B trunks at one step: what one forward and backward sees, in the shape of the trunk's own call."""
-
-    step: int
-    latents: Tensor
-    """(B, D...)"""
-    velocity_old: Tensor
-    """(B, D...)"""
-    keys: Tensor
-    """(B, 2)"""
-    advantages: Tensor
-    """(B, K)"""
-    weights: Tensor
-    """(B,), noise weight of the step, 0 for a masked group"""
-    conditioning: Conditioning
-    share: float
-    """part of its optimizer step: the shares of one update, left-out batches included, sum to 1"""
 
 
 @torch.no_grad()
@@ -123,49 +101,3 @@ def sample_branches(engine: TailEngine, trunk: Trunk, schedule: NoiseSchedule) -
         yield FinishedBranches(branches[part], trunks[part].tolist())
 
 
-@torch.no_grad()
-def decode_branches(policy: Policy, latents: Tensor, rows: int) -> Tensor:
-    """(..., D...) finished latents to uint8 images (..., 3, H, W) on the CPU, `rows` a call."""
-    flat = latents.view(-1, *policy.latent_shape)
-    images = torch.empty(len(flat), *policy.image_shape, dtype=torch.uint8)
-    for part in chunks(len(flat), rows):
-        images[part] = policy.decode(flat[part]).cpu()
-    leading = latents.shape[: latents.dim() - len(policy.latent_shape)]
-    return images.view(*leading, *policy.image_shape)
-
-
-def updates(trunk: Trunk, advantages: Tensor, weights: Tensor, learn: LearnConfig) -> Iterator[list[TransitionBatch]]:
-    """The batches of each optimizer step, over all inner epochs; the K siblings of a fork are always in one batch.
-
-    A batch is a chunk of `learn.rows` trunks at one fork, as in `sample_trunk`, so that it repeats the trunk's own
-    network call exactly. A batch in which every weight is 0 is left out unless a KL term asks for it.
-
-    Args:
-        advantages: (S, R, K); weights: (S, R).
-    """
-    parts, forks = list(chunks(trunk.latents.shape[1], learn.rows)), range(len(trunk.plan.steps))
-    per_update = len(parts) // learn.updates
-    for _ in range(learn.inner_epochs):
-        for first in range(0, len(parts), per_update):
-            places = [(part, fork) for part in parts[first : first + per_update] for fork in forks]
-            share = 1 / len(places)
-            yield [
-                _batch(trunk, advantages, weights, part, fork, share)
-                for part, fork in places
-                if learn.kl or weights[fork, part].any()
-            ]
-
-
-def _batch(
-    trunk: Trunk, advantages: Tensor, weights: Tensor, part: slice, fork: int, share: float
-) -> TransitionBatch:
-    return TransitionBatch(
-        step=trunk.plan.steps[fork],
-        latents=trunk.latents[fork, part],
-        velocity_old=trunk.velocity[fork, part],
-        keys=trunk.keys[fork, part],
-        advantages=advantages[fork, part],
-        weights=weights[fork, part],
-        conditioning=trunk.conditioning.rows(part),
-        share=share,
-    )

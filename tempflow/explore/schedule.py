@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from tempflow_kernels import transition_step
 from torch import Tensor
 
 from tempflow.common.errors import BadInput
@@ -131,3 +132,10 @@ def build_schedule(sigmas: Sequence[float] | Tensor, transition: str, noise_leve
     if transition == "cps" and noise_level > 1:
         raise BadInput("sample.noise_level", noise_level, "cps replaces at most all of the noise; give a level up to 1")
     return NoiseSchedule(sigmas, ode(sigmas), TRANSITIONS[transition](sigmas, noise_level))
+
+
+def ode_step(latents: Tensor, velocity: Tensor, schedule: NoiseSchedule, step: int) -> Tensor:
+    """One deterministic step of (R, D...) latents."""
+    coef = schedule.ode.coef(step, len(latents), latents.device)
+    no_noise = torch.zeros(len(latents), 2, dtype=torch.int64, device=latents.device)
+    return transition_step(latents, velocity, coef, no_noise)[0][:, 0]

@@ -1,7 +1,7 @@
 """What a run will hold in a GPU's memory, part by part, before any weight is loaded.
 
 Parts that stay: counted from the model's configuration and the settings, exactly. Parts that come and go: rehearsed
-operator by operator without data (`tempflow.models.without_weights.rehearsal`); phases do not meet, so the dearest one decides.
+operator by operator without data (`models/without_weights/`); phases do not meet, so the dearest one decides.
 
     weights            frozen: model.dtype; trained: fp32, and with model.train=full they are the whole transformer
     merged copy        model.dtype, of the adapted layers (of everything with full training), where tails use one
@@ -25,12 +25,13 @@ from dataclasses import dataclass
 
 import torch
 
-from tempflow.batching import BUCKET
 from tempflow.explore.plan import BranchPlan
 from tempflow.learn.optimizers import estimated_state_bytes
 from tempflow.models.network.network import DTYPES
 from tempflow.models.without_weights.peaks import DryModel
 from tempflow.models.without_weights.skeleton import Skeleton
+from tempflow.parallel.ranks import BUCKET
+from tempflow.policy import Policy
 from tempflow.settings.fields import Config
 
 CUDA = 2**30
@@ -130,3 +131,8 @@ def _gib(size: int) -> str:
     """Bytes in the unit that suits them."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
 
+
+def learning_bytes(config: Config, policy: Policy) -> int:
+    """What learning will hold in memory, but does not yet: moving average and gradients in fp32, optimizer state."""
+    sizes = [parameter.numel() for parameter in policy.trainable().values()]
+    return 8 * sum(sizes) + estimated_state_bytes(config.learn, sizes)

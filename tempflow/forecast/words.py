@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from tempflow_kernels import backend_info
 
-from tempflow.explore.plan import BranchCost, BranchPlan
+from tempflow.explore.plan import BranchPlan
 from tempflow.explore.schedule import NoiseSchedule
+from tempflow.forecast.cost import BranchCost
 from tempflow.forecast.memory import plan_memory
 from tempflow.learn.optimizers import estimated_state_bytes
 from tempflow.models.without_weights.skeleton import Skeleton
-from tempflow.run.folder import group_size
+from tempflow.settings.checks import group_size
 from tempflow.settings.fields import Config
 
 ALIKE = {"seed": "one prompt, one initial noise, one fork", "prompt": "one prompt, one fork step, all its noises",

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tempflow.common.errors import BadInput
-from tempflow.learn.optimizers import MovingAverage, state_bytes
+from tempflow.learn.average import MovingAverage
+from tempflow.learn.optimizers import state_bytes
 
 PATIENCE = 20
 """fp16: optimizer steps in a row that may be skipped; the loss scale has fallen to a millionth by then"""

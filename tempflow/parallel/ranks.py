@@ -14,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from tempflow.batching import BUCKET
 from tempflow.common.errors import BadInput, Unscored
 
 Result = TypeVar("Result")
@@ -118,3 +117,7 @@ def stop() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+BUCKET = 256 * 2**20
+"""bytes of gradients that ranks average at a time"""

@@ -1,11 +1,10 @@
 """report.png: the curves of a run, its process reward against the noise weight, and the same prompts before and after.
 
-`python -m tempflow.records.figures runs/digits` draws it anew from a run's folder.
+`python -m tempflow.commands.report runs/digits` draws it anew from a run's folder.
 """
 
 from __future__ import annotations
 
-import sys
 import textwrap
 from io import BytesIO
 from itertools import cycle
@@ -120,11 +119,3 @@ def _before_and_after(figure: Any, strips: list[Path], prompts: list[str]) -> No
             axes.set_yticks([])
     for axes, prompt in zip(grid[0], prompts, strict=False):
         axes.set_title("\n".join(textwrap.wrap(prompt, 20)), fontsize=8)
-
-
-if __name__ == "__main__":
-    try:
-        print(draw_report(Path(sys.argv[1] if len(sys.argv) > 1 else "runs/digits")))
-    except BadInput as error:
-        print(f"tempflow: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tempflow.batching import chunks
 from tempflow.common.errors import BadInput
+from tempflow.common.tensors import chunks
 from tempflow.prompts import Prompt
 
 SCORERS = {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from tempflow.common.clock import PhaseClock
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.plan import BranchPlan
 from tempflow.explore.schedule import NoiseSchedule, build_schedule
@@ -15,21 +16,25 @@ from tempflow.explore.tails.choose import set_up_tails
 from tempflow.explore.tails.compiled import CompiledBlocks
 from tempflow.explore.tails.engine import TailEngine
 from tempflow.explore.tails.levels import Engines
+from tempflow.forecast.memory import learning_bytes
 from tempflow.forecast.words import explain, explain_memory
-from tempflow.learn.optimizers import MovingAverage, make_optimizer
+from tempflow.learn.average import MovingAverage
+from tempflow.learn.optimizers import make_optimizer
 from tempflow.learn.stepper import LossScale, Stepper
 from tempflow.models.load import load_policy, load_skeleton
 from tempflow.parallel import ranks as distributed
 from tempflow.parallel.ranks import Ranks
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt, read_prompts
-from tempflow.records.rows import MetricsWriter, PhaseClock, check_trackers, read_metrics
+from tempflow.records.rows import MetricsWriter, read_metrics
+from tempflow.records.trackers import check_trackers
 from tempflow.rewards.panel import Panel, load_panels
 from tempflow.run import checkpoint
 from tempflow.run.checkpoint import Progress
 from tempflow.run.evaluation import Evaluator
-from tempflow.run.folder import check_consistency, check_folder, write_settings
+from tempflow.run.folder import check_folder, write_settings
 from tempflow.run.trainer import Run
+from tempflow.settings.checks import check_consistency
 from tempflow.settings.fields import Config
 
 
@@ -98,7 +103,8 @@ def _engines(
     def agree(rows: int) -> int:
         return int(ranks.gather(torch.tensor([rows]), 0).min())
 
-    return set_up_tails(config, policy, schedule, plan, trunks, prompts[0].text, known_rows, agree, ranks.first)
+    return set_up_tails(config, policy, schedule, plan, trunks, prompts[0].text, known_rows, agree, ranks.first,
+                        learning_bytes(config, policy))  # fmt: skip
 
 
 def _stepper(config: Config, policy: Policy) -> Stepper:

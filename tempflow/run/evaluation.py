@@ -8,15 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tempflow.batching import chunks
 from tempflow.common.draws import EVALUATION, Draw
-from tempflow.explore.rollout import decode_branches
+from tempflow.common.tensors import chunks
+from tempflow.credit.advantage import known_mean
+from tempflow.credit.scoring import decode_branches
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.engine import TailEngine
 from tempflow.parallel.ranks import Ranks
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt
-from tempflow.records.rows import known_mean
 from tempflow.rewards.panel import Panel
 
 

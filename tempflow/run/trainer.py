@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tempflow.common.clock import PhaseClock
 from tempflow.common.draws import Draw
 from tempflow.common.errors import BadInput, Unscored
 from tempflow.credit.scoring import ScoreQueue
+from tempflow.explore.feed import iteration_prompts
 from tempflow.explore.plan import BranchPlan
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.engine import Numerics, TailEngine
@@ -20,9 +22,9 @@ from tempflow.learn.optimizers import state_bytes
 from tempflow.learn.stepper import Stepper
 from tempflow.parallel.ranks import Ranks
 from tempflow.policy import Policy
-from tempflow.prompts import Prompt, iteration_prompts
+from tempflow.prompts import Prompt
 from tempflow.records.figures import draw_report, save_pictures
-from tempflow.records.rows import MetricsWriter, PhaseClock
+from tempflow.records.rows import MetricsWriter
 from tempflow.rewards.panel import Panel
 from tempflow.run import checkpoint
 from tempflow.run.checkpoint import Progress
@@ -111,7 +113,7 @@ class Run:
         return [not learn.kl and not by_update[:, update].any() for update in range(learn.updates)]
 
     def optimizer_step(self, idle: bool) -> None:
-        """Averages gradients over ranks, clips and steps, without waiting for the device (see `tempflow.learn.stepper`).
+        """Averages gradients over ranks, clips and steps, without waiting for the device (see `learn/stepper.py`).
 
         Args:
             idle: no rank had anything to learn; then no parameter moves.

@@ -174,7 +174,7 @@ class PromptConfig:
 @section
 class RewardConfig:
     name: str | Annotated[dict[str, float], Field(min_length=1)] = "digits"
-    """What is optimised: a scorer of tempflow.rewards.scorer or `module:attribute` of your own; several as {name: weight}."""
+    """What is optimised: a scorer of tempflow.rewards or `module:attribute` of your own; several as {name: weight}."""
     combine: Literal["sum", "advantages"] = "sum"
     """Several rewards: normalise their weighted sum, or normalise each and take the weighted sum of the advantages."""
     gold: str | list[str] | None = "digits_gold"
@@ -186,7 +186,7 @@ class RewardConfig:
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """What scorers are made with, by name, such as {pickscore: {path: /models/pickscore, dtype: bf16}}."""
     servers: list[Annotated[str, Field(pattern=r"^https?://[^\s/]+/*$")]] = Field(default_factory=list)
-    """Addresses of `python -m tempflow.rewards.servers.server`; what they serve is scored there, anything else here."""
+    """Addresses of `python -m tempflow.commands.serve`; what they serve is scored there, anything else here."""
     batch: Count | None = None
     """Images of one request; null takes branch.decode_rows, as many as a scorer here gets in one call."""
     requests: Count = 8

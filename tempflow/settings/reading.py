@@ -36,7 +36,7 @@ def load(arguments: Sequence[str]) -> Config:
 
 def presets() -> dict[str, Path]:
     """Name -> file of every preset that ships with the package."""
-    return {path.stem: path for path in sorted((PACKAGE / "presets").glob("*.yaml"))}
+    return {path.stem: path for path in sorted((PACKAGE / "settings" / "presets").glob("*.yaml"))}
 
 
 def read_values(source: str, seen: tuple[Path, ...] = ()) -> dict[str, dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What fast tails do to the rewards: one iteration's branches carried both ways, exactly and as the run will.
 
-    python -m tempflow.studies.tails [PRESET or FILE.yaml] [section.field=value ...]
+    python -m tempflow.commands.tails [PRESET or FILE.yaml] [section.field=value ...]
 
 takes the arguments of `train.py`, trains nothing and leaves no files; with `tails.check=true` a run does the same
 before its first iteration. Adapters that have learnt nothing yet hide what merging them changes: give `model.lora`.
@@ -8,22 +8,15 @@ before its first iteration. Adapters that have learnt nothing yet hide what merg
 
 from __future__ import annotations
 
-import sys
-import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tempflow.common.errors import BadInput
+from tempflow.common.clock import PhaseClock
 from tempflow.explore.rollout import Trunk, sample_branches, sample_trunk
 from tempflow.explore.tails.engine import EagerEngine, TailEngine
-from tempflow.parallel import ranks as distributed
-from tempflow.records.rows import PhaseClock
-from tempflow.run.assembly import set_up
 from tempflow.run.trainer import Run
-from tempflow.settings.reading import load
 
 
 @dataclass(frozen=True)
@@ -102,23 +95,3 @@ def _ranks(values: Tensor) -> Tensor:
     below = (values.unsqueeze(-2) < values.unsqueeze(-1)).sum(-1)
     equal = (values.unsqueeze(-2) == values.unsqueeze(-1)).sum(-1)
     return below + (equal + 1) / 2
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, or 2 for wrong input."""
-    try:
-        config = load(sys.argv[1:] if arguments is None else arguments)
-        with tempfile.TemporaryDirectory() as folder:
-            apart = replace(config.run, dir=folder, resume=False, plan_only=False, trackers=[])
-            run, _ = set_up(replace(config, run=apart))
-            print(check_tails(run).describe())
-        return 0
-    except BadInput as error:
-        print(f"tempflow: {error}", file=sys.stderr)
-        return 2
-    finally:
-        distributed.stop()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -126,7 +126,7 @@ def test_as_a_command_it_loads_no_more_than_it_needs(folder):
 
 def test_nothing_needs_packages_that_do_not_install_everywhere():
     names = set()
-    for path in Path(tempflow.rewards.__file__).parent.glob("*.py"):
+    for path in Path(tempflow.rewards.scorer.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Import):
                 names |= {alias.name.split(".")[0] for alias in node.names}

@@ -6,10 +6,10 @@ import time
 import pytest
 import torch
 
+from tempflow.common.clock import PhaseClock
 from tempflow.common.errors import BadInput
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.prompts import Prompt
-from tempflow.records.rows import PhaseClock
 from tempflow.rewards.scorer import Scorer
 
 

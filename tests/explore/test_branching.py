@@ -6,9 +6,12 @@ from tempflow_kernels import normal_like
 
 from tempflow.common.draws import Draw
 from tempflow.common.errors import BadInput
-from tempflow.explore.plan import BranchCost, BranchPlan
-from tempflow.explore.rollout import decode_branches, sample_branches, sample_trunk, updates
+from tempflow.credit.scoring import decode_branches
+from tempflow.explore.plan import BranchPlan
+from tempflow.explore.rollout import sample_branches, sample_trunk
 from tempflow.explore.tails.engine import EagerEngine
+from tempflow.forecast.cost import BranchCost
+from tempflow.learn.batches import updates
 from tempflow.settings.fields import LearnConfig
 
 TEXTS = ("one", "three", "eleven")

@@ -6,9 +6,11 @@ from tempflow_kernels import BranchLossStats, branch_loss
 
 from tempflow.common.draws import Draw
 from tempflow.explore.plan import BranchPlan
-from tempflow.explore.rollout import sample_trunk, updates
-from tempflow.learn.optimizers import MovingAverage, make_optimizer, set_learning_rate
-from tempflow.records.rows import LossRecord, loss_figures
+from tempflow.explore.rollout import sample_trunk
+from tempflow.learn.average import MovingAverage
+from tempflow.learn.batches import updates
+from tempflow.learn.optimizers import make_optimizer, set_learning_rate
+from tempflow.learn.statistics import LossRecord, loss_figures
 from tempflow.settings.fields import LearnConfig
 
 TEXTS = ("a two at the top left", "three fours", "a one above a nine")

@@ -7,9 +7,9 @@ import torch
 from torch.nn import Parameter
 
 from tempflow.common.errors import BadInput
+from tempflow.learn.average import MovingAverage
 from tempflow.learn.optimizers import (
     OPTIMIZERS,
-    MovingAverage,
     check_device,
     estimated_state_bytes,
     load_state,

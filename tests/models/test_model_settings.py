@@ -14,8 +14,9 @@ from tiny_pipelines import BUILDERS, SIZE, TEXTS, model_config, sample_config
 
 from tempflow.common.errors import BadInput
 from tempflow.learn.stepper import LossScale
-from tempflow.models.load import attention, load_policy, load_skeleton
-from tempflow.models.network.network import adapters
+from tempflow.models import attention
+from tempflow.models.load import load_policy, load_skeleton
+from tempflow.models.network import adapters
 
 
 def arguments(policy, rows=3):

@@ -7,7 +7,7 @@ import torch
 from tiny_pipelines import BUILDERS, TEXT_TOKENS, TEXTS
 
 from tempflow.common.errors import BadInput
-from tempflow.models.load import text as text_module
+from tempflow.models import text as text_module
 
 
 def count_calls(policy):

@@ -6,8 +6,10 @@ import time
 import pytest
 import torch
 
+from tempflow.common.clock import PhaseClock
 from tempflow.common.errors import BadInput
-from tempflow.records.rows import MetricsWriter, PhaseClock, check_trackers, flat_numbers, read_metrics
+from tempflow.records.rows import MetricsWriter, read_metrics
+from tempflow.records.trackers import check_trackers, flat_numbers
 
 
 def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):

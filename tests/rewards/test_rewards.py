@@ -103,7 +103,10 @@ def test_scores_carry_no_gradient():
 def test_scorer_of_the_working_folder_is_found_by_the_script(tmp_path):
     """`torchrun tempflow/train.py` has the script's folder on its path, not the user's."""
     (tmp_path / "scorers_here.py").write_text("def half(images, prompts):\n    return [0.5] * len(images)\n")
-    code = "import sys; sys.path.pop(0); import tempflow.rewards.scorer as r; r.load_scorer('r', 'scorers_here:half', 1)"
+    code = (
+        "import sys; sys.path.pop(0); from tempflow.rewards.scorer import load_scorer; "
+        "load_scorer('r', 'scorers_here:half', 1)"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, timeout=120)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tempflow.common.errors import BadInput
-from tempflow.learn.optimizers import MovingAverage
+from tempflow.learn.average import MovingAverage
 from tempflow.learn.stepper import Stepper
 from tempflow.run import checkpoint
 from tempflow.run.checkpoint import Progress

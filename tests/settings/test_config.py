@@ -3,7 +3,7 @@
 import pytest
 
 from tempflow.common.errors import BadInput
-from tempflow.run.folder import check_consistency
+from tempflow.settings.checks import check_consistency
 from tempflow.settings.fields import Config
 from tempflow.settings.help import help_text
 from tempflow.settings.reading import field_names, load, presets, to_yaml

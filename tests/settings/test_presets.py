@@ -6,7 +6,7 @@ import pytest
 
 from tempflow.explore.plan import BranchPlan
 from tempflow.rewards.scorer import SCORERS
-from tempflow.run.folder import check_consistency
+from tempflow.settings.checks import check_consistency
 from tempflow.settings.reading import load, presets
 
 PAPER = ["sd35_geneval", "sd35_pickscore", "flux_hpsv3", "qwen_pickscore"]

@@ -1,6 +1,6 @@
 """A real scorer's server that goes wrong on demand. `python tests/support/scorer_faults.py` prints the table of faults.
 
-`python tests/support/scorer_faults.py serve` starts the server of tempflow.rewards.servers.server with one scorer, `bright`, and
+`python tests/support/scorer_faults.py serve` starts the server of `commands/serve.py` with one scorer, `bright`, and
 in front of it a middleware that spoils the next answers in the way that `POST /fault?name=...&times=...` asks for.
 """
 
@@ -205,7 +205,7 @@ def running(*command: str, **environment: str):
 def serving(*arguments: str, **environment: str):
     """The server of the package, on a free port unless the arguments name one."""
     port = () if "--port" in arguments else ("--port", "0")
-    return running("-m", "tempflow.rewards.servers.server", *arguments, *port, **environment)
+    return running("-m", "tempflow.commands.serve", *arguments, *port, **environment)
 
 
 def post(url: str) -> dict:

@@ -19,7 +19,7 @@ from tempflow.digits.canvas import DigitSplit, Renderer, load_splits
 from tempflow.digits.captions import split_captions, test_prompts, train_prompts, write_prompts
 from tempflow.digits.classifiers import CLASSIFIERS, save_classifier, train_classifier
 
-PACKAGE_FOLDER = Path(__file__).parent
+PACKAGE_FOLDER = Path(__file__).parents[1]
 CLASSIFIER_STEPS = {"reward": 1200, "gold": 2000}
 PIPELINE_LIMIT = 8 * 2**20  # bytes
 

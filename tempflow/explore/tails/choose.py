@@ -12,7 +12,6 @@ from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.chunks import choose_rows, free_memory, measure, tail_lengths
 from tempflow.explore.tails.levels import LEVELS, Engines, levels_of, make_engines
 from tempflow.explore.tails.solver import TailSolver
-from tempflow.learn.optimizers import estimated_state_bytes
 from tempflow.policy import Policy
 from tempflow.settings.fields import Config
 
@@ -27,6 +26,7 @@ def set_up_tails(
     known_rows: int | None,
     agree: Callable[[int], int],
     speak: bool,
+    learning: int,
 ) -> Engines:
     """Engines that have carried a branch each already.
 
@@ -34,6 +34,7 @@ def set_up_tails(
         trunks: R of this process. text: a prompt, for trials.
         known_rows: what an earlier part of this run chose where branch.rows=auto, so that rounding stays the same.
         agree: one chunk size for all processes out of each one's own.
+        learning: bytes that learning will hold, but does not yet.
     Raises:
         BadInput: a level or fp8 that does not work here.
     """
@@ -52,7 +53,7 @@ def set_up_tails(
         lengths = tail_lengths(plan, trunks, solver, schedule)
         probes = measure(policy, policy.merged if tails.merged else nullcontext, len(lengths), text)
         padded = LEVELS[levels_of(policy, tails)[0]].recorder is not None
-        free = free_memory(policy.device) - learning_bytes(config, policy)
+        free = free_memory(policy.device) - learning
         choice = choose_rows(lengths, probes, free, padded)
         say(choice.describe())
         rows = agree(choice.rows)
@@ -60,9 +61,3 @@ def set_up_tails(
     if engines.level != "eager":
         say(f"tails: {engines.level}, {rows} rows a call")
     return engines
-
-
-def learning_bytes(config: Config, policy: Policy) -> int:
-    """What learning will hold in memory, but does not yet: moving average and gradients in fp32, optimizer state."""
-    sizes = [parameter.numel() for parameter in policy.trainable().values()]
-    return 8 * sum(sizes) + estimated_state_bytes(config.learn, sizes)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from tempflow.batching import chunks
+from tempflow.common.tensors import chunks
 from tempflow.explore.plan import BranchPlan
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.engine import Numerics

@@ -12,16 +12,8 @@ import torch
 from tempflow.common.errors import BadInput
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.compiled import CompiledBlocks
-from tempflow.explore.tails.engine import (
-    BufferStore,
-    CudaGraphs,
-    Direct,
-    EagerEngine,
-    Numerics,
-    Recorder,
-    StaticEngine,
-    TailEngine,
-)
+from tempflow.explore.tails.engine import EagerEngine, Numerics, TailEngine
+from tempflow.explore.tails.recorded import BufferStore, CudaGraphs, Direct, Recorder, StaticEngine
 from tempflow.explore.tails.solver import EXACT, TailSolver
 from tempflow.policy import Policy
 from tempflow.settings.fields import TailConfig

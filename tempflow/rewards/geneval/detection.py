@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
-from tempflow.batching import chunks
+from tempflow.common.tensors import chunks
 from tempflow.rewards.geneval.prompts import CLASSES, COLOURS
 from tempflow.rewards.parts.clip_model import load_clip, unit
 from tempflow.rewards.parts.pixels import IMAGENET_MEAN, IMAGENET_STD, clip_pixels, grey_out, normalise, resize

@@ -1,6 +1,6 @@
 """Prompts in the manner of GenEval (arXiv 2310.11513), with the metadata its scorers read.
 
-    python -m tempflow.rewards.geneval.prompts prompts/geneval --count 50000 --test 480 --exclude evaluation_metadata.jsonl
+    python -m tempflow.rewards.geneval.prompts FOLDER --count 50000 --test 480 --exclude evaluation_metadata.jsonl
 
 writes `train_metadata.jsonl` and `test_metadata.jsonl` into the folder, which can be given as `prompts.train` and
 `prompts.test`. The same arguments give the same files. No prompt of the test file or of an excluded file is in the
@@ -175,7 +175,7 @@ def write(folder: Path, split: str, tasks: list[dict[str, Any]]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tempflow.rewards.geneval.prompts", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="tempflow.rewards.geneval.prompts", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where train_metadata.jsonl and test_metadata.jsonl are written")
     parser.add_argument("--count", type=int, default=50000, help="training prompts (default: %(default)s)")
     parser.add_argument("--test", type=int, default=480, help="held-out prompts, as many of each task (default: 480)")

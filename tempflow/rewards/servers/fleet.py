@@ -22,8 +22,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tempflow.batching import chunks
 from tempflow.common.errors import BadInput, Unscored
+from tempflow.common.tensors import chunks
 from tempflow.prompts import Prompt
 from tempflow.rewards.servers import wire
 from tempflow.rewards.servers.wire import ANSWER_BYTES, SCORE_BYTES, Malformed, Request, read_json

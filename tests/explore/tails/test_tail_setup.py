@@ -13,8 +13,9 @@ from tempflow.explore.tails import choose as tail_setup
 from tempflow.explore.tails import levels as tail_levels
 from tempflow.explore.tails.choose import set_up_tails
 from tempflow.explore.tails.chunks import Probe, choose_rows, measure, tail_lengths
-from tempflow.explore.tails.engine import EagerEngine, StaticEngine
+from tempflow.explore.tails.engine import EagerEngine
 from tempflow.explore.tails.levels import Level, make_engines
+from tempflow.explore.tails.recorded import StaticEngine
 from tempflow.explore.tails.solver import EXACT, TailSolver
 from tempflow.records.rows import read_metrics
 from tempflow.run.assembly import set_up
@@ -105,10 +106,10 @@ def test_measuring_is_quick_and_makes_growing_calls(toy, schedule):
 def test_a_resumed_run_keeps_the_chunks_it_chose(toy, schedule, capsys):
     config = Config(branch=replace(Config().branch, rows="auto"))
     plan = BranchPlan.parse("all", 10, 4)
-    engines = set_up_tails(config, toy, schedule, plan, 6, "one", 17, lambda rows: rows, True)
+    engines = set_up_tails(config, toy, schedule, plan, 6, "one", 17, lambda rows: rows, True, 0)
     assert engines.explore.rows == engines.evaluate.rows == 17
     assert "branch.rows" not in capsys.readouterr().err
-    engines = set_up_tails(config, toy, schedule, plan, 6, "one", None, lambda rows: 11, True)
+    engines = set_up_tails(config, toy, schedule, plan, 6, "one", None, lambda rows: 11, True, 0)
     assert engines.explore.rows == 11 and "branches travel together" in capsys.readouterr().err
 
 
@@ -119,14 +120,14 @@ def test_chunks_leave_room_for_what_learning_will_hold(toy, schedule, monkeypatc
     config, plan = Config(branch=replace(Config().branch, rows="auto")), BranchPlan.parse("all", 10, 4)
     for free, rows in ((120 + 16 * trained, 12), (60 + 16 * trained, 6)):
         monkeypatch.setattr(tail_setup, "free_memory", lambda device, free=free: free)
-        engines = set_up_tails(config, toy, schedule, plan, 1, "one", None, lambda size: size, False)
+        engines = set_up_tails(config, toy, schedule, plan, 1, "one", None, lambda size: size, False, 0)
         assert engines.explore.rows == rows
 
 
 def test_fp8_needs_the_merged_copy(toy, schedule):
     config = Config(tails=TailConfig(fp8=True, merged=False))
     with pytest.raises(BadInput, match=r"tails\.merged=true"):
-        set_up_tails(config, toy, schedule, BranchPlan.parse("all", 10, 4), 6, "one", None, int, True)
+        set_up_tails(config, toy, schedule, BranchPlan.parse("all", 10, 4), 6, "one", None, int, True, 0)
 
 
 def test_rank_correlation_within_groups():

@@ -12,7 +12,8 @@ from tempflow.explore.plan import BranchPlan
 from tempflow.explore.rollout import sample_branches, sample_trunk
 from tempflow.explore.schedule import build_schedule
 from tempflow.explore.tails.compiled import CompiledBlocks
-from tempflow.explore.tails.engine import BufferStore, Direct, EagerEngine, StaticEngine
+from tempflow.explore.tails.engine import EagerEngine
+from tempflow.explore.tails.recorded import BufferStore, Direct, StaticEngine
 from tempflow.explore.tails.solver import EXACT, TailSolver
 
 TEXTS = ("one", "three", "eleven")

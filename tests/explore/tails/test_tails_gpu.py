@@ -5,20 +5,21 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 
+from tempflow.common.clock import PhaseClock
 from tempflow.common.draws import Draw
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.plan import BranchPlan
 from tempflow.explore.rollout import sample_branches, sample_trunk
 from tempflow.explore.schedule import build_schedule
 from tempflow.explore.tails.chunks import choose_rows, free_memory, measure
-from tempflow.explore.tails.engine import BufferStore, CudaGraphs, Direct, EagerEngine, StaticEngine
+from tempflow.explore.tails.engine import EagerEngine
 from tempflow.explore.tails.levels import make_engines
+from tempflow.explore.tails.recorded import BufferStore, CudaGraphs, Direct, StaticEngine
 from tempflow.explore.tails.solver import EXACT, TailSolver
 from tempflow.models.load import load_policy
 from tempflow.models.network.float8 import Float8Linear, to_float8
 from tempflow.policy import Conditioning
 from tempflow.prompts import Prompt
-from tempflow.records.rows import PhaseClock
 from tempflow.rewards.scorer import Scorer
 from tempflow.settings.fields import ModelConfig, SampleConfig, TailConfig
 

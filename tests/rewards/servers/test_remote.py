@@ -16,14 +16,15 @@ import torch
 from rewards.servers.test_wire import garbled, mutated
 from scorer_faults import FAULTS, ROOT, bright, post, running, same, serving, survive, work
 
+from tempflow.commands.serve import main
+from tempflow.common.clock import PhaseClock
 from tempflow.common.errors import BadInput, Unscored
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.prompts import Prompt, read_prompts
-from tempflow.records.rows import PhaseClock
 from tempflow.rewards.panel import load_panels
 from tempflow.rewards.scorer import Scorer, load_scorer
 from tempflow.rewards.servers.fleet import Fault, Fleet, Terms
-from tempflow.rewards.servers.server import Bodies, main
+from tempflow.rewards.servers.server import Bodies
 from tempflow.rewards.servers.wire import Malformed, Request, pack_answer, pack_request
 from tempflow.settings.fields import RewardConfig
 

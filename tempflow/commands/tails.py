@@ -1,0 +1,34 @@
+"""What fast tails do to the rewards: `python -m tempflow.commands.tails [PRESET or FILE.yaml] [section.field=...]`."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+
+from tempflow.common.errors import BadInput
+from tempflow.parallel import ranks as distributed
+from tempflow.run.assembly import set_up
+from tempflow.settings.reading import load
+from tempflow.studies.tails import check_tails
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code: 0, or 2 for wrong input."""
+    try:
+        config = load(sys.argv[1:] if arguments is None else arguments)
+        with tempfile.TemporaryDirectory() as folder:
+            apart = replace(config.run, dir=folder, resume=False, plan_only=False, trackers=[])
+            run, _ = set_up(replace(config, run=apart))
+            print(check_tails(run).describe())
+        return 0
+    except BadInput as error:
+        print(f"tempflow: {error}", file=sys.stderr)
+        return 2
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""What the losses of an iteration saw."""
+
+from __future__ import annotations
+
+import torch
+from tempflow_kernels import BranchLossStats
+from torch import Tensor
+
+MAXIMA = ("log_ratio_max", "ratio_max")
+
+
+class LossRecord:
+    """Statistics of the batches of one iteration, kept on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self.batches: list[Tensor] = []
+        self.updates: list[int] = []
+
+    def add(self, stats: BranchLossStats, update: int) -> None:
+        """One batch of the optimizer step number `update` of this iteration."""
+        self.batches.append(torch.stack(tuple(stats)).detach().float())
+        self.updates.append(update)
+
+    def totals(self) -> Tensor:
+        """(1, 2, 1 + figures): the number of batches, then each figure's sum (maximum for *_max), over all updates and
+        over the first alone."""
+        width = len(BranchLossStats._fields)
+        table = torch.stack(self.batches).cpu() if self.batches else torch.zeros(0, width)
+        first = torch.tensor(self.updates, dtype=torch.int64) == 0
+        return torch.stack((_total(table), _total(table[first]))).unsqueeze(0)
+
+
+def _total(table: Tensor) -> Tensor:
+    columns = table.unbind(1)
+    maxima = [name in MAXIMA for name in BranchLossStats._fields]
+    values = [(column.max() if top else column.sum()) if len(column) else torch.tensor(0.0)
+              for column, top in zip(columns, maxima, strict=True)]  # fmt: skip
+    return torch.stack([torch.tensor(float(len(table))), *values])
+
+
+def loss_figures(totals: Tensor) -> dict[str, float]:
+    """Means (maxima for *_max) over the batches of all ranks, from their totals (ranks, 2, 1 + figures).
+
+    first_log_ratio_* are those of the first update, where the policy has not moved yet: anything but 0 there is
+    numerical drift between sampling and learning. Nothing where no rank had a batch.
+    """
+    everything, first = (_average(part) for part in totals.unbind(1))
+    drift = {f"first_{name}": first[name] for name in ("log_ratio_mean", "log_ratio_max") if first}
+    return everything | drift
+
+
+def _average(totals: Tensor) -> dict[str, float]:
+    count = totals[:, 0].sum()
+    if not count:
+        return {}
+    columns = zip(BranchLossStats._fields, totals[:, 1:].unbind(1), strict=True)
+    return {name: (column.max() if name in MAXIMA else column.sum() / count).item() for name, column in columns}

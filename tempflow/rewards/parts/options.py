@@ -1,0 +1,40 @@
+"""Options and device of scorers, as command lines give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import yaml
+
+from tempflow.common.errors import BadInput
+
+
+def read_options(arguments: Sequence[str], rewards: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """`key=value` or `reward.key=value` -> options by reward."""
+    options: dict[str, dict[str, Any]] = {reward: {} for reward in rewards}
+    for argument in arguments:
+        name, equals, text = argument.partition("=")
+        reward = next((known for known in rewards if name.startswith(f"{known}.")), None)
+        if not equals or (reward is None and len(rewards) > 1):
+            form = "KEY=VALUE" if len(rewards) == 1 else f"REWARD.KEY=VALUE with one of {', '.join(rewards)}"
+            raise BadInput("--option", argument, f"must have the form {form}")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise BadInput("--option", argument, "not readable as a YAML value; quote it") from error
+        options[reward or rewards[0]][name if reward is None else name.removeprefix(f"{reward}.")] = value
+    return options
+
+
+def read_device(name: str) -> torch.device:
+    """The device called so.
+
+    Raises:
+        BadInput: torch knows none of this name.
+    """
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise BadInput("--device", name, "is no device of torch, such as cpu, cuda or cuda:1") from error
