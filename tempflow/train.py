@@ -63,8 +63,8 @@ def train_step(run: Run, iteration: int) -> dict[str, Any]:
         rewards = run.collect(len(plan.steps), plan.siblings)  # (M scorers, S, R of all ranks, K)
 
     # Credit: siblings share all but that one step, so the difference of their rewards belongs to it.
-    credit = combined_advantages(rewards, run.rewards.weights, run.config.reward.combine, seeds, learn.group,
-                                 learn.advantage_std, learn.advantage_clip)  # fmt: skip
+    credit = combined_advantages(rewards, run.rewards.weights, run.config.reward.combine, seeds, credit.group,
+                                 credit.std, credit.clip)  # fmt: skip
     weights = run.step_weights(plan)[:, None] * credit.informative  # (S, R of all ranks)
     idle = run.idle_updates(weights)
     advantages, weights = run.own_rows(credit.advantages), run.own_rows(weights)
@@ -87,7 +87,7 @@ def backward(run: Run, batch: TransitionBatch) -> BranchLossStats:
     sigma = run.schedule.sigma_rows(batch.step, rows, device)
     velocity = run.policy.velocity(batch.latents, sigma, batch.conditioning)
     velocity_ref = None
-    if learn.kl:
+    if objective.kl:
         with torch.no_grad(), run.policy.reference():
             velocity_ref = run.policy.velocity(batch.latents, sigma, batch.conditioning)
     loss, stats = branch_loss(
@@ -97,8 +97,8 @@ def backward(run: Run, batch: TransitionBatch) -> BranchLossStats:
         to_device(batch.weights, device),
         run.schedule.sde.coef(batch.step, rows, device),
         key=batch.keys,
-        clip_range=(learn.clip_range, learn.clip_range),
-        kl_coef=learn.kl,
+        clip_range=(objective.clip, objective.clip),
+        kl_coef=objective.kl,
         velocity_ref=velocity_ref,
         kl_weights=run.kl_weights(batch.step, rows),
     )

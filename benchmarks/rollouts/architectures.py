@@ -81,18 +81,18 @@ class Architecture:
 
 
 COMMON = {
-    "sample.steps": 10, "branch.steps": "all", "branch.prompts": 1, "branch.seeds": 4, "branch.siblings": 6,
-    "learn.kl": 0.001, "learn.iterations": 1_000_000,
+    "sample.steps": 10, "explore.forks": "all", "explore.prompts": 1, "explore.noises": 4, "explore.siblings": 6,
+    "objective.kl": 0.001, "learn.iterations": 1_000_000,
 }  # fmt: skip
 """The released recipe: T = 10, N = 4, K = 6, KL on."""
 
 SD3_SETTINGS = {
     "sample.guidance": 4.5, "sample.noise_level": 0.7, "model.text_tokens": 128, "learn.rows": 4,
-    "branch.rows": 24, "branch.decode_rows": 24,
+    "tails.rows": 24, "reward.rows": 24,
 }  # fmt: skip
 FLUX_SETTINGS = {
-    "sample.guidance": 3.5, "sample.noise_level": 0.9, "model.text_tokens": 512, "learn.rows": 2, "branch.seeds": 2,
-    "branch.rows": 12, "branch.decode_rows": 12, "model.gradient_checkpointing": True,
+    "sample.guidance": 3.5, "sample.noise_level": 0.9, "model.text_tokens": 512, "learn.rows": 2, "explore.noises": 2,
+    "tails.rows": 12, "reward.rows": 12, "model.gradient_checkpointing": True,
 }  # fmt: skip
 
 
@@ -113,7 +113,7 @@ ARCHITECTURES = {
     for made in (
         _sd3("sd35-medium-512", SD35_MEDIUM, VAE, 512),
         _flux("flux-dev-512", FLUX_DEV, VAE, 512),
-        _flux("flux-dev-1024", FLUX_DEV, VAE, 1024, **{"branch.seeds": 1, "branch.rows": 6, "branch.decode_rows": 6}),
+        _flux("flux-dev-1024", FLUX_DEV, VAE, 1024, **{"explore.noises": 1, "tails.rows": 6, "reward.rows": 6}),
         _sd3("small-sd3", SMALL_SD3, SMALL_VAE, 64),
         _flux("small-flux", SMALL_FLUX, SMALL_VAE, 64),
     )

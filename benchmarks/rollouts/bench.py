@@ -42,7 +42,7 @@ from tempflow.settings.fields import Config, RewardConfig
 from tempflow.settings.reading import read_values, validate
 from tempflow.train import train_step
 
-DIGITS = {"branch.prompts": 2, "branch.rows": 48, "branch.decode_rows": 48, "learn.rows": 4, "eval.prompts": 1}
+DIGITS = {"explore.prompts": 2, "tails.rows": 48, "reward.rows": 48, "learn.rows": 4, "eval.prompts": 1}
 COPIES = 4.5
 """Memory of the device over that of a transformer, from which on several policies are kept at a time."""
 DISTURBANCE = 0.02
@@ -281,7 +281,7 @@ def _reset(case: Case) -> None:
 def warm_up(case: Case) -> float:
     """Seconds of an iteration that forks at the last steps alone: all shapes of a full one, few network rows."""
     plan, branch = case.run.plan, case.run.config.branch
-    branches = branch.prompts * branch.seeds * plan.siblings
+    branches = explore.prompts * explore.noises * plan.siblings
     last = plan.pool[-forks_to_warm_up(branches, case.run.engine.rows, len(plan.pool)) :]
     short = replace(case, run=replace(case.run, plan=replace(plan, steps=last, pool=last)))
     return iterate(short, 0).seconds

@@ -2,7 +2,7 @@
 
     python benchmarks/rollouts/compare.py --minutes 9        SD3.5-M 512 px on a GPU, the digits pipeline without
     python benchmarks/rollouts/compare.py --architecture flux-dev-512 --minutes 9
-    python benchmarks/rollouts/compare.py --variants official,ours --set branch.rows=48 --set branch.prompts=2
+    python benchmarks/rollouts/compare.py --variants official,ours --set tails.rows=48 --set explore.prompts=2
 
 An iteration is a full one: trunk, tails, decode, score, learn. Each variant is set up, warmed up (compilation is
 told apart) and run once; then all run in turn, round after round, until the minutes are over. Nothing is started that
@@ -189,7 +189,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-SMOKE = {"branch.prompts": 1, "branch.seeds": 2, "branch.siblings": 3, "sample.steps": 4, "learn.rows": 2}
+SMOKE = {"explore.prompts": 1, "explore.noises": 2, "explore.siblings": 3, "sample.steps": 4, "learn.rows": 2}
 
 
 def main(arguments: list[str] | None = None) -> int:

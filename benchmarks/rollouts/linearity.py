@@ -29,7 +29,7 @@ from rollouts.variants import EXACT_END, VARIANTS
 
 BASE = {"prompts": 2, "seeds": 2, "siblings": 6}
 SIZES = {"prompts": (1, 2, 4), "seeds": (1, 2, 4), "siblings": (3, 6, 12)}
-CHUNKS = {"branch.rows": 24, "branch.decode_rows": 24, "learn.rows": 2, "tails.level": "eager"}
+CHUNKS = {"tails.rows": 24, "reward.rows": 24, "learn.rows": 2, "tails.level": "eager"}
 """small enough that every size but the smallest fills them; eager, since what is measured is growth"""
 
 

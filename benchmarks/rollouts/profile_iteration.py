@@ -2,7 +2,7 @@
 
     python benchmarks/rollouts/profile_iteration.py                     ours, exact; digits on a CPU, SD3.5-M on a GPU
     python benchmarks/rollouts/profile_iteration.py --variant official --architecture sd35-medium-512
-    python benchmarks/rollouts/profile_iteration.py --set branch.prompts=1 --out FILE.md
+    python benchmarks/rollouts/profile_iteration.py --set explore.prompts=1 --out FILE.md
 
 One iteration (after two to warm up) runs under torch.profiler. Time is that of the device: kernels on a GPU, operators
 on a CPU, each counted once, without what it calls. Costs of one kind are added up: all matrix products, all attention,

@@ -34,7 +34,7 @@ class BranchPlan:
 
     @staticmethod
     def parse(spec: str | Sequence[int], num_steps: int, siblings: int) -> BranchPlan:
-        """A plan from `branch.steps`: all, a list of steps, first:n, or random:n (a fresh subset every iteration).
+        """A plan from `explore.forks`: all, a list of steps, first:n, or random:n (a fresh subset every iteration).
 
         Raises:
             BadInput: another form, or a fork step outside 0 .. T-2 (the last step has no tail to tell siblings apart).
@@ -48,7 +48,7 @@ class BranchPlan:
         outside = [step for step in pool if step not in every]
         if outside or not pool:
             mend = f"fork steps lie in 0 .. {num_steps - 2} when sample.steps={num_steps}"
-            raise BadInput("branch.steps", spec, mend)
+            raise BadInput("explore.forks", spec, mend)
         return BranchPlan(num_steps, siblings, pool, pool[:count])
 
     def drawn(self, run_seed: int, iteration: int) -> BranchPlan:
@@ -65,10 +65,10 @@ def _named_steps(spec: str, every: tuple[int, ...]) -> tuple[tuple[int, ...], in
         return every, len(every)
     match = re.fullmatch(r"(first|random):(\d+)", spec)
     if not match:
-        raise BadInput("branch.steps", spec, f"give {FORMS}")
+        raise BadInput("explore.forks", spec, f"give {FORMS}")
     count = int(match[2])
     if not 1 <= count <= len(every):
-        raise BadInput("branch.steps", spec, f"n must lie in 1 .. {len(every)}")
+        raise BadInput("explore.forks", spec, f"n must lie in 1 .. {len(every)}")
     pool = every[:count] if match[1] == "first" else every
     return pool, count
 

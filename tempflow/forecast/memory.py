@@ -5,14 +5,14 @@ operator by operator without data (`models/without_weights/`); phases do not mee
 
     weights            frozen: model.dtype; trained: fp32, and with model.train=full they are the whole transformer
     merged copy        model.dtype, of the adapted layers (of everything with full training), where tails use one
-    reference          model.dtype, a copy of everything; only with full training and learn.kl
+    reference          model.dtype, a copy of everything; only with full training and objective.kl
     moving average     fp32, as the trained parameters
     optimizer state    `tempflow.learn.optimizers.estimated_state_bytes`; paged states may move to the host
     gradients          fp32, from the first batch of an update to its step; a bucket twice while ranks average them
     trunk states       latents and velocities at every fork, fp32; branches: one latent each, fp32
     text encoders      beside all else, or with model.offload_text only while new prompts are encoded
     learning           one batch: what its forward pass keeps, and the peak of its backward pass
-    tails, decoding    one chunk's network call and one decoder call; they meet with branch.overlap
+    tails, decoding    one chunk's network call and one decoder call; they meet with reward.overlap
     captured tails     that network call where CUDA graphs hold it: they never give their memory back
     CUDA               1 GiB for context, libraries, workspaces
 
@@ -38,7 +38,7 @@ CUDA = 2**30
 CAPTURED = ("auto", "graph", "compiled_graph")
 """values of tails.level that end in CUDA graphs on a GPU"""
 AUTO_ROWS = 32
-"""what branch.rows=auto is planned with; on the GPU it takes what memory allows"""
+"""what tails.rows=auto is planned with; on the GPU it takes what memory allows"""
 
 
 @dataclass(frozen=True)
@@ -77,13 +77,13 @@ def plan_memory(config: Config, skeleton: Skeleton, plan: BranchPlan, ranks: int
     branch, learn, checkpointing = config.branch, config.learn, config.model.gradient_checkpointing
     parts, trainable = skeleton.parts, skeleton.parts["trainable"].bytes
     text, elements = parts["text"].bytes, torch.Size(skeleton.latent_shape).numel()
-    trunks = branch.prompts * branch.seeds // ranks
+    trunks = explore.prompts * explore.noises // ranks
     forks = trunks * len(plan.steps)
     states, branches = 8 * elements * forks, 4 * elements * forks * plan.siblings
-    chunk = min(AUTO_ROWS if branch.rows == "auto" else branch.rows, forks * plan.siblings)
+    chunk = min(AUTO_ROWS if tails.rows == "auto" else tails.rows, forks * plan.siblings)
     trunk_call, tail_call = dry.sampling(learn.rows).peak, dry.sampling(chunk).peak
-    decode = dry.decoding(branch.decode_rows).peak
-    batch = {choice: _learning(dry, learn.rows, choice, learn.kl > 0, trunk_call) for choice in (False, True)}
+    decode = dry.decoding(reward.rows).peak
+    batch = {choice: _learning(dry, learn.rows, choice, objective.kl > 0, trunk_call) for choice in (False, True)}
     encoding = {"encoding": {"text encoders": text}} if config.model.offload_text else {}
     averaging = {"averaging": min(BUCKET, trainable)} if ranks > 1 else {}
     captured = tail_call if config.tails.level in CAPTURED else 0
@@ -117,7 +117,7 @@ def _learning(dry: DryModel, rows: int, checkpointing: bool, reference: bool, fo
 
 
 def _reference(config: Config, skeleton: Skeleton) -> int:
-    if config.model.train == "lora" or not config.learn.kl:
+    if config.model.train == "lora" or not config.objective.kl:
         return 0
     return skeleton.parts["trainable"].parameters * DTYPES[config.model.dtype].itemsize
 

@@ -50,15 +50,15 @@ def _model(config: Config, skeleton: Skeleton, ranks: int, device: str) -> str:
 def _arithmetic(config: Config, plan: BranchPlan, ranks: int) -> list[str]:
     """How prompts become images, groups and optimizer steps, over all processes."""
     branch, learn = config.branch, config.learn
-    trunks, forks = branch.prompts * branch.seeds, len(plan.steps)
+    trunks, forks = explore.prompts * explore.noises, len(plan.steps)
     images, size = trunks * forks * plan.siblings, group_size(config)
     steps, rows = learn.updates * learn.inner_epochs, trunks * forks // learn.updates
     passes = f", in {learn.inner_epochs} passes over them" if learn.inner_epochs > 1 else ""
     calls = rows // ranks // learn.rows
     return [
-        f"an iteration: {branch.prompts} prompts x {branch.seeds} seeds = {trunks} trunks; each forks at {forks} steps "
+        f"an iteration: {explore.prompts} prompts x {explore.noises} seeds = {trunks} trunks; each forks at {forks} steps "
         f"into {plan.siblings} siblings = {images:,} branches, one image each; advantages among {size} branches "
-        f"(learn.group={learn.group}: {ALIKE[learn.group]}), {images // size:,} groups",
+        f"(credit.group={credit.group}: {ALIKE[credit.group]}), {images // size:,} groups",
         f"learning: {steps} optimizer steps an iteration{passes}; each takes {rows:,} network rows, with the "
         f"{rows * plan.siblings:,} branches that left them ({calls} calls of {learn.rows} rows per process)",
         f"the run: {learn.iterations:,} iterations, {steps * learn.iterations:,} optimizer steps, "
@@ -76,8 +76,8 @@ def _forks(schedule: NoiseSchedule, plan: BranchPlan) -> str:
 def _cost(config: Config, skeleton: Skeleton, plan: BranchPlan, ranks: int) -> BranchCost:
     branch, learn = config.branch, config.learn
     sizes = (torch.Size(shape).numel() for shape in (skeleton.latent_shape, skeleton.image_shape))
-    passes = learn.inner_epochs * (2 if learn.kl else 1)
-    return BranchCost.of(plan, branch.prompts * branch.seeds // ranks, *sizes, passes)
+    passes = learn.inner_epochs * (2 if objective.kl else 1)
+    return BranchCost.of(plan, explore.prompts * explore.noises // ranks, *sizes, passes)
 
 
 def _optimizer(config: Config, skeleton: Skeleton) -> str:

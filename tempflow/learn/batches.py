@@ -51,7 +51,7 @@ def updates(trunk: Trunk, advantages: Tensor, weights: Tensor, learn: LearnConfi
             yield [
                 _batch(trunk, advantages, weights, part, fork, share)
                 for part, fork in places
-                if learn.kl or weights[fork, part].any()
+                if objective.kl or weights[fork, part].any()
             ]
 
 

@@ -50,13 +50,13 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     prompts = read_prompts(config.prompts.train, "prompts.train")
     held_out = _held_out(config)
     schedule, plan = show_plan(config, ranks)
-    rewards, gold = load_panels(config.reward, config.branch.decode_rows, ranks.device)
+    rewards, gold = load_panels(config.reward, config.reward.rows, ranks.device)
     if ranks.first:
         print(rewards.describe("rewards"), gold.describe("gold"), sep="\n", file=sys.stderr)
     rewards.check(prompts + held_out)
     gold.check(held_out)
     torch.manual_seed(config.run.seed)  # here: the adapters' first values must not depend on what scorers drew
-    policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.learn.kl > 0)
+    policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.objective.kl > 0)
     if ranks.first:
         print(f"attention: {policy.attention}", file=sys.stderr)
     engines = _engines(config, policy, schedule, plan, prompts, ranks)
@@ -68,7 +68,7 @@ def set_up(config: Config) -> tuple[Run, Progress]:
     last = progress.iteration if progress.iteration else None
     writer = MetricsWriter(folder, config.run.trackers, folder.name, last) if ranks.first else None
     clock, numerics = PhaseClock(ranks.device), CompiledBlocks(policy.blocks()) if config.learn.compile else nullcontext
-    scores = ScoreQueue(policy, rewards, config.branch.decode_rows, clock, config.branch.overlap)
+    scores = ScoreQueue(policy, rewards, config.reward.rows, clock, config.reward.overlap)
     run = Run(config, folder, ranks, policy, schedule, plan, engines.explore, numerics, prompts, rewards, scores,
               evaluator, stepper, clock, writer)  # fmt: skip
     return run, progress
@@ -84,7 +84,7 @@ def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[Noise
     skeleton = load_skeleton(config.model, config.sample)
     sigmas = skeleton.sigmas(config.sample.steps)
     schedule = build_schedule(sigmas, config.sample.transition, config.sample.noise_level)
-    plan = BranchPlan.parse(config.branch.steps, schedule.num_steps, config.branch.siblings)
+    plan = BranchPlan.parse(config.explore.forks, schedule.num_steps, config.explore.siblings)
     if ranks.first:
         print(explain(config, skeleton, schedule, plan, ranks.size, ranks.device.type), file=sys.stderr)
         if memory:
@@ -98,7 +98,7 @@ def _engines(
     """What carries the tails."""
     first_row = read_metrics(Path(config.run.dir).expanduser() / "metrics.jsonl")[:1] if config.run.resume else []
     known_rows = first_row[0].get("tail_rows") if first_row else None
-    trunks = config.branch.prompts * config.branch.seeds // ranks.size
+    trunks = config.explore.prompts * config.explore.noises // ranks.size
 
     def agree(rows: int) -> int:
         return int(ranks.gather(torch.tensor([rows]), 0).min())
@@ -133,4 +133,4 @@ def _evaluator(
         return None
     schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
     return Evaluator(policy, engine, schedule, prompts, rewards, gold, ranks, config.run.seed,
-                     config.branch.decode_rows, config.eval.pictures)  # fmt: skip
+                     config.reward.rows, config.eval.pictures)  # fmt: skip

@@ -16,7 +16,7 @@ from tempflow.settings.reading import read_values, to_yaml, validate
 
 MAY_CHANGE = {
     "run.resume", "run.dir", "run.save_every", "run.keep_checkpoints", "run.trackers", "run.plan_only", "run.device",
-    "learn.iterations", "learn.compile", "eval.every", "branch.rows", "branch.decode_rows", "branch.overlap",
+    "learn.iterations", "learn.compile", "eval.every", "tails.rows", "reward.rows", "reward.overlap",
     "tails.level", "tails.check", "tails.compile_vae", "reward.hacking_drop", "reward.hacking_stop", "reward.servers",
     "reward.batch", "reward.requests", "reward.timeout", "reward.patience", "reward.token_file",
 }  # fmt: skip

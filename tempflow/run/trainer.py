@@ -58,15 +58,15 @@ class Run:
     def rollouts_per_iteration(self) -> int:
         """Branches explored by all ranks."""
         branch = self.config.branch
-        return branch.prompts * branch.seeds * len(self.plan.steps) * self.plan.siblings
+        return explore.prompts * explore.noises * len(self.plan.steps) * self.plan.siblings
 
     def prompts_of(self, iteration: int) -> tuple[list[Prompt], Draw]:
         """This rank's R trunks of an iteration: their prompts, and the identities their noise is drawn by."""
         branch, seed = self.config.branch, self.config.run.seed
-        everyone = iteration_prompts(self.prompts, branch.prompts, seed, iteration)
-        slots = self.ranks.share(branch.prompts)
-        draw = Draw.grid(seed, iteration, slots, branch.seeds)
-        return [everyone[slot] for slot in slots for _ in range(branch.seeds)], draw
+        everyone = iteration_prompts(self.prompts, explore.prompts, seed, iteration)
+        slots = self.ranks.share(explore.prompts)
+        draw = Draw.grid(seed, iteration, slots, explore.noises)
+        return [everyone[slot] for slot in slots for _ in range(explore.noises)], draw
 
     def collect(self, forks: int, siblings: int) -> Tensor:
         """(M, S, R of all ranks, K) fp32 rewards of the branches submitted since; NaN where a scorer has no opinion.
@@ -97,7 +97,7 @@ class Run:
         return self.schedule.noise_weights(plan.steps, plan.pool).float()
 
     def kl_weights(self, step: int, rows: int) -> Tensor | None:
-        """(rows,) factors that turn KL over 2 std^2 into KL over 2 g^2, where learn.kl_divisor asks for it."""
+        """(rows,) factors that turn KL over 2 std^2 into KL over 2 g^2, where objective.kl_divisor asks for it."""
         if self.config.learn.kl_divisor == "std":
             return None
         return torch.full((rows,), self.schedule.step_size(step), device=self.policy.device)
@@ -110,7 +110,7 @@ class Run:
         """
         learn = self.config.learn
         by_update = weights.ne(0).view(len(weights), self.ranks.size, learn.updates, -1).transpose(1, 2)
-        return [not learn.kl and not by_update[:, update].any() for update in range(learn.updates)]
+        return [not objective.kl and not by_update[:, update].any() for update in range(learn.updates)]
 
     def optimizer_step(self, idle: bool) -> None:
         """Averages gradients over ranks, clips and steps, without waiting for the device (see `learn/stepper.py`).

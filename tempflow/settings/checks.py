@@ -9,8 +9,8 @@ from tempflow.settings.fields import Config
 def group_size(config: Config) -> int:
     """Branches whose rewards are compared with one another."""
     branch = config.branch
-    trunks = {"seed": 1, "prompt": branch.seeds, "batch": branch.seeds * branch.prompts}[config.learn.group]
-    return branch.siblings * trunks
+    trunks = {"seed": 1, "prompt": explore.noises, "batch": explore.noises * explore.prompts}[config.credit.group]
+    return explore.siblings * trunks
 
 
 def check_consistency(config: Config, ranks: int) -> None:
@@ -21,11 +21,11 @@ def check_consistency(config: Config, ranks: int) -> None:
     """
     branch, learn = config.branch, config.learn
     if group_size(config) < 2:
-        mend = f"a {learn.group} group compares branches, so it needs at least 2; or choose a wider learn.group"
-        raise BadInput("branch.siblings", branch.siblings, mend)
-    if branch.prompts % ranks:
-        raise BadInput("branch.prompts", branch.prompts, f"must be a multiple of the {ranks} processes")
-    trunks = branch.prompts * branch.seeds // ranks
+        mend = f"a {credit.group} group compares branches, so it needs at least 2; or choose a wider credit.group"
+        raise BadInput("explore.siblings", explore.siblings, mend)
+    if explore.prompts % ranks:
+        raise BadInput("explore.prompts", explore.prompts, f"must be a multiple of the {ranks} processes")
+    trunks = explore.prompts * explore.noises // ranks
     if trunks % learn.rows:
         mend = f"must divide the {trunks} trunks of a process (prompts x seeds / processes), or a batch would be cut"
         raise BadInput("learn.rows", learn.rows, mend)
@@ -33,5 +33,5 @@ def check_consistency(config: Config, ranks: int) -> None:
     if batches % learn.updates:
         mend = f"must divide the {batches} batches (trunks / learn.rows): an update takes whole forks with all siblings"
         raise BadInput("learn.updates", learn.updates, mend)
-    if learn.kl_divisor == "diffusion" and config.sample.transition == "cps":
-        raise BadInput("learn.kl_divisor", "diffusion", "cps has no diffusion coefficient; use learn.kl_divisor=std")
+    if objective.kl_divisor == "diffusion" and config.sample.transition == "cps":
+        raise BadInput("objective.kl_divisor", "diffusion", "cps has no diffusion coefficient; use objective.kl_divisor=std")

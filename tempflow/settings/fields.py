@@ -1,10 +1,11 @@
 """All settings of a run: frozen dataclasses with a sentence under each field.
 
-pydantic does the typing. `config.py` reads them from presets, YAML files and command lines.
+pydantic does the typing. `reading.py` reads them from presets, YAML files and command lines.
 """
 
 from __future__ import annotations
 
+from dataclasses import MISSING
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
@@ -17,6 +18,12 @@ Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def changeable(default: Any = MISSING, make: Any = None) -> Any:
+    """A field that may differ when a run is resumed, since it changes nothing of what was learnt so far."""
+    mark = {"changeable": True}
+    return Field(default_factory=make, json_schema_extra=mark) if make else Field(default, json_schema_extra=mark)
 
 
 def section(cls: type) -> type:
@@ -70,33 +77,39 @@ class SampleConfig:
     """Image width in pixels; null takes the pipeline's default."""
     guidance: NonNegative = 1.0
     """Guidance as the pipeline counts it: classifier-free (SD3, Qwen-Image, klein: > 1; Z-Image: > 0) or embedded."""
-    transition: Literal["flow_sde", "dance_sde", "cps"] = "flow_sde"
-    """The stochastic step that siblings take: Flow-GRPO's SDE, DanceGRPO's, or coefficients-preserving sampling."""
+    transition: Literal["flow_sde", "dance_sde", "flash_sde", "cps"] = "flow_sde"
+    """The stochastic step: Flow-GRPO's SDE, DanceGRPO's, Flash-GRPO's, or coefficients-preserving sampling."""
     noise_level: Positive = 0.7
-    """Noise of the stochastic step: a of Flow-SDE and CPS, eta of Dance-SDE."""
+    """Noise of the stochastic step: a of Flow-SDE and CPS, eta of Dance-SDE, a factor (released: 1) of Flash-SDE."""
 
 
 @section
-class BranchConfig:
-    steps: str | list[int] = "all"
-    """Where trunks fork: all (but the last step), a list such as [0,2,4], first:n, or random:n anew each iteration."""
+class ExploreConfig:
     prompts: Count = 6
     """Prompts of one iteration, over all processes."""
-    seeds: Count = 4
+    noises: Count = 4
     """Initial noises (trunks) per prompt, N."""
     siblings: Count = 6
-    """Branches that leave one fork, K."""
-    rows: Count | Literal["auto"] = 128
-    """Branches that travel together, in one network call a step, per process; auto measures which size is fastest."""
-    decode_rows: Count = 128
-    """Images decoded and scored in one call."""
-    overlap: bool = True
-    """Decode and score a chunk while the next one is sampled: on a GPU, and with a scorer on another machine."""
+    """Siblings that leave one fork, K; 1 makes each trunk a chain of its own."""
+    forks: str | list[int] = "all"
+    """Steps where trunks may fork: all that leave a tail, a list such as [0,2,4], first:n, first:50%, or random:n."""
+    take: Count | None = None
+    """How many of these steps are drawn; null takes all of them."""
+    draw: Literal["iteration", "prompt", "slide"] = "iteration"
+    """Draw them anew each iteration, for each prompt by itself, or slide through them in order, one at a time."""
+    every: Count = 1
+    """Iterations between two moves of sliding forks."""
+    window: Count | Literal["rest"] = 1
+    """Stochastic steps in a row that siblings take from a fork; rest goes on to the last step but one."""
+    jump: Count | Annotated[list[Count], Field(min_length=1)] = 1
+    """Sigmas that a fork's stochastic step spans (E-GRPO): one number, or one for each of explore.forks in order."""
 
 
 @section
 class TailConfig:
-    level: Literal["auto", "eager", "graph", "compile", "compiled_graph"] = "auto"
+    rows: Count | Literal["auto"] = changeable(128)
+    """Branches that travel together, in one network call a step, per process; auto measures which size is fastest."""
+    level: Literal["auto", "eager", "graph", "compile", "compiled_graph"] = changeable("auto")
     """How tails call the network: as trunks do, captured in a CUDA graph, with compiled blocks, or both; auto takes
     the last that works on a GPU, and eager on a CPU."""
     merged: bool = True
@@ -105,27 +118,55 @@ class TailConfig:
     """The copy's large linear layers in 8-bit floating point, on GPUs that have it (Hopper, Ada and newer)."""
     solver: Literal["euler", "dpmpp_2m", "adams_2"] = "euler"
     """Solver of the tails' ODE; the other two are of second order. Trunk and evaluation always take Euler steps."""
-    stride: Count = 1
-    """Sigmas of the schedule that a tail's step spans."""
+    stride: Count | Annotated[list[Count], Field(min_length=1)] = 1
+    """Sigmas of the schedule that a tail's step spans; a list carries and scores every branch once for each."""
     drop_below: Fraction = 0.0
     """Tails take no step from a sigma below this (SD3.5's last one of ten is .0089), but end one step earlier."""
-    check: bool = False
+    check: bool = changeable(False)
     """Before the first iteration, tell what these settings change in the rewards of one iteration's branches."""
-    compile_vae: bool = False
+    compile_vae: bool = changeable(False)
     """Compile the image decoder."""
 
 
 @section
+class CreditConfig:
+    group: Literal["seed", "prompt", "batch"] = "seed"
+    """Branches compared with one another, always within one fork: of one initial noise, of one prompt, or all."""
+    std: Literal["group", "global", "unbiased"] = "group"
+    """Divide by the group's standard deviation + 1e-4, all branches' of a fork, or the group's unbiased one + 1e-8."""
+    clip: Positive = 5.0
+    """Advantages are limited to +- this."""
+    idle: Literal["keep", "drop"] = "keep"
+    """Groups whose rewards do not differ stay in the averages of loss and KL, or are dropped (released SD3 code)."""
+
+
+@section
+class ObjectiveConfig:
+    weighting: Literal["noise", "uniform", "inverse_step", "inverse_sensitivity"] | list[NonNegative] = "noise"
+    """Scale of a step's policy loss, mean 1: std_k, 1, 1 / step size, std_k / |v_coef_k|; or a list, one a step."""
+    ratio: Literal["gaussian", "guard", "undivided"] = "gaussian"
+    """The log-ratio: the Gaussian's, GRPO-Guard's (std times its noise term), or Flow-CPS's (without the variance)."""
+    clip: Positive = 1e-4
+    """Ratios are clipped to 1 +- this; the log-ratio is a mean over latent elements, so this is small."""
+    kl: NonNegative = 0.0
+    """Weight of the KL divergence to the model before training."""
+    kl_divisor: Literal["std", "diffusion"] = "std"
+    """KL divides by 2 std^2 = 2 g^2 dt (TempFlow-GRPO), or by 2 g^2 (newest Flow-GRPO), smaller by the step size."""
+
+
+@section
 class LearnConfig:
-    iterations: Count = 100
+    iterations: Count = changeable(100)
     """Iterations of explore, credit, learn."""
     rows: Count = 4
     """Trunks in one network call of trunk and training; each training row carries the K siblings of its fork."""
     updates: Count = 1
-    """Optimizer steps per inner epoch; each takes an equal share of the trunks."""
+    """Equal shares of the trunks, each with an optimizer step of its own, per inner epoch."""
+    updates_by: Literal["trunks", "forks"] = "trunks"
+    """An optimizer step takes all forks of its trunks, or one fork after the other, each with a step (G2RPO)."""
     inner_epochs: Count = 1
     """Passes over one iteration's branches, with the true importance ratio from the second update on."""
-    compile: bool = False
+    compile: bool = changeable(False)
     """Compile the repeated blocks for trunk and training, both alike."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     """AdamW of torch, or of bitsandbytes: moments in 8 bits; paged, they move to the host when the GPU is full."""
@@ -143,20 +184,6 @@ class LearnConfig:
     """Decoupled weight decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
-    clip_range: Positive = 1e-4
-    """Ratios are clipped to 1 +- clip_range; the log-ratio is a mean over latent elements, so this is small."""
-    weighting: Literal["noise", "uniform"] = "noise"
-    """Scale each step's policy loss by std_k / mean(std), or leave all steps alike."""
-    group: Literal["seed", "prompt", "batch"] = "seed"
-    """Branches among which advantages are normalised, always within one step."""
-    advantage_std: Literal["group", "global"] = "group"
-    """Divide by the standard deviation of the group, or of all rewards of the iteration."""
-    advantage_clip: Positive = 5.0
-    """Advantages are limited to +- this."""
-    kl: NonNegative = 0.0
-    """Weight of the KL divergence to the model before training."""
-    kl_divisor: Literal["std", "diffusion"] = "std"
-    """KL divides by 2 std^2 = 2 g^2 dt (TempFlow-GRPO), or by 2 g^2 (newest Flow-GRPO), smaller by the step size."""
     ema_decay: Fraction = 0.9
     """Limit of the moving average's decay, which warms up as (1 + n) / (10 + n); 0 turns the average off."""
     ema_every: Count = 8
@@ -179,29 +206,33 @@ class RewardConfig:
     """Several rewards: normalise their weighted sum, or normalise each and take the weighted sum of the advantages."""
     gold: str | list[str] | None = "digits_gold"
     """A second opinion, or a list of them, only watched at evaluation, never optimised."""
-    hacking_drop: Positive = 3.0
+    hacking_drop: Positive = changeable(3.0)
     """Warn when gold has fallen and the reward risen by so many standard errors since gold's best evaluation."""
-    hacking_stop: bool = False
+    hacking_stop: bool = changeable(False)
     """Save and stop where that warning is due."""
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """What scorers are made with, by name, such as {pickscore: {path: /models/pickscore, dtype: bf16}}."""
-    servers: list[Annotated[str, Field(pattern=r"^https?://[^\s/]+/*$")]] = Field(default_factory=list)
+    servers: list[Annotated[str, Field(pattern=r"^https?://[^\s/]+/*$")]] = changeable(make=list)
     """Addresses of `python -m tempflow.commands.serve`; what they serve is scored there, anything else here."""
-    batch: Count | None = None
-    """Images of one request; null takes branch.decode_rows, as many as a scorer here gets in one call."""
-    requests: Count = 8
+    rows: Count = changeable(128)
+    """Images decoded and scored in one call."""
+    overlap: bool = changeable(True)
+    """Decode and score a chunk while the next one is sampled: on a GPU, and with a scorer on another machine."""
+    batch: Count | None = changeable(None)
+    """Images of one request; null takes reward.rows, as many as a scorer here gets in one call."""
+    requests: Count = changeable(8)
     """Requests in flight at once, over all servers, per process."""
-    timeout: Positive = 120.0
+    timeout: Positive = changeable(120.0)
     """Seconds after which a request without an answer is sent again."""
-    patience: Positive = 600.0
+    patience: Positive = changeable(600.0)
     """Seconds after a request's first failure until the run saves and stops."""
-    token_file: str | None = None
+    token_file: str | None = changeable(None)
     """File whose first line is the servers' token; null takes the environment variable TEMPFLOW_SCORER_TOKEN."""
 
 
 @section
 class EvalConfig:
-    every: Whole = 10
+    every: Whole = changeable(10)
     """Iterations between evaluations; 0 evaluates only before and after."""
     prompts: Count = 128
     """Held-out prompts per evaluation, spread evenly over the file."""
@@ -213,21 +244,21 @@ class EvalConfig:
 
 @section
 class RunConfig:
-    dir: str = "runs/digits"
+    dir: str = changeable("runs/digits")
     """Folder of everything the run writes."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """The one number that every random choice of the run is a function of."""
-    resume: bool = False
+    resume: bool = changeable(False)
     """Continue the run in run.dir from its last checkpoint."""
-    save_every: Whole = 50
+    save_every: Whole = changeable(50)
     """Iterations between checkpoints; 0 saves only at the end."""
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Count = changeable(2)
     """Checkpoints that stay on disk, the newest."""
-    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=lambda: ["tensorboard"])
+    trackers: list[Literal["tensorboard", "wandb"]] = changeable(make=lambda: ["tensorboard"])
     """Where metrics go besides metrics.jsonl."""
-    plan_only: bool = False
+    plan_only: bool = changeable(False)
     """Print the plan and its cost, then stop."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = changeable("auto")
     """Where to run; auto takes a GPU if there is one."""
 
 
@@ -235,8 +266,10 @@ class RunConfig:
 class Config:
     model: ModelConfig = Field(default_factory=ModelConfig)
     sample: SampleConfig = Field(default_factory=SampleConfig)
-    branch: BranchConfig = Field(default_factory=BranchConfig)
+    explore: ExploreConfig = Field(default_factory=ExploreConfig)
     tails: TailConfig = Field(default_factory=TailConfig)
+    credit: CreditConfig = Field(default_factory=CreditConfig)
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
     learn: LearnConfig = Field(default_factory=LearnConfig)
     prompts: PromptConfig = Field(default_factory=PromptConfig)
     reward: RewardConfig = Field(default_factory=RewardConfig)

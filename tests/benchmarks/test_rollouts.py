@@ -14,8 +14,8 @@ from rollouts.variants import REFERENCE, VARIANTS, settings_of
 
 from tempflow.models.network.network import TrainedNetwork
 
-SMALL = {"branch.prompts": 2, "branch.seeds": 2, "branch.siblings": 3, "sample.steps": 4, "learn.rows": 4,
-         "branch.rows": 10, "learn.kl": 0.05}  # fmt: skip
+SMALL = {"explore.prompts": 2, "explore.noises": 2, "explore.siblings": 3, "sample.steps": 4, "learn.rows": 4,
+         "tails.rows": 10, "objective.kl": 0.05}  # fmt: skip
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
 
@@ -125,7 +125,7 @@ def test_settings_add_up_level_by_level():
     assert settings_of(BY_NAME[REFERENCE], True)["tails.merged"] is False
     assert settings_of(last, True)["tails.fp8"] is True and settings_of(last, True)["model.dtype"] == "bf16"
     assert "tails.fp8" not in settings_of(last, False) and settings_of(last, False)["model.dtype"] == "fp32"
-    assert beside["tails.compile_vae"] and beside["branch.overlap"] and "tails.fp8" not in beside
+    assert beside["tails.compile_vae"] and beside["reward.overlap"] and "tails.fp8" not in beside
     assert settings_of(BY_NAME["official"], True)["model.dtype"] == "fp32"
 
 
@@ -151,7 +151,7 @@ def test_a_smoke_run_writes_rows_table_and_picture(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["small-sd3", "small-flux"])
 def test_real_architectures_run_in_miniature(name, tmp_path):
     """Random pipelines of the published classes, CLIP as reward, guidance, bytes against PIL images."""
-    small = {"branch.seeds": 2, "branch.siblings": 2, "sample.steps": 3, "learn.rows": 2, "tails.level": "eager"}
+    small = {"explore.noises": 2, "explore.siblings": 2, "sample.steps": 3, "learn.rows": 2, "tails.level": "eager"}
     bench = Bench(name, torch.device("cpu"), tmp_path, small)
     measured = {}
     with bench.texts():

@@ -160,7 +160,7 @@ def test_random_plans_draw_a_fresh_subset_each_iteration():
 def test_forks_outside_the_schedule_are_refused(steps):
     with pytest.raises(BadInput) as caught:
         BranchPlan.parse(steps, 10, 6)
-    assert caught.value.field == "branch.steps"
+    assert caught.value.field == "explore.forks"
 
 
 def test_cost_of_the_paper_setting():

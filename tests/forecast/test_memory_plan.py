@@ -64,7 +64,7 @@ def test_activations_grow_with_rows_and_shrink_with_checkpointing(tmp_path):
 def planned(tmp_path, name: str, *overrides: str) -> MemoryPlan:
     folder = published_models.write(name, tmp_path / name)
     config = load([*overrides[:1], f"model.path={folder}", *overrides[1:]])
-    plan = BranchPlan.parse(config.branch.steps, config.sample.steps, config.branch.siblings)
+    plan = BranchPlan.parse(config.explore.forks, config.sample.steps, config.explore.siblings)
     return plan_memory(config, load_skeleton(config.model, config.sample), plan)
 
 
@@ -72,7 +72,7 @@ def test_adapters_of_sd35_medium_fit_24_gb(tmp_path):
     """512 pixels, rank 32, N = 4, K = 6."""
     config = load(["sd35_medium_24gb"])
     branch = config.branch
-    assert (config.model.lora_rank, branch.seeds, branch.siblings, config.sample.height) == (32, 4, 6, 512)
+    assert (config.model.lora_rank, explore.noises, explore.siblings, config.sample.height) == (32, 4, 6, 512)
     plan = planned(tmp_path, "sd35_medium", "sd35_medium_24gb")
     assert plan.total < 22 * GIB
     assert plan.stays["weights"] == pytest.approx(2 * 2.243e9 + 4 * 18.8e6, rel=0.01)
@@ -98,7 +98,7 @@ def test_plan_only_needs_no_weights_and_no_prompts(tmp_path, capsys):
     for file in folder.rglob("*.safetensors"):
         file.unlink()
     code = main(["digits", f"model.path={folder}", "model.text_tokens=32", "prompts.train=absent", "reward.name=absent",
-                 "learn.kl=0.1", "run.plan_only=true", f"run.dir={tmp_path / 'run'}"])  # fmt: skip
+                 "objective.kl=0.1", "run.plan_only=true", f"run.dir={tmp_path / 'run'}"])  # fmt: skip
     printed = capsys.readouterr().err
     assert code == 0 and not (tmp_path / "run").exists()
     assert "12 prompts x 2 seeds = 24 trunks" in printed and "85 optimizer steps, 61,200 images" in printed

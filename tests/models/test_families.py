@@ -262,8 +262,8 @@ def test_a_whole_run(tiny, tmp_path, monkeypatch, name, guidance):
     monkeypatch.syspath_prepend(str(tmp_path))
     settings = [f"model.path={tiny(name)}", f"model.text_tokens={TEXT_TOKENS[name]}", "model.lora_rank=4",
                 f"model.text_cache={tmp_path / 'texts'}", "sample.height=16", "sample.width=24", "sample.steps=4",
-                f"sample.guidance={guidance}", "branch.prompts=2", "branch.seeds=2", "branch.siblings=3",
-                "learn.rows=2", "learn.updates=2", "learn.kl=0.01", "learn.iterations=2", "learn.lr=1e-2",
+                f"sample.guidance={guidance}", "explore.prompts=2", "explore.noises=2", "explore.siblings=3",
+                "learn.rows=2", "learn.updates=2", "objective.kl=0.01", "learn.iterations=2", "learn.lr=1e-2",
                 "eval.steps=3", "eval.prompts=2", "eval.every=0", "reward.name=scorers:brightness", "reward.gold=null",
                 f"prompts.train={tmp_path / 'prompts.txt'}", f"prompts.test={tmp_path / 'prompts.txt'}",
                 f"run.dir={tmp_path / 'run'}", "run.trackers=[]"]  # fmt: skip

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tempflow.records.rows import read_metrics
 from tempflow.train import main
 
-SMALL = ["digits", "branch.prompts=2", "branch.seeds=2", "branch.siblings=3", "branch.steps=[0,3]", "sample.steps=5",
+SMALL = ["digits", "explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]", "sample.steps=5",
          "learn.lr=3e-4", "learn.lr_schedule=constant", "learn.rows=2", "eval.prompts=6", "eval.steps=4",
          "eval.pictures=3", "eval.every=2", "learn.ema_every=1", "learn.iterations=4", "run.save_every=2"]  # fmt: skip
 
@@ -27,7 +27,7 @@ def train(folder: Path, *overrides: str) -> int:
 def finished(tmp_path_factory) -> Path:
     """A run of four iterations with KL and two updates each."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert train(folder, "learn.updates=2", "learn.kl=0.01") == 0
+    assert train(folder, "learn.updates=2", "objective.kl=0.01") == 0
     return folder
 
 
@@ -59,7 +59,7 @@ def test_metrics_have_their_fields(finished):
 
 
 def test_resume_continues_as_if_never_stopped(finished, tmp_path):
-    arguments = ("learn.updates=2", "learn.kl=0.01")
+    arguments = ("learn.updates=2", "objective.kl=0.01")
     folder = tmp_path / "stopped"
     assert train(folder, "learn.iterations=2", *arguments) == 0
     assert train(folder, "run.resume=true", *arguments) == 0
@@ -87,9 +87,9 @@ def test_resume_drops_lines_after_the_checkpoint(tmp_path):
 def test_full_training_and_other_settings_run(tmp_path):
     """Full fine-tuning, a random subset of forks, inner epochs, prompt groups, Dance-SDE, no held-out prompts."""
     folder = tmp_path / "full"
-    overrides = ["model.train=full", "learn.kl=0.001", "learn.kl_divisor=diffusion", "branch.steps=random:2",
-                 "learn.inner_epochs=2", "learn.group=prompt", "learn.advantage_std=global", "run.trackers=[]",
-                 "prompts.test=null", "learn.weighting=uniform", "sample.transition=dance_sde",
+    overrides = ["model.train=full", "objective.kl=0.001", "objective.kl_divisor=diffusion", "explore.forks=random:2",
+                 "learn.inner_epochs=2", "credit.group=prompt", "credit.std=global", "run.trackers=[]",
+                 "prompts.test=null", "objective.weighting=uniform", "sample.transition=dance_sde",
                  "learn.lr=1e-5"]  # fmt: skip
     assert train(folder, *overrides) == 0
     rows = read_metrics(folder / "metrics.jsonl")
@@ -109,7 +109,7 @@ def test_plan_only_prints_and_writes_nothing(tmp_path, capsys):
 
 def test_help_prints_every_field(capsys):
     assert main(["--help"]) == 0
-    assert "branch.siblings=6" in capsys.readouterr().out
+    assert "explore.siblings=6" in capsys.readouterr().out
 
 
 BAD_SCORERS = """
@@ -122,11 +122,11 @@ WRONG_INPUT = [
     (["model.path=/nowhere"], "model.path", "no such folder"),
     (["prompts.train=/nowhere.txt"], "prompts.train", "no such file"),
     (["prompts.train={folder}/empty.txt"], "prompts.train", "no prompt"),
-    (["branch.siblings=1"], "branch.siblings", "at least 2"),
-    (["branch.steps=[0,4]"], "branch.steps", "0 .. 3"),
+    (["explore.siblings=1"], "explore.siblings", "at least 2"),
+    (["explore.forks=[0,4]"], "explore.forks", "0 .. 3"),
     (["model.path={folder}/other"], "model.path", "supported are StableDiffusion3Pipeline"),
-    (["learn.group=prompt", "branch.seeds=1", "branch.siblings=1", "learn.rows=1"], "branch.siblings", "at least 2"),
-    (["sample.transition=cps", "learn.kl_divisor=diffusion"], "learn.kl_divisor", "std"),
+    (["credit.group=prompt", "explore.noises=1", "explore.siblings=1", "learn.rows=1"], "explore.siblings", "at least 2"),
+    (["sample.transition=cps", "objective.kl_divisor=diffusion"], "objective.kl_divisor", "std"),
     (["run.dir={folder}/empty.txt"], "run.dir", "exists already"),
     (["run.dir={folder}/" + 300 * "x"], "run.dir", "cannot be used"),
     (["learn.rows=3"], "learn.rows", "divide the 4 trunks"),
@@ -157,10 +157,10 @@ def test_wrong_input_is_one_clear_line_and_exit_code_2(tmp_path, monkeypatch, ca
 
 def test_an_existing_run_is_never_overwritten(finished, capsys):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
-    assert train(finished, "learn.updates=2", "learn.kl=0.01") == 2
+    assert train(finished, "learn.updates=2", "objective.kl=0.01") == 2
     assert "run.resume=true" in capsys.readouterr().err
-    assert train(finished, "run.resume=true", "learn.updates=2", "learn.kl=0.02") == 2
-    assert "learn.kl=0.02" in capsys.readouterr().err
+    assert train(finished, "run.resume=true", "learn.updates=2", "objective.kl=0.02") == 2
+    assert "objective.kl=0.02" in capsys.readouterr().err
     assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
 
 
@@ -176,7 +176,7 @@ def torchrun(folder: Path, processes: int) -> list[dict]:
     """A run under torchrun, as users start it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}",
                str(Path(__file__).parents[2] / "tempflow" / "train.py"), *SMALL, f"run.dir={folder}",
-               "learn.group=batch", "learn.lr=1e-3", "learn.iterations=3"]  # fmt: skip
+               "credit.group=batch", "learn.lr=1e-3", "learn.iterations=3"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=240,
                           env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]

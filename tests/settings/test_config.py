@@ -14,15 +14,15 @@ def test_default_is_the_digits_preset():
 
 
 def test_overrides_are_typed():
-    config = load(["digits", "learn.lr=1e-4", "branch.steps=[0,2,4]", "learn.betas=[0.8,0.99]", "run.resume=true",
+    config = load(["digits", "learn.lr=1e-4", "explore.forks=[0,2,4]", "learn.betas=[0.8,0.99]", "run.resume=true",
                    "sample.height=null", "run.dir=7", "learn.iterations=5"])  # fmt: skip
-    assert config.learn.lr == 1e-4 and config.branch.steps == [0, 2, 4] and config.learn.betas == (0.8, 0.99)
+    assert config.learn.lr == 1e-4 and config.explore.forks == [0, 2, 4] and config.learn.betas == (0.8, 0.99)
     assert config.run.resume is True and config.sample.height is None and config.run.dir == "7"
-    assert load(["learn.lr=2e-4", "branch.steps=random:3"]).branch.steps == "random:3"
+    assert load(["learn.lr=2e-4", "explore.forks=random:3"]).branch.steps == "random:3"
 
 
 def test_configuration_reloads_from_what_a_run_writes(tmp_path):
-    config = load(["digits", "learn.kl=0.01", "branch.steps=[1, 2]", "run.trackers=[]"])
+    config = load(["digits", "objective.kl=0.01", "explore.forks=[1, 2]", "run.trackers=[]"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert load([str(tmp_path / "config.yaml")]) == config
 
@@ -32,7 +32,7 @@ def test_a_preset_may_extend_another(tmp_path):
     base.write_text("learn: {lr: 0.5, kl: 0.25}\n")
     child.write_text("extends: base.yaml\nlearn: {kl: 0.75}\n")  # beside the file that names it
     config = load([str(child)])
-    assert (config.learn.lr, config.learn.kl) == (0.5, 0.75)
+    assert (config.learn.lr, config.objective.kl) == (0.5, 0.75)
 
 
 @pytest.mark.parametrize(
@@ -40,11 +40,11 @@ def test_a_preset_may_extend_another(tmp_path):
     [
         (["lern.lr=1"], "lern", "learn"),
         (["learn.learning_rate=1"], "learn.learning_rate", "nearest: learn."),
-        (["branch.sibling=4"], "branch.sibling", "branch.siblings"),
+        (["branch.sibling=4"], "branch.sibling", "explore.siblings"),
         (["learn.lr=fast"], "learn.lr", "valid number"),
         (["learn.lr=-1"], "learn.lr", "greater than 0"),
-        (["branch.siblings=2.5"], "branch.siblings", "integer"),
-        (["learn.group=sed"], "learn.group", "seed"),
+        (["explore.siblings=2.5"], "explore.siblings", "integer"),
+        (["credit.group=sed"], "credit.group", "seed"),
         (["learn.lr=nan"], "learn.lr", "finite"),
         (["learn.lr=[1"], "learn.lr", "YAML"),
         (["digits", "learn"], "argument", "section.field=value"),

@@ -19,7 +19,7 @@ def test_every_preset_is_consistent(name):
     config, text = load([name]), presets()[name].read_text()
     for processes in (1, 2, 4, 8) if name in PAPER else (1, 2) if name == "digits" else (1,):
         check_consistency(config, processes)
-    BranchPlan.parse(config.branch.steps, config.sample.steps, config.branch.siblings)
+    BranchPlan.parse(config.explore.forks, config.sample.steps, config.explore.siblings)
     assert {config.reward.name, config.reward.gold} <= SCORERS.keys() | TO_COME
     assert config.reward.gold != config.reward.name or config.reward.options
     assert text.startswith("# ")
@@ -32,9 +32,9 @@ def test_presets_of_the_paper(name):
     """method.md of the released code: steps, groups, optimizer."""
     config = load([name])
     branch, learn = config.branch, config.learn
-    assert (config.sample.steps, branch.prompts, branch.seeds, branch.siblings, branch.steps) == (10, 48, 4, 6, "all")
+    assert (config.sample.steps, explore.prompts, explore.noises, explore.siblings, explore.forks) == (10, 48, 4, 6, "all")
     assert (learn.updates, learn.lr, learn.betas, learn.weight_decay, learn.eps) == (2, 3e-4, (0.9, 0.999), 1e-4, 1e-8)
-    assert (learn.max_grad_norm, learn.clip_range, learn.advantage_clip) == (1.0, 1e-4, 5.0)
+    assert (learn.max_grad_norm, objective.clip, credit.clip) == (1.0, 1e-4, 5.0)
     assert (config.model.lora_rank, config.model.lora_alpha, learn.ema_decay, learn.ema_every) == (32, 64.0, 0.9, 8)
     sample, particular = config.sample, {
         "sd35_geneval": (512, 4.5, 0.7, 0.004, "fp16", 40),
@@ -42,7 +42,7 @@ def test_presets_of_the_paper(name):
         "flux_hpsv3": (1024, 3.5, 0.9, 0.004, "bf16", 50),
         "qwen_pickscore": (512, 4.0, 1.2, 0.0, "bf16", 50),
     }  # fmt: skip
-    found = (sample.height, sample.guidance, sample.noise_level, learn.kl, config.model.dtype, config.eval.steps)
+    found = (sample.height, sample.guidance, sample.noise_level, objective.kl, config.model.dtype, config.eval.steps)
     assert found == particular[name] and sample.width == sample.height and config.run.seed == 42
 
 

@@ -32,7 +32,7 @@ def set_up_tails(
 
     Args:
         trunks: R of this process. text: a prompt, for trials.
-        known_rows: what an earlier part of this run chose where branch.rows=auto, so that rounding stays the same.
+        known_rows: what an earlier part of this run chose where tails.rows=auto, so that rounding stays the same.
         agree: one chunk size for all processes out of each one's own.
         learning: bytes that learning will hold, but does not yet.
     Raises:
@@ -45,7 +45,7 @@ def set_up_tails(
     policy.prepare_decoder(tails.compile_vae)
     if tails.fp8:
         say(f"tails: {policy.quantise_merged()}")
-    rows = config.branch.rows
+    rows = config.tails.rows
     if rows == "auto" and known_rows:
         rows = known_rows
     elif rows == "auto":

@@ -50,7 +50,7 @@ class ChunkChoice:
     def describe(self) -> str:
         timed = ", ".join(f"{probe.rows}: {1000 * probe.seconds / probe.rows:.2f}" for probe in self.probes)
         return (
-            f"branch.rows: {self.rows} branches travel together, {100 * self.waste:.1f} % of their network rows for "
+            f"tails.rows: {self.rows} branches travel together, {100 * self.waste:.1f} % of their network rows for "
             f"nothing (ms a row in calls of {timed})"
         )
 

@@ -69,7 +69,7 @@ class TrainedNetwork:
             finally:
                 self.module.enable_adapters()
             return
-        assert self.frozen is not None, "a reference is kept only where learn.kl > 0"
+        assert self.frozen is not None, "a reference is kept only where objective.kl > 0"
         with self._serving(self.frozen):
             yield
 

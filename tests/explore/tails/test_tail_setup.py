@@ -25,7 +25,7 @@ from tempflow.studies import tails as tails_check
 from tempflow.studies.tails import rank_correlations
 from tempflow.train import main, train_step
 
-SMALL = ["digits", "branch.prompts=2", "branch.seeds=2", "branch.siblings=3", "branch.steps=[0,3]", "sample.steps=5",
+SMALL = ["digits", "explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]", "sample.steps=5",
          "learn.rows=2", "prompts.test=null", "learn.iterations=2", "run.trackers=[]"]  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def test_a_resumed_run_keeps_the_chunks_it_chose(toy, schedule, capsys):
     plan = BranchPlan.parse("all", 10, 4)
     engines = set_up_tails(config, toy, schedule, plan, 6, "one", 17, lambda rows: rows, True, 0)
     assert engines.explore.rows == engines.evaluate.rows == 17
-    assert "branch.rows" not in capsys.readouterr().err
+    assert "tails.rows" not in capsys.readouterr().err
     engines = set_up_tails(config, toy, schedule, plan, 6, "one", None, lambda rows: 11, True, 0)
     assert engines.explore.rows == 11 and "branches travel together" in capsys.readouterr().err
 
@@ -168,7 +168,7 @@ def test_every_iteration_begins_with_fresh_merged_weights(tmp_path, disturb):
 
 def test_a_run_records_chunks_and_waste_and_resumes(tmp_path, capsys):
     folder = tmp_path / "run"
-    arguments = [*SMALL, f"run.dir={folder}", "branch.rows=auto", "tails.drop_below=0.5"]
+    arguments = [*SMALL, f"run.dir={folder}", "tails.rows=auto", "tails.drop_below=0.5"]
     assert main([*arguments, "learn.iterations=1"]) == 0
     start, row = read_metrics(folder / "metrics.jsonl")
     assert 1 <= start["tail_rows"] <= 24 and row["tail_waste"] == 0.0
