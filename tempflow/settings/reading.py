@@ -1,108 +1,86 @@
-"""Reading a configuration: presets that state only differences, YAML files, overrides.
+"""Reading a configuration: stacked presets and YAML files, then overrides.
 
-`load(["sd35_pickscore", "learn.lr=1e-4"])`: a preset name or YAML file, then `section.field=value` overrides. An
-unknown or ill-typed field is refused with the nearest name. The fields themselves stand in `settings.py`.
+`load(["flux1_dev", "g2rpo", "hpsv3", "learn.lr=1e-4"])`: names of presets and files, each laid on those before it, then
+`section.field=value`. Without a model, a task or a file the stack lies on the preset `digits`. An unknown or ill-typed
+field is refused with the nearest name. The fields themselves stand in `fields.py`, the presets in `presets/`.
 """
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
-from dataclasses import asdict, fields
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from tempflow.common.errors import BadInput
-from tempflow.common.files import PACKAGE
 from tempflow.settings.fields import Config
+from tempflow.settings.names import changeable_fields, field_names, nearest_field, refuse_old_names
+from tempflow.settings.stacks import kind_of, presets, read_stack, read_values
+
+__all__ = ["changeable_fields", "field_names", "load", "plain", "presets", "read_values", "to_yaml", "validate"]
 
 
 def load(arguments: Sequence[str]) -> Config:
-    """The configuration of a command line: an optional preset name or YAML file first, then overrides.
+    """The configuration of a command line: names of presets and YAML files first, then overrides.
 
     Raises:
-        BadInput: unknown preset, unreadable YAML, unknown or ill-typed field.
+        BadInput: unknown preset, presets that exclude one another, unreadable YAML, unknown or ill-typed field.
     """
     arguments = list(arguments)
-    source = arguments.pop(0) if arguments and "=" not in arguments[0] else "digits"
-    values = read_values(source)
-    for argument in arguments:
-        _override(values, argument)
+    count = next((place for place, argument in enumerate(arguments) if _is_override(argument)), len(arguments))
+    names, overrides = arguments[:count], arguments[count:]
+    values = read_stack(names if _has_base(names) else ["digits", *names]).values
+    for override in overrides:
+        _override(values, override)
     return validate(values)
 
 
-def presets() -> dict[str, Path]:
-    """Name -> file of every preset that ships with the package."""
-    return {path.stem: path for path in sorted((PACKAGE / "settings" / "presets").glob("*.yaml"))}
+def _is_override(argument: str) -> bool:
+    """Whether an argument is `section.field=value`; a file may have `=` in the name of its folder."""
+    name, equals, _ = argument.partition("=")
+    return bool(equals) and "/" not in name
 
 
-def read_values(source: str, seen: tuple[Path, ...] = ()) -> dict[str, dict[str, Any]]:
-    """The sections of a preset or YAML file, on top of those it `extends`; `seen` are the files that extend it."""
-    path = presets().get(source, Path(source).expanduser())
-    if not path.is_file():
-        raise BadInput("preset", source, f"no such preset or YAML file; presets: {', '.join(presets())}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise BadInput("preset", source, f"not readable as YAML ({' '.join(str(error).split())})") from error
-    parts = [part for key, part in values.items() if key != "extends"] if isinstance(values, dict) else [values]
-    if not all(isinstance(part, dict) for part in parts):
-        raise BadInput("preset", source, "a preset is sections of fields, such as `learn: {lr: 1e-4}`")
-    merged = _parent(values.pop("extends"), path, seen) if "extends" in values else {}
-    for name, part in values.items():
-        merged.setdefault(name, {}).update(part)
-    return merged
-
-
-def _parent(name: object, path: Path, seen: tuple[Path, ...]) -> dict[str, dict[str, Any]]:
-    """The sections of the preset or file that `path` extends; a relative file is sought beside it."""
-    if not isinstance(name, str):
-        raise BadInput("extends", name, f"in {path}: give the name of one preset or YAML file")
-    if path.resolve() in seen:
-        raise BadInput("extends", name, f"in {path}: presets extend each other in a circle")
-    source = name if name in presets() else str(path.parent / Path(name).expanduser())
-    return read_values(source, (*seen, path.resolve()))
+def _has_base(names: Sequence[str]) -> bool:
+    """Whether a stack names anything but methods."""
+    known = presets()
+    return any(name not in known or kind_of(known[name]) != "methods" for name in names)
 
 
 def _override(values: dict[str, dict[str, Any]], argument: str) -> None:
     """Applies one `section.field=value`."""
-    name, equals, text = argument.partition("=")
-    section_name, dot, field = name.partition(".")
-    if not (equals and dot and field):
-        raise BadInput("argument", argument, "overrides have the form section.field=value, after the preset's name")
+    name, _, text = argument.partition("=")
+    if not _is_override(argument):
+        raise BadInput("argument", argument, "names of presets and files come before all settings")
+    section, dot, field = name.partition(".")
+    if not (section and dot and field):
+        raise BadInput("argument", argument, "settings have the form section.field=value")
+    refuse_old_names({section: {field: text}})
     try:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError as error:
         raise BadInput(name, text, "not readable as a YAML value; quote it") from error
-    values.setdefault(section_name, {})[field] = value
+    values.setdefault(section, {})[field] = value
 
 
 def validate(values: dict[str, Any]) -> Config:
-    """Sections of plain values to a checked Config."""
+    """Sections of plain values to a checked Config.
+
+    Raises:
+        BadInput: unknown or ill-typed field.
+    """
     try:
         return TypeAdapter(Config).validate_python(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"][:2])
-        raise BadInput(name, first["input"], _mend(first["type"], name, first["msg"])) from error
-
-
-def _mend(kind: str, name: str, message: str) -> str:
-    """What to do about a validation error: the nearest field name, or pydantic's own words."""
-    if kind not in ("unexpected_keyword_argument", "extra_forbidden"):
-        return message[0].lower() + message[1:]
-    known = field_names()
-    sections = [part.name for part in fields(Config)]
-    nearest = difflib.get_close_matches(name, known if "." in name else sections, n=1, cutoff=0.0)[0]
-    return f"no such field; nearest: {nearest}"
-
-
-def field_names() -> list[str]:
-    """Every `section.field`."""
-    return [f"{part.name}.{field}" for part in fields(Config) for field in asdict(Config())[part.name]]
+        errors = [(".".join(str(part) for part in each["loc"][:2]), each) for each in error.errors()]
+        name, first = errors[0]
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            raise BadInput(name, first["input"], f"no such field; nearest: {nearest_field(name)}") from error
+        messages = dict.fromkeys(each["msg"] for found, each in errors if found == name)
+        mend = ", or ".join(message[0].lower() + message[1:] for message in messages)
+        raise BadInput(name, first["input"], mend) from error
 
 
 def to_yaml(config: Config) -> str:
