@@ -77,10 +77,18 @@ def validate(values: dict[str, Any]) -> Config:
         errors = [(".".join(str(part) for part in each["loc"][:2]), each) for each in error.errors()]
         name, first = errors[0]
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            raise BadInput(name, first["input"], f"no such field; nearest: {nearest_field(name)}") from error
+            raise _unknown(name, first["input"]) from error
         messages = dict.fromkeys(each["msg"] for found, each in errors if found == name)
         mend = ", or ".join(message[0].lower() + message[1:] for message in messages)
         raise BadInput(name, first["input"], mend) from error
+
+
+def _unknown(name: str, value: Any) -> BadInput:
+    """The refusal of a field that does not exist, or of a section, by the first field in it."""
+    if "." not in name and isinstance(value, dict) and value:
+        field, value = next(iter(value.items()))
+        name = f"{name}.{field}"
+    return BadInput(name, value, f"no such field; nearest: {nearest_field(name)}")
 
 
 def to_yaml(config: Config) -> str:

@@ -8,14 +8,14 @@ file is sought beside the file that names it. Presets are files in the folders o
     methods  what distinguishes one published method from another
     runs     a model and a task, with the numbers of certain GPUs
 
-A stack has one model and one method at most. A method with `on_top: true` at the top of its file is an add-on: it
-changes a few fields of any method, and comes after it.
+A stack has one model and one method at most, and no preset may change what a method before it sets: that would be half
+a method. A method with `on_top: true` at the top of its file is an add-on, which is there to do just that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,36 @@ import yaml
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import PACKAGE
-from tempflow.settings.names import nearest, refuse_old_names
+from tempflow.settings.names import field_names, nearest, refuse_old_names
 
 FOLDER = PACKAGE / "settings" / "presets"
 KINDS = ("models", "tasks", "methods", "runs")
+ONE_OF = {
+    "models": "leave one out (a run brings its model: take a task instead), or keep one and set model.path=...",
+    "methods": "leave one out, and set single fields by section.field=value",
+}
+"""Kinds of which a stack has one at most, and what to do about two."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Sections of fields, and the models, methods and add-ons they come from, from bottom to top."""
+    """Sections of fields, and what they come from."""
 
-    values: dict[str, dict[str, Any]]
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    name: str = ""
+    kind: str = ""
+    """of a preset, or `add-ons`; empty for a user's file"""
     brings: tuple[tuple[str, str], ...] = ()
+    """(kind, name) of the models and methods in it, from bottom to top"""
+    held: dict[str, tuple[Any, str]] = field(default_factory=dict)
+    """`section.field` -> the value that a method or add-on gives it, and whose it is"""
+
+    def flat(self) -> dict[str, Any]:
+        """`section.field` -> value."""
+        return {f"{name}.{key}": value for name, part in self.values.items() for key, value in part.items()}
 
     def names(self, kind: str) -> list[str]:
-        """Those of one kind, each once."""
+        """The models or methods in it, each once."""
         return list(dict.fromkeys(name for found, name in self.brings if found == kind))
 
 
@@ -60,12 +75,9 @@ def read_stack(sources: Iterable[str]) -> Layer:
     """Presets and files, from bottom to top, as one layer.
 
     Raises:
-        BadInput: one that is missing or unreadable, or two models or methods that exclude one another.
+        BadInput: one that is missing or unreadable, or presets that exclude one another.
     """
-    sources = list(sources)
-    layer = _stacked([_read(_find(source), ()) for source in sources])
-    _check_choices(layer, " ".join(sources))
-    return layer
+    return _stacked([_read(_find(source), ()) for source in sources])
 
 
 def _find(name: str, beside: Path | None = None) -> Path:
@@ -76,8 +88,8 @@ def _find(name: str, beside: Path | None = None) -> Path:
     field, place = ("extends", f"in {beside}: ") if beside else ("preset", "")
     if path.suffix in (".yaml", ".yml") or "/" in name:
         raise BadInput(field, name, f"{place}no such file")
-    mend = f"no such preset or file; nearest: {nearest(name, presets())}. Settings have the form section.field=value"
-    raise BadInput(field, name, place + mend)
+    known = [*presets(), *(f"{setting}=" for setting in field_names())]
+    raise BadInput(field, name, f"{place}no such preset or file; nearest: {nearest(name, known)}")
 
 
 def _read(path: Path, seen: tuple[Path, ...]) -> Layer:
@@ -88,10 +100,14 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Layer:
     below = _stacked([_read(_find(name, path), (*seen, path.resolve())) for name in _parents(content, path)])
     if kind == "methods" and content.pop("on_top", False) is True:
         kind = "add-ons"
-    values = _sections(content, path)
-    inherited = tuple(entry for entry in below.brings if entry[0] != kind)
-    own = ((kind, path.stem),) if kind in ("models", "methods", "add-ons") else ()
-    return _stacked([Layer(below.values, inherited), Layer(values, own)])
+    own = Layer(_sections(content, path))
+    layer = Layer(_merged([below, own]), path.stem, kind, below.brings, below.held)
+    if kind == "models":
+        return replace(layer, brings=((kind, layer.name),))
+    if kind in ("methods", "add-ons"):  # whatever it extends, it is one method
+        held = {name: (value, layer.name) for name, value in layer.flat().items()}
+        return replace(layer, brings=((kind, layer.name),), held=held)
+    return layer
 
 
 def _content(path: Path) -> dict[Any, Any]:
@@ -125,25 +141,37 @@ def _sections(content: dict[Any, Any], path: Path) -> dict[str, dict[str, Any]]:
     return {name: {str(field): value for field, value in part.items()} for name, part in values.items()}
 
 
-def _stacked(layers: Iterable[Layer]) -> Layer:
-    """Layers from bottom to top as one."""
+def _merged(layers: Iterable[Layer]) -> dict[str, dict[str, Any]]:
+    """The sections of layers from bottom to top."""
     values: dict[str, dict[str, Any]] = {}
-    brings: tuple[tuple[str, str], ...] = ()
     for layer in layers:
-        brings += layer.brings
         for name, part in layer.values.items():
             values[name] = values.get(name, {}) | part
-    return Layer(values, brings)
+    return values
 
 
-def _check_choices(layer: Layer, stack: str) -> None:
-    """One model and one method at most, and add-ons above it."""
-    for kind, others in (("models", "a task instead of a run, or model.path=..."), ("methods", "single fields")):
-        names = layer.names(kind)
-        if len(names) > 1:
-            raise BadInput("preset", stack, f"two {kind}, {names[0]} and {names[1]}; leave one out, and name {others}")
-    kinds = [kind for kind, _ in layer.brings]
-    above = kinds[kinds.index("add-ons") :] if "add-ons" in kinds else []
-    if "methods" in above:
-        add_on, method = layer.names("add-ons")[0], layer.names("methods")[0]
-        raise BadInput("preset", stack, f"{add_on} changes what a method sets, so name it after {method}")
+def _stacked(layers: Sequence[Layer]) -> Layer:
+    """Layers from bottom to top as one."""
+    names = " ".join(layer.name for layer in layers)
+    held: dict[str, tuple[Any, str]] = {}
+    brings = tuple(entry for layer in layers for entry in layer.brings)
+    stack = Layer(_merged(layers), names, "", brings, held)
+    for kind, mend in ONE_OF.items():
+        found = stack.names(kind)
+        if len(found) > 1:
+            raise BadInput("preset", names, f"two {kind}, {found[0]} and {found[1]}; {mend}")
+    for layer in layers:
+        _check_held(held, layer, names)
+        held |= layer.held
+    return stack
+
+
+def _check_held(held: dict[str, tuple[Any, str]], layer: Layer, stack: str) -> None:
+    """A preset changes nothing of what methods before it hold; add-ons and a user's own files may."""
+    if layer.kind in ("", "add-ons"):
+        return
+    for name, value in layer.flat().items():
+        before, method = held.get(name, (value, ""))
+        if before != value:
+            mend = f"{layer.name} would change {name} of {method}, from {before} to {value}; name {method} after it"
+            raise BadInput("preset", stack, mend)
