@@ -63,7 +63,8 @@ def presets() -> dict[str, Path]:
 
 def kind_of(path: Path) -> str:
     """The kind of a preset's file; empty for any other file."""
-    return path.parent.name if path.parent.parent == FOLDER else ""
+    folder = path.resolve().parent
+    return folder.name if folder.parent == FOLDER else ""
 
 
 def read_values(source: str) -> dict[str, dict[str, Any]]:
