@@ -9,7 +9,7 @@ from pathlib import Path
 from tempflow.settings.fields import Config
 from tempflow.settings.names import described
 from tempflow.settings.reading import plain
-from tempflow.settings.stacks import kind_of, presets
+from tempflow.settings.stacks import KINDS, names_of, presets
 
 USAGE = """\
 usage: torchrun tempflow/train.py [PRESET or FILE.yaml ...] [section.field=value ...]
@@ -20,12 +20,12 @@ alone, the first is digits."""
 def help_text() -> str:
     """Every preset with its sentence, every field with its default and its sentence."""
     lines = [USAGE]
-    for kind, files in groupby(presets().items(), lambda item: kind_of(item[1])):
+    for kind in KINDS:
         lines.append(f"\n{kind}")
-        lines += [f"  {name}\n      {sentence(path)}" for name, path in files]
-    for section, described_fields in groupby(described(Config()).items(), lambda item: item[0].partition(".")[0]):
+        lines += [f"  {name}\n      {sentence(presets()[name])}" for name in names_of(kind)]
+    for section, settings in groupby(described(Config()).items(), lambda item: item[0].partition(".")[0]):
         lines.append(f"\n{section}")
-        for name, (value, info) in described_fields:
+        for name, (value, info) in settings:
             default = plain(value)
             lines.append(f"  {name}={'null' if default is None else default}\n      {info.description}")
     return "\n".join(lines)

@@ -79,8 +79,8 @@ def validate(values: dict[str, Any]) -> Config:
         if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
             raise _unknown(name, first["input"]) from error
         messages = dict.fromkeys(each["msg"] for found, each in errors if found == name)
-        mend = ", or ".join(message[0].lower() + message[1:] for message in messages)
-        raise BadInput(name, first["input"], mend) from error
+        hint = ", or ".join(message[0].lower() + message[1:] for message in messages)
+        raise BadInput(name, first["input"], hint) from error
 
 
 def _unknown(name: str, value: Any) -> BadInput:

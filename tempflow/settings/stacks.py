@@ -61,6 +61,11 @@ def presets() -> dict[str, Path]:
     return {path.stem: path for kind in KINDS for path in sorted((FOLDER / kind).glob("*.yaml"))}
 
 
+def names_of(kind: str) -> list[str]:
+    """The presets of one kind."""
+    return [name for name, path in presets().items() if kind_of(path) == kind]
+
+
 def kind_of(path: Path) -> str:
     """The kind of a preset's file; empty for any other file."""
     folder = path.resolve().parent
@@ -157,10 +162,10 @@ def _stacked(layers: Sequence[Layer]) -> Layer:
     held: dict[str, tuple[Any, str]] = {}
     brings = tuple(entry for layer in layers for entry in layer.brings)
     stack = Layer(_merged(layers), names, "", brings, held)
-    for kind, mend in ONE_OF.items():
+    for kind, hint in ONE_OF.items():
         found = stack.names(kind)
         if len(found) > 1:
-            raise BadInput("preset", names, f"two {kind}, {found[0]} and {found[1]}; {mend}")
+            raise BadInput("preset", names, f"two {kind}, {found[0]} and {found[1]}; {hint}")
     for layer in layers:
         _check_held(held, layer, names)
         held |= layer.held
@@ -174,5 +179,5 @@ def _check_held(held: dict[str, tuple[Any, str]], layer: Layer, stack: str) -> N
     for name, value in layer.flat().items():
         before, method = held.get(name, (value, ""))
         if before != value:
-            mend = f"{layer.name} would change {name} of {method}, from {before} to {value}; name {method} after it"
-            raise BadInput("preset", stack, mend)
+            hint = f"{layer.name} would change {name} of {method}, from {before} to {value}; name {method} after it"
+            raise BadInput("preset", stack, hint)
