@@ -1,13 +1,13 @@
-"""TempFlow-GRPO: explore, credit, learn.
+"""TempFlow-GRPO and its kin: explore, credit, learn.
 
-    torchrun tempflow/train.py                                  the preset `digits`, on any machine
-    torchrun tempflow/train.py PRESET section.field=value ...   another preset or YAML file, with overrides
-    torchrun tempflow/train.py --help                           every field
+    torchrun tempflow/train.py                                        the preset `digits`, on any machine
+    torchrun tempflow/train.py digits flow_grpo learn.iterations=20   presets and YAML files stack, then overrides
+    torchrun tempflow/train.py --help                                 every field
 
 Deviations from the paper and its released code:
 1. The K siblings of a fork share one network row in learning; their gradients add up on its one velocity. Exact.
 2. Noise weights are std_k / mean(std) of the schedule in use, not a constant fitted to one schedule.
-3. Seed groups are an axis of the reward tensor, so they hold at any batch size and number of processes.
+3. Groups are axes of the reward tensor, so they hold at any batch size and number of processes.
 4. Siblings of a fork are never spread over several optimizer steps.
 5. The log-ratio is formed from velocity differences per element, never as a difference of two log-probabilities.
 """
@@ -16,207 +16,157 @@ from __future__ import annotations
 
 import os
 import sys
+
+if __name__ == "__main__":  # help and wrong settings are answered before anything heavy is imported
+    from tempflow.settings.help import read_command_line
+
+    CONFIG = read_command_line(sys.argv[1:])
+    if isinstance(CONFIG, int):
+        sys.exit(CONFIG)
+
 import time
 from collections.abc import Sequence
-from dataclasses import replace
-from math import nan
-from typing import Any
 
 import torch
 from tempflow_kernels import BranchLossStats, branch_loss
-from torch import Tensor
 from tqdm import tqdm
 
-from tempflow.common.errors import BadInput, Unscored
+from tempflow.common.errors import BadInput, Halted
+from tempflow.common.say import say
 from tempflow.common.tensors import to_device
-from tempflow.credit.advantage import Credit, combined_advantages, known_mean, known_std
-from tempflow.explore.rollout import sample_branches, sample_trunk
+from tempflow.credit.advantage import give_credit
+from tempflow.credit.scoring import collect_rewards
+from tempflow.credit.statistics import reward_figures
+from tempflow.explore.rollout import explore, finish_branches
+from tempflow.explore.tails.engine import read_waste
 from tempflow.learn.batches import TransitionBatch, updates
 from tempflow.learn.optimizers import set_learning_rate
 from tempflow.learn.statistics import LossRecord, loss_figures
-from tempflow.parallel import ranks as distributed
+from tempflow.parallel import ranks as processes
+from tempflow.records.rows import IterationRow
 from tempflow.run.assembly import set_up, show_plan
 from tempflow.run.checkpoint import Progress
-from tempflow.run.trainer import Run
-from tempflow.settings.help import help_text
-from tempflow.settings.reading import load
+from tempflow.run.journal import Journal
+from tempflow.run.trainer import Trainer
+from tempflow.settings.fields import Config
+from tempflow.settings.help import read_command_line
 from tempflow.studies.tails import check_tails
 
 INTERRUPTED = 130
 """The exit code of a program that Ctrl-C ended: 128 + SIGINT."""
 
 
-def train_step(run: Run, iteration: int) -> dict[str, Any]:
-    """One iteration; returns its metrics. Axes: S fork steps, R trunks of this rank, K siblings."""
-    learn, clock, plan = run.config.learn, run.clock, run.plan.drawn(run.config.run.seed, iteration)
-    prompts, draw = run.prompts_of(iteration)
+def train_step(trainer: Trainer, iteration: int) -> IterationRow:
+    """One iteration. Axes: V tails, M scorers, S forks, R trunks of this process, K siblings, D... one latent."""
+    config, policy, schedule, method = trainer.config, trainer.policy, trainer.schedule, trainer.method
+    ranks, clock, stepper, learn = trainer.ranks, trainer.clock, trainer.stepper, trainer.config.learn
+    everyone = method.plan(config.run.seed, iteration, config.explore.prompts)
+    plan, (prompts, draw) = everyone.of(trainer.feed.slots), trainer.feed.at(iteration)
+    of_trunks = [prompt for prompt in prompts for _ in range(plan.noises)]
 
-    # Explore: an ODE trunk per initial noise; at each fork K siblings take one SDE step, then the ODE to an image.
-    with clock("trunk"), run.numerics():
-        seeds = run.config.branch.seeds
-        conditioning = run.policy.encode([prompt.text for prompt in prompts[::seeds]]).repeat(seeds)
-        trunk = sample_trunk(run.policy, conditioning, run.schedule, plan, draw, learn.rows)
-    run.policy.refresh_merged()
-    for chunk in clock.over("tails", sample_branches(run.engine, trunk, run.schedule)):
-        run.scores.submit(chunk.latents, [prompts[row] for row in chunk.trunks])  # decoded and scored meanwhile
+    # Explore: an ODE trunk per initial noise; at a fork K siblings take stochastic steps, then the ODE to an image.
+    with clock("trunk"), trainer.numerics():
+        conditioning = policy.encode([prompt.text for prompt in prompts]).repeat(plan.noises)
+        rollout = explore(policy, schedule, plan, draw, conditioning, learn.rows)
+    policy.refresh_merged()
+    for branches in clock.over("tails", finish_branches(trainer.tails, rollout, schedule)):
+        trainer.scores.submit(branches, of_trunks)  # decoded and scored meanwhile
     with clock("wait"):
-        rewards = run.collect(len(plan.steps), plan.siblings)  # (M scorers, S, R of all ranks, K)
+        shape = (len(trainer.tails), *rollout.branches.shape[:3])
+        rewards = collect_rewards(trainer.scores, trainer.rewards, ranks, shape)  # (V, M, S, R of all processes, K)
 
-    # Credit: siblings share all but that one step, so the difference of their rewards belongs to it.
-    credit = combined_advantages(rewards, run.rewards.weights, run.config.reward.combine, seeds, credit.group,
-                                 credit.std, credit.clip)  # fmt: skip
-    weights = run.step_weights(plan)[:, None] * credit.informative  # (S, R of all ranks)
-    idle = run.idle_updates(weights)
-    advantages, weights = run.own_rows(credit.advantages), run.own_rows(weights)
+    # Credit: siblings share all but their decisions, so the difference of their rewards belongs to these.
+    credit = give_credit(rewards, trainer.rewards.weights, method.comparison)
 
-    # Learn: weighted clipped policy gradient; each fork is one network row, its K siblings are K Gaussian terms on it.
-    set_learning_rate(run.stepper.optimizer, learn, iteration)
-    record = LossRecord()
-    with clock("learn"), run.numerics():
-        for number, batches in enumerate(updates(trunk, advantages, weights, learn)):
-            for batch in batches:
-                record.add(backward(run, batch), number)
-            run.optimizer_step(idle[number % learn.updates])
-        figures = loss_figures(run.ranks.gather(record.totals(), dim=0)) | run.stepper.read()
-    return {**describe(rewards, credit, run, plan.steps), **figures}
+    # Learn: weighted clipped policy gradient; a decision's row carries its siblings as so many Gaussian terms.
+    set_learning_rate(stepper.optimizer, learn, iteration)
+    record, own = LossRecord(), ranks.share(credit.advantages.shape[1])
+    with clock("learn"), trainer.numerics():
+        for number, update in enumerate(updates(rollout, credit, method.objective, learn, own)):
+            for batch in update.batches:
+                record.add(backward(trainer, batch), number)
+            stepper.update(ranks, update.idle)
+        figures = loss_figures(ranks.gather(record.totals(), dim=0)) | stepper.read()
+    figures |= reward_figures(rewards, credit, trainer.rewards, everyone.trunk_steps(), schedule.num_steps)
+    return IterationRow(step=iteration + 1, tail_waste=read_waste(trainer.tails), **figures)
 
 
-def backward(run: Run, batch: TransitionBatch) -> BranchLossStats:
-    """Adds the gradient of one batch of forks and returns what its loss saw."""
-    learn, device, rows = run.config.learn, run.policy.device, len(batch.latents)
-    sigma = run.schedule.sigma_rows(batch.step, rows, device)
-    velocity = run.policy.velocity(batch.latents, sigma, batch.conditioning)
+def backward(trainer: Trainer, batch: TransitionBatch) -> BranchLossStats:
+    """Adds the gradient of one batch and returns what its loss saw."""
+    policy, objective, device = trainer.policy, trainer.method.objective, trainer.policy.device
+    sigma = trainer.schedule.sigma_rows(batch.steps, device)
+    velocity = policy.velocity(batch.latents, sigma, batch.conditioning)
     velocity_ref = None
     if objective.kl:
-        with torch.no_grad(), run.policy.reference():
-            velocity_ref = run.policy.velocity(batch.latents, sigma, batch.conditioning)
+        with torch.no_grad(), policy.reference():
+            velocity_ref = policy.velocity(batch.latents, sigma, batch.conditioning)
     loss, stats = branch_loss(
-        velocity,
-        batch.velocity_old,
-        to_device(batch.advantages, device),
-        to_device(batch.weights, device),
-        run.schedule.sde.coef(batch.step, rows, device),
-        key=batch.keys,
-        clip_range=(objective.clip, objective.clip),
-        kl_coef=objective.kl,
-        velocity_ref=velocity_ref,
-        kl_weights=run.kl_weights(batch.step, rows),
-    )
-    run.stepper.backward(loss * batch.share)
+        velocity, batch.velocity_old, to_device(batch.advantages, device), to_device(batch.terms, device), batch.keys,
+        clip_range=(objective.clip, objective.clip), kl_coef=objective.kl, velocity_ref=velocity_ref,
+    )  # fmt: skip
+    trainer.stepper.backward(loss * batch.share)
     return stats
 
 
-def describe(rewards: Tensor, credit: Credit, run: Run, steps: Sequence[int]) -> dict[str, Any]:
-    """Figures of the (M, S, R, K) rewards of all ranks and of their sum; steps without a fork have no spread."""
-    total = run.rewards.total(rewards)
-    compared = (~total.isnan()).sum(2) > 1
-    spread: list[float | None] = [None] * (run.plan.num_steps - 1)
-    for step, stds in zip(steps, known_std(total, (2,))[1].squeeze(2).where(compared, nan), strict=True):
-        spread[step] = known_mean(stds, 6)
-    return {
-        "reward_mean": known_mean(total),
-        "reward_means": {name: known_mean(row) for name, row in zip(run.rewards.scorers, rewards, strict=True)},
-        "reward_std_per_step": spread,
-        "rewards_missing": int(rewards.isnan().sum()),
-        "groups_masked": credit.masked,
-        "tail_waste": round(run.engine.work.read(), 4),
-    }
-
-
-def train(run: Run, progress: Progress) -> dict[str, Any]:
-    """The loop: evaluate, step, record, save; from `progress` to the last iteration. Returns that one's metrics.
+def train(trainer: Trainer, journal: Journal, progress: Progress) -> None:
+    """The loop, from `progress` to the last iteration: step, record, evaluate, save.
 
     Raises:
-        Unscored: images got no reward; the run is saved as it was before.
+        Halted: images got no score, or a gradient is not finite; what was learnt before is saved.
     """
-    config, start = run.config, time.perf_counter() - progress.seconds
-    if progress.iteration == 0:
-        scores = run.evaluate(0)
-        run.record({"step": 0, "seconds": 0.0, "rollouts": 0, **run.constants(), **scores,
-                    "phase_seconds": run.clock.read()})  # fmt: skip
-        start = time.perf_counter()
-    bar = tqdm(total=config.learn.iterations, initial=progress.iteration, unit="it", disable=not run.ranks.first,
-               dynamic_ncols=True)  # fmt: skip
     first = progress.iteration + 1
+    bar = tqdm(total=trainer.config.learn.iterations, initial=progress.iteration, unit="it",
+               disable=not trainer.ranks.first, dynamic_ncols=True)  # fmt: skip
     try:
-        progress, row = settle(run, progress)
-        while progress.iteration < config.learn.iterations and not stops(run, row):
-            began = time.perf_counter()
-            row = train_step(run, progress.iteration)
-            rate = run.rollouts_per_iteration / (time.perf_counter() - began) * 3600
-            row = {"rollouts_per_hour": round(rate, 1), **row}
-            progress = Progress(progress.iteration + 1, time.perf_counter() - start,
-                                progress.rollouts + run.rollouts_per_iteration, row)  # fmt: skip
-            progress, row = settle(run, progress)
+        progress = journal.begin(progress)
+        while not journal.is_over(progress):
+            started = time.perf_counter()
+            row = train_step(trainer, progress.iteration)
+            progress = journal.record(row, progress, time.perf_counter() - started)
+            progress = journal.evaluate(progress)
             if progress.iteration == first:
-                run.announce()
+                journal.measured()
             bar.update()
-            bar.set_postfix(run.shown(row, rate))
-        return row
-    except Unscored as error:
-        if progress.iteration:
-            run.save(progress)
-            mend = f"{error.mend}; iteration {progress.iteration} is saved, go on with run.resume=true"
-            raise Unscored(error.field, error.value, mend) from error
-        raise
+            bar.set_postfix(journal.shown())
+    except BadInput as error:
+        raise journal.halted(progress, error) from error
     finally:
         bar.close()
 
 
-def settle(run: Run, progress: Progress) -> tuple[Progress, dict[str, Any]]:
-    """Ends an iteration whose metrics row is still owed: evaluates, records and saves where that is due."""
-    if not progress.owed:
-        return progress, {}
-    done, config = progress.iteration, run.config
-    last = done == config.learn.iterations
-    row, began = dict(progress.owed), time.perf_counter()
-    if last or (config.eval.every and done % config.eval.every == 0):
-        row |= run.evaluate(done)
-    progress = replace(progress, owed={}, seconds=progress.seconds + time.perf_counter() - began)
-    run.record({"step": done, "seconds": round(progress.seconds, 3), "rollouts": progress.rollouts, **row,
-                "phase_seconds": run.clock.read()})  # fmt: skip
-    if last or stops(run, row) or (config.run.save_every and done % config.run.save_every == 0):
-        run.save(progress)
-    return progress, row
-
-
-def stops(run: Run, row: dict[str, Any]) -> bool:
-    """Whether the run was asked to stop where its reward is being hacked, and it is."""
-    return run.config.reward.hacking_stop and "gold_fall" in row
+def run(config: Config) -> int:
+    """A whole run; returns the exit code: 0, 2 where the user has to change something, or 130 for Ctrl-C."""
+    try:
+        if config.run.plan_only:
+            show_plan(config, processes.start(config.run.device), memory=True)
+            return 0
+        trainer, journal, progress = set_up(config)
+        if config.tails.check:
+            say(check_tails(trainer).describe())
+        train(trainer, journal, progress)
+        journal.finish()
+        return 0
+    except Halted as error:
+        print(f"tempflow: {error}", file=sys.stderr)
+        return 2
+    except BadInput as error:  # before the loop every process meets the same mistake
+        say(str(error))
+        return 2
+    except KeyboardInterrupt:
+        say("interrupted; go on from the last checkpoint with run.resume=true")
+        return INTERRUPTED
+    finally:
+        processes.stop()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, 2 for wrong input, or 130 for Ctrl-C."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text())
-        return 0
-    speak = distributed.is_first()  # before the loop every rank meets the same mistake
-    try:
-        config = load(arguments)
-        if config.run.plan_only:
-            show_plan(config, distributed.start(config.run.device), memory=True)
-            return 0
-        run, progress = set_up(config)
-        speak = True
-        if config.tails.check and run.ranks.first:
-            print(f"tempflow: {check_tails(run).describe()}", file=sys.stderr)
-        run.finish(stopped=stops(run, train(run, progress)))
-        return 0
-    except BadInput as error:
-        if speak:
-            print(f"tempflow: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        if distributed.is_first():
-            print("tempflow: interrupted; go on from the last checkpoint with run.resume=true", file=sys.stderr)
-        return INTERRUPTED
-    finally:
-        distributed.stop()
+    """Runs a command line; returns the exit code."""
+    config = read_command_line(sys.argv[1:] if arguments is None else arguments)
+    return config if isinstance(config, int) else run(config)
 
 
 if __name__ == "__main__":
-    code = main()
+    code = run(CONFIG)
     if code == INTERRUPTED:  # threads may wait for a scorer's server yet, and a plain exit would wait for them
         sys.stderr.flush()
         os._exit(code)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from tempflow.common.errors import BadInput
-from tempflow.parallel import ranks as distributed
+from tempflow.parallel import ranks as processes
 from tempflow.run.assembly import set_up
 from tempflow.settings.reading import load
 from tempflow.studies.tails import check_tails
@@ -20,14 +20,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         config = load(sys.argv[1:] if arguments is None else arguments)
         with tempfile.TemporaryDirectory() as folder:
             apart = replace(config.run, dir=folder, resume=False, plan_only=False, trackers=[])
-            run, _ = set_up(replace(config, run=apart))
-            print(check_tails(run).describe())
+            trainer, _, _ = set_up(replace(config, run=apart))
+            print(check_tails(trainer).describe())
         return 0
     except BadInput as error:
         print(f"tempflow: {error}", file=sys.stderr)
         return 2
     finally:
-        distributed.stop()
+        processes.stop()
 
 
 if __name__ == "__main__":

@@ -48,15 +48,15 @@ class Draw:
         slot, seed = torch.meshgrid(torch.tensor(list(slots)), torch.arange(seeds), indexing="ij")
         return Draw(run_seed, iteration, slot.flatten(), seed.flatten())
 
-    def step_keys(self, step: int) -> Tensor:
-        """(R, 2) int64 keys of the noise that siblings draw at `step`."""
-        return self._keys(step + 1)
+    def step_keys(self, steps: Tensor | int) -> Tensor:
+        """(R, 2) int64 keys of the noise that siblings draw at a step, or each row at its own of (R,) steps."""
+        return self._keys(steps + 1)
 
     def initial_noise(self, latent_shape: tuple[int, ...], device: torch.device | str = "cpu") -> Tensor:
         """(R, *latent_shape) fp32 standard normal: where each trunk starts."""
         empty = torch.empty(len(self.slots), *latent_shape, device=device)
         return normal_like(empty, self._keys(0).to(device), 1)[:, 0]
 
-    def _keys(self, moment: int) -> Tensor:
+    def _keys(self, moment: Tensor | int) -> Tensor:
         seed = fold_key(stream(self.run_seed, NOISE), self.iteration, self.slots, self.seeds, moment)
         return torch.stack((seed, torch.zeros_like(seed)), dim=1)

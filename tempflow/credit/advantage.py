@@ -16,10 +16,28 @@ from torch import Tensor
 Axes = tuple[int, ...]
 
 GROUP_AXES = {"seed": (3,), "prompt": (2, 3), "batch": (1, 2, 3)}
-"""Axes of (S steps, P prompts, N seeds, K siblings) that a group spans. Steps are never mixed."""
+"""Axes of (S forks, P prompts, N noises, K siblings) that a group spans. Forks are never mixed."""
 
-STD_EPSILON = 1e-4
-"""Added to the standard deviation, as in the released code."""
+
+@dataclass(frozen=True)
+class Deviation:
+    """What an advantage is divided by."""
+
+    axes: Axes | None
+    """axes that the standard deviation spans; None for those of the group"""
+    correction: int
+    """0: biased; 1: unbiased"""
+    epsilon: float
+    """added to it"""
+
+
+DEVIATIONS = {
+    "group": Deviation(None, 0, 1e-4),
+    "global": Deviation((1, 2, 3), 0, 1e-4),
+    "unbiased": Deviation(None, 1, 1e-8),
+}
+"""By the values of credit.std: TempFlow-GRPO's; Flow-GRPO's, one per step over all trajectories; that of DanceGRPO,
+MixGRPO and G2RPO."""
 
 MIN_SPREAD = 1e-6
 """A group whose rewards all lie within this tells nothing about its siblings; it would only amplify rounding."""
@@ -31,12 +49,29 @@ MIXES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 }
 """Several rewards with weights (M,) -> what is normalised, as J linear combinations of them (J, M), and the weights
 (J,) of the advantages that come out. "sum" normalises one weighted sum; "advantages" normalises each reward by itself,
-so that a reward of small spread is not drowned (GDPO, arXiv 2601.05242, but for its last one over the batch)."""
+so that a reward of small spread is not drowned (GDPO, arXiv 2601.05242, but for its last one over the batch). Several
+tails of a branch are normalised each by itself, and their advantages summed (G2RPO, arXiv 2510.01982)."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Who is compared with whom. Example: Comparison(4, "seed") compares the K siblings of each fork."""
+
+    noises: int
+    """N"""
+    group: str
+    """a name of GROUP_AXES: "seed" groups share prompt, noise and fork"""
+    std: str = "group"
+    """a name of DEVIATIONS"""
+    clip: float = 5.0
+    """the advantages that come out are limited to +- this"""
+    combine: str = "sum"
+    """a name of MIXES"""
 
 
 @dataclass(frozen=True)
 class Credit:
-    """What each branch's reward says about its one stochastic step."""
+    """What each branch's reward says about its decisions. Example: R = 8 trunks, S = 9, K = 6: (9, 8, 6) and (9, 8)."""
 
     advantages: Tensor
     """(S, R, K) fp32; 0 in a masked group, and for a branch without a reward"""
@@ -48,34 +83,24 @@ class Credit:
     """how many of them are not informative"""
 
 
-def combined_advantages(
-    rewards: Tensor, weights: Tensor, combine: str, seeds: int, group: str, std: str = "group", clip: float = 5.0
-) -> Credit:
-    """Advantages of M rewards, mixed before or after normalisation.
+def give_credit(rewards: Tensor, weights: Tensor, comparison: Comparison) -> Credit:
+    """Advantages of M rewards of V tails per branch, mixed before or after normalisation.
 
     Args:
-        rewards: (M, S, R, K) with R = P prompts x N seeds, prompt by prompt, of all ranks; NaN where a scorer has no
+        rewards: (V, M, S, R, K) with R = P prompts x N noises, prompt by prompt, of all ranks; NaN where a scorer has no
             opinion: such a branch gets no credit from this reward (from the sum of all, if that is normalised), and
-            the mean and standard deviation of its group are those of its other siblings.
+            the mean and standard deviation of its group are those of its other members.
         weights: (M,).
-        combine: "sum" or "advantages".
-        seeds: N.
-        group: "seed" (siblings share prompt, noise and step), "prompt" or "batch".
-        std: "group" for the group's own standard deviation, "global" for that of all rewards of the iteration.
-        clip: the advantages that come out are limited to +-clip.
     """
-    before, after = MIXES[combine](weights)
-    parts = [_normalise(mixture, seeds, group, std) for mixture in _mix(before, rewards)]
-    advantages = sum(weight * part for weight, (part, _) in zip(after, parts, strict=True)).clamp(-clip, clip)
+    before, after = MIXES[comparison.combine](weights)
+    parts = [_normalise(mixture, comparison) for tail in rewards for mixture in _mix(before, tail)]
+    factors = after.repeat(len(rewards))
+    summed = sum(factor * part for factor, (part, _) in zip(factors, parts, strict=True))
     differs = torch.stack([differs for _, differs in parts]).any(0)
-    steps, rows = advantages.shape[:2]
-    informative = differs.expand(steps, rows // seeds, seeds, 1).reshape(steps, rows)
+    steps, rows, noises = *summed.shape[:2], comparison.noises
+    informative = differs.expand(steps, rows // noises, noises, 1).reshape(steps, rows)
+    advantages = summed.clamp(-comparison.clip, comparison.clip)
     return Credit(advantages, informative, differs.numel(), int((~differs).sum()))
-
-
-def group_advantages(rewards: Tensor, seeds: int, group: str, std: str = "group", clip: float = 5.0) -> Credit:
-    """`combined_advantages` of one reward (S, R, K)."""
-    return combined_advantages(rewards[None], torch.ones(1), "sum", seeds, group, std, clip)
 
 
 def known_std(rewards: Tensor, axes: Axes) -> tuple[Tensor, Tensor]:
@@ -92,18 +117,24 @@ def _mix(before: Tensor, rewards: Tensor) -> Tensor:
     return (factors * rewards).where(factors != 0, 0).sum(1)
 
 
-def _normalise(rewards: Tensor, seeds: int, group: str, std: str) -> tuple[Tensor, Tensor]:
-    """(reward - mean) / (std + 1e-4), 0 where masked, (S, R, K); and which groups differ, (S, P or 1, N or 1, 1)."""
+def _normalise(rewards: Tensor, comparison: Comparison) -> tuple[Tensor, Tensor]:
+    """(reward - mean) / (std + epsilon), 0 where masked, (S, R, K); and which groups differ, (S, P or 1, N or 1, 1)."""
     steps, rows, siblings = rewards.shape
-    grouped = rewards.view(steps, rows // seeds, seeds, siblings)
-    axes, known = GROUP_AXES[group], ~grouped.isnan()
-    mean, scale = known_std(grouped, axes)
-    if std == "global":
-        scale = known_std(grouped, (0, 1, 2, 3))[1]
+    grouped = rewards.view(steps, rows // comparison.noises, comparison.noises, siblings)
+    axes, known, deviation = GROUP_AXES[comparison.group], ~grouped.isnan(), DEVIATIONS[comparison.std]
+    mean = known_std(grouped, axes)[0]
+    spanned = deviation.axes or axes
+    scale = known_std(grouped, spanned)[1] * _corrected(known, spanned, deviation.correction)
     highest = grouped.where(known, -torch.inf).amax(axes, keepdim=True)
     differs = highest - grouped.where(known, torch.inf).amin(axes, keepdim=True) > MIN_SPREAD
-    advantages = ((grouped - mean) / (scale + STD_EPSILON)).where(known & differs, 0)
+    advantages = ((grouped - mean) / (scale + deviation.epsilon)).where(known & differs, 0)
     return advantages.reshape(steps, rows, siblings), differs
+
+
+def _corrected(known: Tensor, axes: Axes, correction: int) -> Tensor:
+    """Biased to unbiased standard deviation: sqrt(n / (n - correction)) of the n known rewards along `axes`."""
+    count = known.sum(axes, keepdim=True)
+    return (count / (count - correction).clamp(min=1)).sqrt() if correction else torch.ones(())
 
 
 def known_mean(values: Tensor, digits: int | None = None) -> float | None:

@@ -13,13 +13,15 @@ from torch import Tensor
 from tempflow.common.clock import PhaseClock
 from tempflow.common.errors import BadInput
 from tempflow.common.tensors import chunks
+from tempflow.explore.rollout import FinishedBranches
+from tempflow.parallel.ranks import Ranks
 from tempflow.policy import Policy
 from tempflow.prompts import Prompt
 from tempflow.rewards.panel import Panel
 from tempflow.rewards.scorer import Scorer
 
 
-class InTurn(Executor):
+class DirectExecutor(Executor):
     """An executor that does the work at once, in the caller's thread."""
 
     def submit(self, function: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future:
@@ -43,26 +45,30 @@ class ScoreQueue:
         self.policy, self.reward, self.rows, self.clock = policy, reward, rows, clock
         on_gpu = policy.device.type == "cuda"
         self.overlap = overlap and (on_gpu or reward.parallel > 0)
-        self.decoder: Executor = ThreadPoolExecutor(1, "decode") if self.overlap else InTurn()
-        self.judge: Executor = ThreadPoolExecutor(max(1, reward.parallel), "score") if self.overlap else InTurn()
+        self.decoder: Executor = ThreadPoolExecutor(1, "decode") if self.overlap else DirectExecutor()
+        self.judge: Executor = ThreadPoolExecutor(max(1, reward.parallel), "score") if self.overlap else DirectExecutor()
         self.stream = torch.cuda.Stream(policy.device) if self.overlap and on_gpu else None
         self.pending: list[Future] = []
+        self.places: list[Tensor] = []
 
-    def submit(self, latents: Tensor, prompts: Sequence[Prompt]) -> None:
-        """B finished latents (B, D...), not written to before `collect`, and their prompts."""
+    def submit(self, branches: FinishedBranches, prompts: Sequence[Prompt]) -> None:
+        """Branches whose latents are not written to before `collect`; `prompts` are those of the trunks."""
         ready = torch.cuda.current_stream().record_event() if self.stream is not None else None
-        images = self.decoder.submit(self._decode, latents, ready)
-        self.pending.append(self.judge.submit(self._score, images, prompts))
+        images = self.decoder.submit(self._decode, branches.latents, ready)
+        self.pending.append(self.judge.submit(self._score, images, [prompts[row] for row in branches.trunks]))
+        self.places.append(branches.places)
 
     def collect(self) -> Tensor:
-        """Rewards fp32 of all branches since the last `collect`: (B of all chunks), (M, B) from a panel of M.
+        """Rewards fp32 of all branches since the last `collect`, at their places: (B), (M, B) from a panel of M.
 
         Raises:
             BadInput: what a scorer raised; the queue is empty then, too.
         """
-        pending, self.pending = self.pending, []
+        pending, places = self.pending, torch.cat(self.places)
+        self.pending, self.places = [], []
         try:
-            return torch.cat([future.result() for future in pending], dim=-1)
+            travelled = torch.cat([future.result() for future in pending], dim=-1)
+            return torch.empty_like(travelled).index_copy_(-1, places, travelled)
         finally:
             for future in pending:
                 future.cancel()
@@ -92,3 +98,18 @@ def decode_branches(policy: Policy, latents: Tensor, rows: int) -> Tensor:
         images[part] = policy.decode(flat[part]).cpu()
     leading = latents.shape[: latents.dim() - len(policy.latent_shape)]
     return images.view(*leading, *policy.image_shape)
+
+
+def collect_rewards(scores: ScoreQueue, panel: Panel, ranks: Ranks, shape: Sequence[int]) -> Tensor:
+    """(V, M, S, R of all ranks, K) fp32 rewards of the branches submitted since; NaN where a scorer has no opinion.
+
+    Args:
+        shape: V, S, R of this rank, K.
+    Raises:
+        BadInput: on all ranks, where a scorer failed on one of them, or has no opinion at all.
+    """
+    tails, forks, _, siblings = shape
+    own = ranks.agree(scores.collect)
+    rewards = ranks.gather(own.view(len(own), tails, forks, -1, siblings), dim=3)
+    panel.check_opinions(rewards)
+    return rewards.transpose(0, 1)

@@ -1,21 +1,20 @@
-"""Trajectory branching: one deterministic trunk per initial noise, then all its branches in chunks.
+"""Exploring: one deterministic trunk per initial noise, the stochastic decisions that fork from it, and their tails.
 
-At each fork step k the K siblings of a trunk take one stochastic step from the same state x_k with the same velocity,
-then follow the ODE to an image; the difference of their rewards belongs to that one step (TempFlow-GRPO, section
-"trajectory branching").
+At a fork K siblings take `window` stochastic steps from one trunk state, then follow the ODE to an image. What their
+rewards differ by belongs to those decisions (TempFlow-GRPO, section "trajectory branching"). Siblings share the network
+row of their first decision; from the second on each has a row of its own.
 
 Deviations from the released code, none of which changes a number: the trunk runs first and alone, in the numerics of
 training; the branches of all trunks and forks travel in chunks of one size (the last may be shorter), each chunk from
 its fork to the image at once, so that decoding and scoring it can go on beside the next; a trunk's velocity is at once
 its ODE step, the mean of the K stochastic steps and the old policy's velocity.
 
-Axes: S fork steps, R rows (trunks), K siblings, D... one latent. Fork steps lead, so that the branches of a chunk share
-their fork step, except where one fork's branches end and the next one's begin.
+Axes: S forks, R rows (trunks), K siblings, B rows of a decision, V tails per branch, D... one latent.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,80 +23,157 @@ from torch import Tensor
 
 from tempflow.common.draws import Draw
 from tempflow.common.tensors import chunks, to_device
-from tempflow.explore.plan import BranchPlan
+from tempflow.explore.plan import Plan
 from tempflow.explore.schedule import NoiseSchedule, ode_step
 from tempflow.explore.tails.engine import TailEngine
 from tempflow.policy import Conditioning, Policy
 
 
 @dataclass(frozen=True)
-class Trunk:
-    """The states from which siblings fork. Stored once per trunk, not once per sibling."""
+class Decision:
+    """One stochastic step that B rows take: what learning repeats. Stored once per row, not once per sibling.
 
+    Example: 8 trunks, K = 6, window 2: the first decision of a fork has B = 8 rows of 6 siblings, the second 48 of 1.
+    """
+
+    fork: int
+    steps: Tensor
+    """(B,) int64 on the host"""
     latents: Tensor
-    """(S, R, D...) fp32: x_k at each fork"""
+    """(B, D...) fp32: the state it is taken from"""
     velocity: Tensor
-    """(S, R, D...) fp32: the sampling policy's velocity there"""
+    """(B, D...) fp32: the sampling policy's velocity there"""
     keys: Tensor
-    """(S, R, 2) int64: what the siblings' noise is a function of"""
+    """(B, 2) int64: what the siblings' noise is a function of"""
+    siblings: int
+    """K where a window begins, 1 later"""
+    conditioning: Conditioning
+    """B rows"""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The decisions of one iteration, and where their tails begin. Example: S = 9, window 1: 9 decisions."""
+
+    decisions: tuple[Decision, ...]
+    """S x window, fork by fork"""
+    branches: Tensor
+    """(S, R, K, D...) fp32: the state in which each sibling leaves its window"""
+    first_steps: Tensor
+    """(S, R) int64 on the host: the first step of its tail"""
     conditioning: Conditioning
     """R rows"""
-    plan: BranchPlan
 
 
 @dataclass(frozen=True)
 class FinishedBranches:
-    """B branches at the end of their tails, consecutive in the order (S, R, K)."""
+    """B branches at the end of their tails, in the order in which they travelled."""
 
     latents: Tensor
     """(B, D...) fp32"""
     trunks: list[int]
-    """B rows: the trunk that each left"""
+    """B: the trunk that each left"""
+    places: Tensor
+    """(B,) int64 on the host: where each stands in (V, S, R, K), flattened"""
 
 
 @torch.no_grad()
-def sample_trunk(
-    policy: Policy, conditioning: Conditioning, schedule: NoiseSchedule, plan: BranchPlan, draw: Draw, rows: int
-) -> Trunk:
-    """Follows the ODE from R initial noises to the last fork, `rows` trunks a call, and keeps each fork's state."""
-    device = policy.device
-    initial = draw.initial_noise(policy.latent_shape, device)
-    latents = torch.empty(len(plan.steps), *initial.shape, device=device)
+def explore(
+    policy: Policy, schedule: NoiseSchedule, plan: Plan, draw: Draw, conditioning: Conditioning, rows: int
+) -> Rollout:
+    """Follows R trunks to their last fork and takes every decision of `plan`, `rows` rows a network call.
+
+    Args:
+        conditioning: R rows. draw: of R rows.
+    """
+    steps = plan.trunk_steps()
+    latents, velocities = _follow_trunks(policy, schedule, steps, draw, conditioning, rows)
+    branches = latents.new_empty(*steps.shape, plan.siblings, *policy.latent_shape)
+    decisions: list[Decision] = []
+    for fork, at in enumerate(steps):
+        keys = draw.step_keys(at).to(policy.device)
+        decision = Decision(fork, at, latents[fork], velocities[fork], keys, plan.siblings, conditioning)
+        decisions.append(decision)
+        state = stochastic_step(decision, schedule)
+        for _ in range(plan.window - 1):
+            decision = _following(policy, schedule, draw, decision, state, rows)
+            decisions.append(decision)
+            state = stochastic_step(decision, schedule)
+        branches[fork] = state.view_as(branches[fork])
+    return Rollout(tuple(decisions), branches, _after_window(steps, plan.window, schedule), conditioning)
+
+
+def _follow_trunks(
+    policy: Policy, schedule: NoiseSchedule, steps: Tensor, draw: Draw, conditioning: Conditioning, rows: int
+) -> tuple[Tensor, Tensor]:
+    """States and velocities (S, R, D...) at the forks (S, R) of R trunks."""
+    initial = draw.initial_noise(policy.latent_shape, policy.device)
+    latents = initial.new_empty(len(steps), *initial.shape)
     velocities = torch.empty_like(latents)
     for part in chunks(len(initial), rows):
-        state, prompts = initial[part], conditioning.rows(part)
-        for step in range(plan.steps[-1] + 1):
-            sigma = schedule.sigma_rows(step, len(state), device)
-            velocity = policy.velocity(state, sigma, prompts)
-            if step in plan.steps:
-                fork = plan.steps.index(step)
-                latents[fork, part], velocities[fork, part] = state, velocity
+        state, texts, forks = initial[part], conditioning.rows(part), steps[:, part]
+        for step in range(int(forks.max()) + 1):
+            sigma = schedule.sigma_rows(torch.full((len(state),), step), policy.device)
+            velocity = policy.velocity(state, sigma, texts)
+            for fork in (forks == step).any(1).nonzero().flatten().tolist():
+                here = to_device((forks[fork] == step).nonzero().flatten(), policy.device)
+                latents[fork, part.start + here], velocities[fork, part.start + here] = state[here], velocity[here]
             state = ode_step(state, velocity, schedule, step)
-    keys = torch.stack([draw.step_keys(step) for step in plan.steps]).to(device)
-    return Trunk(latents, velocities, keys, conditioning, plan)
+    return latents, velocities
 
 
-def fork_siblings(trunk: Trunk, schedule: NoiseSchedule) -> Tensor:
-    """The stochastic step of all K siblings at every fork: (S, R, K, D...) fp32."""
-    plan, (forks, rows, *latent_shape) = trunk.plan, trunk.latents.shape
-    coef = torch.cat([schedule.sde.coef(step, rows, trunk.latents.device) for step in plan.steps])
-    forked, _ = transition_step(
-        trunk.latents.flatten(0, 1), trunk.velocity.flatten(0, 1), coef, trunk.keys.flatten(0, 1), plan.siblings
-    )
-    return forked.view(forks, rows, plan.siblings, *latent_shape)
+def stochastic_step(decision: Decision, schedule: NoiseSchedule) -> Tensor:
+    """Where the siblings of a decision arrive: (B K, D...) fp32."""
+    coef = schedule.sde.coef(decision.steps, decision.latents.device)
+    following, _ = transition_step(decision.latents, decision.velocity, coef, decision.keys, decision.siblings)
+    return following.flatten(0, 1)
+
+
+def _following(
+    policy: Policy, schedule: NoiseSchedule, draw: Draw, before: Decision, state: Tensor, rows: int
+) -> Decision:
+    """The next decision of a window, from the (B K, D...) states that the one before led to."""
+    siblings = len(state) // len(draw.slots)
+    now = before.steps + schedule.jumps[before.steps]
+    steps = now.repeat_interleave(before.siblings)
+    conditioning = before.conditioning.repeat(before.siblings)
+    parts = [
+        policy.velocity(state[part], schedule.sigma_rows(steps[part], policy.device), conditioning.rows(part))
+        for part in chunks(len(state), rows)
+    ]
+    keys = sibling_keys(draw.step_keys(steps[::siblings]), siblings, state[0].numel()).to(policy.device)
+    return Decision(before.fork, steps, state, torch.cat(parts), keys, 1, conditioning)
+
+
+def sibling_keys(keys: Tensor, siblings: int, elements: int) -> Tensor:
+    """(R, 2) keys of rows that draw K times -> (R K, 2) keys of K rows that draw once, of the very same noise.
+
+    Sibling j of a row draws from counter j ceil(d / 4) on (`tempflow_kernels.normal_like`).
+    """
+    offsets = torch.arange(siblings) * -(-elements // 4)
+    return torch.stack((keys[:, :1].expand(-1, siblings), keys[:, 1:] + offsets), 2).flatten(0, 1)
+
+
+def _after_window(steps: Tensor, window: int, schedule: NoiseSchedule) -> Tensor:
+    for _ in range(window):
+        steps = steps + schedule.jumps[steps]
+    return steps
 
 
 @torch.no_grad()
-def sample_branches(engine: TailEngine, trunk: Trunk, schedule: NoiseSchedule) -> Iterator[FinishedBranches]:
-    """Forks every trunk at every step of its plan and carries the branches to the end, chunk by chunk."""
-    plan, (forks, rows, *latent_shape) = trunk.plan, trunk.latents.shape
-    branches = fork_siblings(trunk, schedule).view(-1, *latent_shape)
-    first_steps = [step + 1 for step in plan.steps for _ in range(rows * plan.siblings)]
-    trunks = torch.arange(rows).repeat_interleave(plan.siblings).repeat(forks)
-    indices = to_device(trunks, branches.device)
-    for part in chunks(len(branches), engine.rows):
-        conditioning = trunk.conditioning.rows(indices[part])
-        engine.finish(branches[part], first_steps[part], conditioning, schedule)
-        yield FinishedBranches(branches[part], trunks[part].tolist())
-
-
+def finish_branches(
+    tails: Sequence[TailEngine], rollout: Rollout, schedule: NoiseSchedule
+) -> Iterator[FinishedBranches]:
+    """Carries every branch to its image, once with each of the V tails, chunk by chunk in the order they set out."""
+    _, trunks, siblings = rollout.branches.shape[:3]
+    states = rollout.branches.flatten(0, 2)
+    first_steps = rollout.first_steps.flatten().repeat_interleave(siblings)
+    order = torch.argsort(first_steps, stable=True)
+    for tail, engine in enumerate(tails):
+        for part in chunks(len(order), engine.rows):
+            places = order[part]
+            owners = places // siblings % trunks
+            latents = states[to_device(places, states.device)]
+            conditioning = rollout.conditioning.rows(to_device(owners, states.device))
+            engine.finish(latents, first_steps[places].tolist(), conditioning, schedule)
+            yield FinishedBranches(latents, owners.tolist(), tail * len(order) + places)

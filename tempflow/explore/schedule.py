@@ -34,10 +34,9 @@ class Transition:
     std: Tensor
     """(T,) float64, 0 for a deterministic step"""
 
-    def coef(self, step: int, rows: int, device: torch.device | str = "cpu") -> Tensor:
-        """(rows, 3) fp32: the coefficients of `step`, once per row, as the operators take them."""
-        row = torch.stack((self.x_coef[step], self.v_coef[step], self.std[step]))
-        return to_device(row.float(), device).expand(rows, 3).contiguous()
+    def coef(self, steps: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """(B,) int64 steps on the host -> (B, 3) fp32 on `device`: their coefficients, as the operators take them."""
+        return to_device(torch.stack((self.x_coef, self.v_coef, self.std), 1)[steps].float(), device)
 
 
 def ode(sigmas: Tensor, level: float = 0.0) -> Transition:
@@ -46,42 +45,52 @@ def ode(sigmas: Tensor, level: float = 0.0) -> Transition:
     return Transition(torch.ones_like(step_size), -step_size, torch.zeros_like(step_size))
 
 
-def _langevin(sigmas: Tensor, diffusion: Tensor) -> Transition:
+def _langevin(sigma: Tensor, following: Tensor, diffusion: Tensor) -> Transition:
     """The SDE with the ODE's marginals and diffusion coefficient g: Euler-Maruyama with the score of the flow."""
-    sigma, step_size = sigmas[:-1], sigmas[:-1] - sigmas[1:]
+    step_size = sigma - following
     half_rate = diffusion.square() / (2 * sigma)
     x_coef = 1 - half_rate * step_size
     v_coef = -(1 + half_rate * (1 - sigma)) * step_size
     return Transition(x_coef, v_coef, diffusion * step_size.sqrt())
 
 
-def flow_sde(sigmas: Tensor, level: float) -> Transition:
-    """Flow-GRPO's SDE, g = level * sqrt(s / (1 - s)); where s = 1 the second sigma of the schedule stands in for s."""
-    sigma = sigmas[:-1]
-    return _langevin(sigmas, level * (sigma / (1 - torch.where(sigma == 1, sigmas[1], sigma))).sqrt())
+def flow_sde(sigmas: Tensor, level: float, following: Tensor | None = None) -> Transition:
+    """Flow-GRPO's SDE, g = level * sqrt(s / (1 - s)); where s = 1 the second sigma of the schedule stands in for s.
 
-
-def dance_sde(sigmas: Tensor, level: float) -> Transition:
-    """DanceGRPO's SDE with a constant diffusion coefficient g = level."""
-    return _langevin(sigmas, torch.full_like(sigmas[:-1], level))
-
-
-def cps(sigmas: Tensor, level: float) -> Transition:
-    """Coefficients-preserving sampling: std = s' sin(level pi / 2), the rest of s' keeps the predicted noise.
-
-    Deviation: Flow-CPS drops the variance from its log-probability; here every transition keeps the Gaussian's own.
+    Args (alike for every transition):
+        sigmas: (T+1,) float64, the whole schedule.
+        following: (T,) float64, the sigma that each step goes to; by default the next one, further on a merged step.
     """
-    sigma, following = sigmas[:-1], sigmas[1:]
+    sigma = sigmas[:-1]
+    diffusion = level * (sigma / (1 - torch.where(sigma == 1, sigmas[1], sigma))).sqrt()
+    return _langevin(sigma, sigmas[1:] if following is None else following, diffusion)
+
+
+def dance_sde(sigmas: Tensor, level: float, following: Tensor | None = None) -> Transition:
+    """DanceGRPO's SDE with a constant diffusion coefficient g = level."""
+    return _langevin(sigmas[:-1], sigmas[1:] if following is None else following, torch.full_like(sigmas[:-1], level))
+
+
+def flash_sde(sigmas: Tensor, level: float, following: Tensor | None = None) -> Transition:
+    """Flash-GRPO's SDE (arXiv 2605.15980), g = level * s * (second sigma of the schedule); its released level is 1."""
+    sigma = sigmas[:-1]
+    return _langevin(sigma, sigmas[1:] if following is None else following, level * sigmas[1] * sigma)
+
+
+def cps(sigmas: Tensor, level: float, following: Tensor | None = None) -> Transition:
+    """Coefficients-preserving sampling: std = s' |sin(level pi / 2)|, the rest of s' keeps the predicted noise."""
+    sigma, following = sigmas[:-1], sigmas[1:] if following is None else following
     angle = level * math.pi / 2
-    kept_noise = following * math.cos(angle)
+    kept_noise = following * abs(math.cos(angle))
     x_coef = (1 - following) + kept_noise
     v_coef = kept_noise * (1 - sigma) - sigma * (1 - following)
-    return Transition(x_coef, v_coef, following * math.sin(angle))
+    return Transition(x_coef, v_coef, following * abs(math.sin(angle)))
 
 
-TRANSITIONS: dict[str, Callable[[Tensor, float], Transition]] = {
+TRANSITIONS: dict[str, Callable[[Tensor, float, Tensor], Transition]] = {
     "flow_sde": flow_sde,
     "dance_sde": dance_sde,
+    "flash_sde": flash_sde,
     "cps": cps,
 }
 
@@ -97,27 +106,34 @@ class NoiseSchedule:
     """(T+1,) float64, falling from 1 (noise) to 0 (image)"""
     ode: Transition
     sde: Transition
+    jumps: Tensor
+    """(T,) int64: sigmas that a stochastic step spans; 1 but for merged steps"""
 
     @property
     def num_steps(self) -> int:
         return len(self.sigmas) - 1
 
-    def sigma_rows(self, step: int, rows: int, device: torch.device | str = "cpu") -> Tensor:
-        """(rows,) fp32: sigma of `step`, once per row."""
-        return torch.full((rows,), self.sigmas[step].item(), dtype=torch.float32, device=device)
+    def sigma_rows(self, steps: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """(B,) int64 steps on the host -> (B,) fp32 on `device`: their sigmas."""
+        return to_device(self.sigmas[steps].float(), device)
 
-    def step_size(self, step: int) -> float:
-        return (self.sigmas[step] - self.sigmas[step + 1]).item()
+    def step_sizes(self) -> Tensor:
+        """(T,) float64: what a stochastic step lowers sigma by."""
+        return self.sigmas[:-1] - self.sigmas[torch.arange(self.num_steps) + self.jumps]
 
-    def noise_weights(self, steps: Sequence[int], trained: Sequence[int] | None = None) -> Tensor:
-        """`std_k / mean(std)` for `steps`, the mean taken over the `trained` steps (default: `steps`). (S,) float64."""
-        std = self.sde.std
-        return std[list(steps)] / std[list(trained or steps)].mean()
+    def noise_weights(self, steps: Sequence[int]) -> Tensor:
+        """`std_k / mean(std)` over `steps`: the weights of TempFlow-GRPO. (S,) float64."""
+        std = self.sde.std[list(steps)]
+        return std / std.mean()
 
 
-def build_schedule(sigmas: Sequence[float] | Tensor, transition: str, noise_level: float) -> NoiseSchedule:
+def build_schedule(
+    sigmas: Sequence[float] | Tensor, transition: str, noise_level: float, jumps: Sequence[int] | None = None
+) -> NoiseSchedule:
     """The schedule of `sigmas` (T+1 values from the model's own scheduler) with the named stochastic transition.
 
+    Args:
+        jumps: T, the sigmas that each stochastic step spans; by default 1.
     Raises:
         BadInput: unknown transition, sigmas that do not fall from at most 1 to 0, or a level without noise.
     """
@@ -129,13 +145,15 @@ def build_schedule(sigmas: Sequence[float] | Tensor, transition: str, noise_leve
         raise BadInput("sample.steps", len(sigmas) - 1, f"sigmas must fall from at most 1 to 0, found {found}")
     if noise_level <= 0:
         raise BadInput("sample.noise_level", noise_level, "siblings differ only by noise; give a level above 0")
-    if transition == "cps" and noise_level > 1:
-        raise BadInput("sample.noise_level", noise_level, "cps replaces at most all of the noise; give a level up to 1")
-    return NoiseSchedule(sigmas, ode(sigmas), TRANSITIONS[transition](sigmas, noise_level))
+    if transition == "cps" and noise_level >= 2:
+        raise BadInput("sample.noise_level", noise_level, "cps replaces all of the noise at 1 and none at 2; go below 2")
+    reach = torch.ones(len(sigmas) - 1, dtype=torch.int64) if jumps is None else torch.tensor(jumps)
+    following = sigmas[torch.arange(len(reach)) + reach]
+    return NoiseSchedule(sigmas, ode(sigmas), TRANSITIONS[transition](sigmas, noise_level, following), reach)
 
 
 def ode_step(latents: Tensor, velocity: Tensor, schedule: NoiseSchedule, step: int) -> Tensor:
     """One deterministic step of (R, D...) latents."""
-    coef = schedule.ode.coef(step, len(latents), latents.device)
+    coef = schedule.ode.coef(torch.full((len(latents),), step), latents.device)
     no_noise = torch.zeros(len(latents), 2, dtype=torch.int64, device=latents.device)
     return transition_step(latents, velocity, coef, no_noise)[0][:, 0]

@@ -1,51 +1,80 @@
-"""What an iteration costs."""
+"""What an iteration costs, in network rows, decodes and bytes, before anything is sampled."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tempflow.explore.plan import BranchPlan
+from tempflow.explore.plan import ForkRule
+from tempflow.explore.schedule import NoiseSchedule
+from tempflow.explore.tails.solver import TailSolver
 
 
 @dataclass(frozen=True)
-class BranchCost:
-    """Network rows, decodes and memory of one iteration; a random plan is costed at its dearest draw."""
+class Shape:
+    """The sizes of one iteration on one process. Example: digits: R = 24, K = 6, one tail, latents of 256 numbers."""
 
-    rows: int
-    """R, trunks"""
+    trunks: int
+    """R"""
+    siblings: int
+    """K"""
+    latent_elements: int
+    image_bytes: int
+    passes: int = 1
+    """network calls per decision in learning: inner epochs, times 2 with a KL term"""
+
+
+@dataclass(frozen=True)
+class IterationCost:
+    """Rows of the network, images and bytes. Forks that are drawn are costed where they lie as early as they may."""
+
+    trunks: int
+    forks: int
+    siblings: int
     trunk_rows: int
+    window_rows: int
+    """rows of decisions after the first of a window, one per sibling"""
     tail_rows: int
     learn_rows: int
-    """training rows, each of which carries K siblings: once per inner epoch, twice where KL needs the reference"""
     images: int
-    latent_bytes: int
-    """trunk states and velocities, living branches, decoded images, on the rank that holds `rows` trunks"""
+    """decoded and scored: one per branch and tail"""
+    state_bytes: int
+    """latents and velocities of every decision, fp32, from exploring to learning"""
+    branch_bytes: int
+    """where branches leave their windows, and where they end, fp32"""
+    image_bytes: int
 
-    @staticmethod
-    def of(plan: BranchPlan, rows: int, latent_elements: int, image_bytes: int, passes: int = 1) -> BranchCost:
-        """The cost of `plan` over `rows` trunks with latents of `latent_elements` fp32 numbers.
-
-        `passes` are the network calls per fork in learning: inner epochs, times 2 with a KL term.
-        """
-        last = plan.num_steps - 1
-        dearest = plan.pool[: len(plan.steps)]
-        forks, images = len(plan.steps), rows * len(plan.steps) * plan.siblings
-        latents = 4 * latent_elements * (2 * rows * forks + images)
-        return BranchCost(
-            rows=rows,
-            trunk_rows=rows * (plan.pool[-1] + 1),
-            tail_rows=rows * plan.siblings * sum(last - step for step in dearest),
-            learn_rows=rows * forks * passes,
-            images=images,
-            latent_bytes=latents + images * image_bytes,
-        )
-
-    def describe(self, plan: BranchPlan, halves: int) -> str:
+    def describe(self, halves: int) -> str:
         """The cost in words; `halves` is 2 where guidance needs a second network row for each."""
         guided = " (each twice, for guidance)" if halves == 2 else ""
-        total = halves * (self.trunk_rows + self.tail_rows + self.learn_rows)
+        total = halves * (self.trunk_rows + self.window_rows + self.tail_rows + self.learn_rows)
+        window = f"windows {self.window_rows}, " if self.window_rows else ""
+        held = self.state_bytes + self.branch_bytes + self.image_bytes
         return (
-            f"{self.rows} trunks x {len(plan.steps)} forks x {plan.siblings} siblings = {self.images} images to decode "
-            f"and score an iteration; network rows{guided}: trunk {self.trunk_rows}, tails {self.tail_rows}, "
-            f"learning {self.learn_rows}, {total} in all; {self.latent_bytes / 2**20:.1f} MiB of latents and images"
+            f"{self.trunks} trunks x {self.forks} forks x {self.siblings} siblings, {self.images} images to decode "
+            f"and score an iteration; network rows{guided}: trunk {self.trunk_rows}, {window}tails {self.tail_rows}, "
+            f"learning {self.learn_rows}, {total} in all; {held / 2**20:.1f} MiB of latents and images"
         )
+
+
+def iteration_cost(
+    rule: ForkRule, schedule: NoiseSchedule, tails: tuple[TailSolver, ...], shape: Shape
+) -> IterationCost:
+    """The cost of one iteration of one process."""
+    earliest, forks = rule.forks.pool[: rule.forks.take], rule.forks.take
+    branches, later = shape.trunks * forks * shape.siblings, (rule.window - 1) * forks * shape.trunks * shape.siblings
+    decisions = forks * shape.trunks + later
+    lengths = [solver.table(schedule).lengths for solver in tails]
+    tail_rows = sum(length[rule.after(step)] for length in lengths for step in earliest) * shape.trunks * shape.siblings
+    return IterationCost(
+        trunks=shape.trunks,
+        forks=forks,
+        siblings=shape.siblings,
+        trunk_rows=shape.trunks * (rule.forks.pool[-1] + 1),
+        window_rows=later,
+        tail_rows=tail_rows,
+        learn_rows=decisions * shape.passes,
+        images=branches * len(tails),
+        state_bytes=8 * shape.latent_elements * decisions,
+        branch_bytes=4 * shape.latent_elements * branches * (1 + len(tails)),
+        image_bytes=branches * len(tails) * shape.image_bytes,
+    )

@@ -9,7 +9,8 @@ operator by operator without data (`models/without_weights/`); phases do not mee
     moving average     fp32, as the trained parameters
     optimizer state    `tempflow.learn.optimizers.estimated_state_bytes`; paged states may move to the host
     gradients          fp32, from the first batch of an update to its step; a bucket twice while ranks average them
-    trunk states       latents and velocities at every fork, fp32; branches: one latent each, fp32
+    decisions          latents and velocities of every stochastic step, fp32: per fork, and per sibling later in a window
+    branches           where they leave their windows, and where each of their tails ends, fp32
     text encoders      beside all else, or with model.offload_text only while new prompts are encoded
     learning           one batch: what its forward pass keeps, and the peak of its backward pass
     tails, decoding    one chunk's network call and one decoder call; they meet with reward.overlap
@@ -23,9 +24,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
-from tempflow.explore.plan import BranchPlan
+from tempflow.forecast.cost import IterationCost
 from tempflow.learn.optimizers import estimated_state_bytes
 from tempflow.models.network.network import DTYPES
 from tempflow.models.without_weights.peaks import DryModel
@@ -71,19 +70,16 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan_memory(config: Config, skeleton: Skeleton, plan: BranchPlan, ranks: int = 1) -> MemoryPlan:
-    """The plan of one process."""
+def plan_memory(config: Config, skeleton: Skeleton, cost: IterationCost, ranks: int = 1) -> MemoryPlan:
+    """The plan of one process whose iterations have that `cost`."""
     dry = DryModel(skeleton, config.model)
-    branch, learn, checkpointing = config.branch, config.learn, config.model.gradient_checkpointing
+    learn, checkpointing = config.learn, config.model.gradient_checkpointing
     parts, trainable = skeleton.parts, skeleton.parts["trainable"].bytes
-    text, elements = parts["text"].bytes, torch.Size(skeleton.latent_shape).numel()
-    trunks = explore.prompts * explore.noises // ranks
-    forks = trunks * len(plan.steps)
-    states, branches = 8 * elements * forks, 4 * elements * forks * plan.siblings
-    chunk = min(AUTO_ROWS if tails.rows == "auto" else tails.rows, forks * plan.siblings)
+    text, states, branches = parts["text"].bytes, cost.state_bytes, cost.branch_bytes
+    chunk = min(AUTO_ROWS if config.tails.rows == "auto" else config.tails.rows, cost.trunks * cost.forks * cost.siblings)
     trunk_call, tail_call = dry.sampling(learn.rows).peak, dry.sampling(chunk).peak
-    decode = dry.decoding(reward.rows).peak
-    batch = {choice: _learning(dry, learn.rows, choice, objective.kl > 0, trunk_call) for choice in (False, True)}
+    decode = dry.decoding(config.reward.rows).peak
+    batch = {choice: _learning(dry, learn.rows, choice, config.objective.kl > 0, trunk_call) for choice in (False, True)}
     encoding = {"encoding": {"text encoders": text}} if config.model.offload_text else {}
     averaging = {"averaging": min(BUCKET, trainable)} if ranks > 1 else {}
     captured = tail_call if config.tails.level in CAPTURED else 0
@@ -101,10 +97,10 @@ def plan_memory(config: Config, skeleton: Skeleton, plan: BranchPlan, ranks: int
             "CUDA": CUDA,
         },
         phases=encoding | {
-            "trunk": {"trunk states": states, "network call": trunk_call},
-            "tails": {"trunk states": states, "branches": branches, "tail chunk": tail_call - captured,
+            "trunk": {"decisions": states, "network call": trunk_call},
+            "tails": {"decisions": states, "branches": branches, "tail chunk": tail_call - captured,
                       "decoding": decode},
-            "learning": {"trunk states": states, "gradients": trainable, "batch": batch[checkpointing]} | averaging,
+            "learning": {"decisions": states, "gradients": trainable, "batch": batch[checkpointing]} | averaging,
         },
         compared={f"a learning batch {other} gradient checkpointing": batch[not checkpointing]},
     )  # fmt: skip

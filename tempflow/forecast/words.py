@@ -2,84 +2,117 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from tempflow_kernels import backend_info
 
-from tempflow.explore.plan import BranchPlan
 from tempflow.explore.schedule import NoiseSchedule
-from tempflow.forecast.cost import BranchCost
+from tempflow.explore.tails.solver import tail_solvers
+from tempflow.forecast.cost import IterationCost, Shape, iteration_cost
 from tempflow.forecast.memory import plan_memory
+from tempflow.learn.objective import WEIGHT
 from tempflow.learn.optimizers import estimated_state_bytes
+from tempflow.method import Method
 from tempflow.models.without_weights.skeleton import Skeleton
 from tempflow.settings.checks import group_size
 from tempflow.settings.fields import Config
 
-ALIKE = {"seed": "one prompt, one initial noise, one fork", "prompt": "one prompt, one fork step, all its noises",
-         "batch": "one fork step, all prompts"}  # fmt: skip
+COMPARED = {"seed": "one prompt, one initial noise, one fork", "prompt": "one prompt, one fork, all its noises",
+            "batch": "one fork, all prompts"}  # fmt: skip
+DRAWN = {"iteration": "{take} of them drawn each iteration", "prompt": "{take} of them drawn for each prompt",
+         "slide": "one after the other, each for {every} iterations"}  # fmt: skip
 
 
-def explain(
-    config: Config, skeleton: Skeleton, schedule: NoiseSchedule, plan: BranchPlan, ranks: int, device: str
-) -> str:
-    """The plan of an iteration and of the run, a line for each thing."""
-    return "\n".join([
-        _model(config, skeleton, ranks, device),
-        *_arithmetic(config, plan, ranks),
-        _forks(schedule, plan),
-        f"cost per process: {_cost(config, skeleton, plan, ranks).describe(plan, skeleton.network_rows)}",
-        _optimizer(config, skeleton),
-    ])  # fmt: skip
+@dataclass(frozen=True)
+class Forecast:
+    """What is known of a run before anything is loaded."""
 
+    config: Config
+    skeleton: Skeleton
+    method: Method
+    schedule: NoiseSchedule
+    ranks: int
 
-def explain_memory(config: Config, skeleton: Skeleton, plan: BranchPlan, ranks: int) -> str:
-    """Memory by part; takes seconds, for the network is rehearsed."""
-    return plan_memory(config, skeleton, plan, ranks).describe()
+    def cost(self) -> IterationCost:
+        """Of one iteration of one process."""
+        explore, passes = self.config.explore, self.config.learn.inner_epochs * (2 if self.config.objective.kl else 1)
+        sizes = (torch.Size(shape).numel() for shape in (self.skeleton.latent_shape, self.skeleton.image_shape))
+        shape = Shape(explore.prompts * explore.noises // self.ranks, explore.siblings, *sizes, passes)
+        return iteration_cost(self.method.rule, self.schedule, tail_solvers(self.config.tails), shape)
 
+    def describe(self, device: str) -> str:
+        """The plan of an iteration and of the run, a line for each thing."""
+        return "\n".join([
+            self._model(device),
+            *self._arithmetic(),
+            self._forks(),
+            f"cost per process: {self.cost().describe(self.skeleton.network_rows)}",
+            self._optimizer(),
+        ])  # fmt: skip
 
-def _model(config: Config, skeleton: Skeleton, ranks: int, device: str) -> str:
-    trained, whole = (skeleton.parts[name].parameters for name in ("trainable", "transformer"))
-    _, height, width = skeleton.image_shape
-    operators = backend_info()["cuda" if device == "cuda" else "cpu"]
-    return (
-        f"tempflow: {config.model.path} on {ranks} x {device}, {width} x {height} pixels, latents "
-        f"{tuple(skeleton.latent_shape)}; {trained:,} trained parameters ({config.model.train}) of {whole:,} in the "
-        f"transformer; operators: {operators}"
-    )
+    def describe_memory(self) -> str:
+        """Memory by part; takes seconds, for the network is rehearsed."""
+        return plan_memory(self.config, self.skeleton, self.cost(), self.ranks).describe()
 
+    def _model(self, device: str) -> str:
+        config, skeleton = self.config, self.skeleton
+        trained, whole = (skeleton.parts[name].parameters for name in ("trainable", "transformer"))
+        _, height, width = skeleton.image_shape
+        operators = backend_info()["cuda" if device == "cuda" else "cpu"]
+        return (
+            f"tempflow: {config.model.path} on {self.ranks} x {device}, {width} x {height} pixels, latents "
+            f"{tuple(skeleton.latent_shape)}; {trained:,} trained parameters ({config.model.train}) of {whole:,} in the "
+            f"transformer; operators: {operators}"
+        )
 
-def _arithmetic(config: Config, plan: BranchPlan, ranks: int) -> list[str]:
-    """How prompts become images, groups and optimizer steps, over all processes."""
-    branch, learn = config.branch, config.learn
-    trunks, forks = explore.prompts * explore.noises, len(plan.steps)
-    images, size = trunks * forks * plan.siblings, group_size(config)
-    steps, rows = learn.updates * learn.inner_epochs, trunks * forks // learn.updates
-    passes = f", in {learn.inner_epochs} passes over them" if learn.inner_epochs > 1 else ""
-    calls = rows // ranks // learn.rows
-    return [
-        f"an iteration: {explore.prompts} prompts x {explore.noises} seeds = {trunks} trunks; each forks at {forks} steps "
-        f"into {plan.siblings} siblings = {images:,} branches, one image each; advantages among {size} branches "
-        f"(credit.group={credit.group}: {ALIKE[credit.group]}), {images // size:,} groups",
-        f"learning: {steps} optimizer steps an iteration{passes}; each takes {rows:,} network rows, with the "
-        f"{rows * plan.siblings:,} branches that left them ({calls} calls of {learn.rows} rows per process)",
-        f"the run: {learn.iterations:,} iterations, {steps * learn.iterations:,} optimizer steps, "
-        f"{images * learn.iterations:,} images",
-    ]
+    def _arithmetic(self) -> list[str]:
+        """How prompts become images, groups and optimizer steps, over all processes."""
+        explore, learn, credit, rule = self.config.explore, self.config.learn, self.config.credit, self.method.rule
+        trunks, branches = explore.prompts * explore.noises, self.method.branches(explore.prompts)
+        tails, size = len(tail_solvers(self.config.tails)), group_size(self.config)
+        window = f", {rule.window} stochastic steps each" if rule.window > 1 else ""
+        images = "one image each" if tails == 1 else f"{tails} images each"
+        return [
+            f"an iteration: {explore.prompts} prompts x {explore.noises} noises = {trunks} trunks; each forks at "
+            f"{rule.forks.take} steps into {explore.siblings} siblings{window} = {branches:,} branches, {images}; "
+            f"advantages among {size} branches (credit.group={credit.group}: {COMPARED[credit.group]}), "
+            f"{branches // size:,} groups",
+            self._learning(branches),
+            f"the run: {learn.iterations:,} iterations, {self._steps() * learn.iterations:,} optimizer steps, "
+            f"{branches * tails * learn.iterations:,} images",
+        ]
 
+    def _steps(self) -> int:
+        """Optimizer steps of one iteration."""
+        learn, forks = self.config.learn, self.method.rule.forks.take
+        return learn.updates * learn.inner_epochs * {"trunks": 1, "forks": forks}[learn.updates_by]
 
-def _forks(schedule: NoiseSchedule, plan: BranchPlan) -> str:
-    weights = schedule.noise_weights(plan.pool).tolist()
-    drawn = f" ({len(plan.steps)} of them drawn each iteration)" if len(plan.steps) < len(plan.pool) else ""
-    listed = ", ".join(f"{step}: {weight:.2f}" for step, weight in zip(plan.pool, weights, strict=True))
-    return f"forks at steps (step: noise weight){drawn}: {listed}"
+    def _learning(self, branches: int) -> str:
+        """Optimizer steps, and the rows and branches that each of them takes."""
+        learn, steps = self.config.learn, self._steps()
+        cost, epochs = self.cost(), learn.inner_epochs
+        rows = cost.learn_rows // (2 if self.config.objective.kl else 1) * self.ranks // steps
+        passes = f", in {epochs} passes over them" if epochs > 1 else ""
+        return (
+            f"learning: {steps} optimizer steps an iteration{passes}; each takes {rows:,} network rows, with the "
+            f"{branches * epochs // steps:,} branches that left them ({rows // self.ranks // learn.rows} calls of "
+            f"{learn.rows} rows per process)"
+        )
 
+    def _forks(self) -> str:
+        rule, config = self.method.rule, self.config
+        terms, trained = self.method.objective.terms, rule.trained()
+        listed = ", ".join(f"{step}: {terms[step, WEIGHT]:.2f}" for step in trained)
+        drawn = DRAWN[rule.forks.draw].format(take=rule.forks.take, every=rule.forks.every)
+        some = f" ({drawn})" if rule.forks.take < len(rule.forks.pool) else ""
+        merged = {step: jump for step, jump in enumerate(rule.jumps) if jump > 1}
+        jumps = f"; merged steps (step: sigmas spanned): {merged}" if merged else ""
+        return (
+            f"forks at steps {list(rule.forks.pool)}{some}; weights of trained steps "
+            f"(objective.weighting={config.objective.weighting}): {listed}{jumps}"
+        )
 
-def _cost(config: Config, skeleton: Skeleton, plan: BranchPlan, ranks: int) -> BranchCost:
-    branch, learn = config.branch, config.learn
-    sizes = (torch.Size(shape).numel() for shape in (skeleton.latent_shape, skeleton.image_shape))
-    passes = learn.inner_epochs * (2 if objective.kl else 1)
-    return BranchCost.of(plan, explore.prompts * explore.noises // ranks, *sizes, passes)
-
-
-def _optimizer(config: Config, skeleton: Skeleton) -> str:
-    size = estimated_state_bytes(config.learn, skeleton.trainable_sizes)
-    return f"optimizer: {config.learn.optimizer}, its state will be {size / 2**20:,.1f} MiB"
+    def _optimizer(self) -> str:
+        size = estimated_state_bytes(self.config.learn, self.skeleton.trainable_sizes)
+        return f"optimizer: {self.config.learn.optimizer}, its state will be {size / 2**20:,.1f} MiB"

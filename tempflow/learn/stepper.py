@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tempflow.common.errors import BadInput
+from tempflow.common.errors import Halted
 from tempflow.learn.average import MovingAverage
 from tempflow.learn.optimizers import state_bytes
+from tempflow.parallel.ranks import Ranks
 
 PATIENCE = 20
 """fp16: optimizer steps in a row that may be skipped; the loss scale has fallen to a millionth by then"""
@@ -79,6 +80,18 @@ class Stepper:
         """An optimizer step in which nothing is to be learnt: no parameter moves, and its norm counts as 0."""
         self.norms.append(next(iter(self.parameters.values())).new_zeros(()))
 
+    def update(self, ranks: Ranks, idle: bool) -> None:
+        """One optimizer step of all processes: gradients averaged over them, without waiting for the device.
+
+        Args:
+            idle: no process had anything to learn; then no parameter moves.
+        """
+        if idle:
+            self.idle()
+            return
+        ranks.average_gradients(self.parameters.values())
+        self.step()
+
     def step(self) -> None:
         """Clips the gradients, steps unless their norm is not finite, and drops them."""
         parameters = list(self.parameters.values())
@@ -107,7 +120,7 @@ class Stepper:
         the optimizer's state; with a loss scale that scale and how many steps were skipped, which the mean leaves out.
 
         Raises:
-            BadInput: a norm is not finite; with a loss scale, PATIENCE of them in a row.
+            Halted: a norm is not finite; with a loss scale, PATIENCE of them in a row.
         """
         norms, self.norms = torch.stack(self.norms).tolist(), []
         finite = [norm for norm in norms if norm - norm == 0]
@@ -119,7 +132,7 @@ class Stepper:
         if len(finite) < len(norms):
             rate = self.optimizer.param_groups[0]["lr"]
             mend = "a gradient is not finite and its step was not taken; lower it and go on with run.resume=true"
-            raise BadInput("learn.lr", rate, mend)
+            raise Halted("learn.lr", rate, mend)
         return figures
 
     def _count_skipped(self, norms: list[float]) -> None:
@@ -127,4 +140,4 @@ class Stepper:
             self.skipped_in_a_row = 0 if norm - norm == 0 else self.skipped_in_a_row + 1
             if self.skipped_in_a_row >= PATIENCE:
                 mend = f"{PATIENCE} gradients in a row were not finite, and a smaller loss scale did not help; use bf16"
-                raise BadInput("model.dtype", "fp16", mend)
+                raise Halted("model.dtype", "fp16", mend)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Parameter
 
-from tempflow.common.errors import BadInput, Unscored
+from tempflow.common.errors import BadInput
 
 Result = TypeVar("Result")
 
@@ -57,7 +57,7 @@ class Ranks:
         except BadInput as error:
             problem = error
         if self.gather(torch.tensor([int(problem is not None)]), 0).any():
-            raise problem or Unscored("reward", f"rank {self.rank}", "another process could not go on and says why")
+            raise problem or BadInput("reward", f"rank {self.rank}", "another process could not go on and says why")
         return result
 
     def average_gradients(self, parameters: Iterable[Parameter]) -> None:
@@ -88,11 +88,6 @@ def _gradient(parameter: Parameter) -> Tensor:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
-
-
-def is_first() -> bool:
-    """Whether this is the first of the processes that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def start(device: str) -> Ranks:

@@ -1,8 +1,13 @@
-"""What a run measures: averages within an iteration, time by phase, and where the figures go."""
+"""metrics.jsonl: one line for the start of a run, one for each iteration, one for each evaluation.
+
+`read_metrics` gives the lines of one step as one row.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +15,140 @@ from tempflow.common.files import write_atomically
 from tempflow.records.trackers import TRACKERS, flat_numbers
 
 
+@dataclass(frozen=True, kw_only=True)
+class StartRow:
+    """What stays the same for a whole run."""
+
+    step: int = 0
+    """Always 0."""
+    seconds: float = 0.0
+    """Always 0."""
+    rollouts: int = 0
+    """Always 0."""
+    sigmas: list[float]
+    """The T+1 sigmas of a trajectory."""
+    noise_weights: list[float]
+    """std_k / mean(std) of every step but the last; 0 at a step that is never trained."""
+    picture_prompts: list[str]
+    """Prompts of the pictures in the report."""
+    tail_rows: int
+    """Branches that travel together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IterationRow:
+    """One iteration of explore, credit, learn. What could not be measured is left out."""
+
+    step: int
+    """Iterations done."""
+    seconds: float = 0.0
+    """Wall-clock time of the loop, evaluations included."""
+    rollouts: int = 0
+    """Branches explored so far."""
+    rollouts_per_hour: float = 0.0
+    """Branches of this iteration by the time it took."""
+    reward_mean: float | None
+    """Mean of the weighted sum of the rewards, over all branches."""
+    reward_means: dict[str, float | None]
+    """Mean of each reward."""
+    reward_std_per_step: list[float | None]
+    """Standard deviation of the reward among the siblings of a fork, mean over the forks at each step but the last."""
+    rewards_missing: int
+    """Rewards that a scorer had no opinion of."""
+    groups_masked: int
+    """Groups whose rewards do not differ, or of which fewer than two are known."""
+    tail_waste: float
+    """Part of the tails' network rows that was computed for nothing."""
+    ratio_mean: float | None = None
+    """Mean ratio of new to old density."""
+    ratio_max: float | None = None
+    """Largest ratio."""
+    clip_fraction: float | None = None
+    """Part of the decisions whose ratio lies outside the clip range."""
+    approx_kl: float | None = None
+    """Mean of ratio - 1 - log ratio: the divergence from the sampling policy."""
+    kl: float | None = None
+    """Divergence from the model before training, before objective.kl."""
+    log_ratio_mean: float | None = None
+    """Mean of |log ratio|."""
+    log_ratio_max: float | None = None
+    """Largest |log ratio|."""
+    first_log_ratio_mean: float | None = None
+    """The same of the first update, where the policy has not moved: anything but 0 is numerical drift."""
+    first_log_ratio_max: float | None = None
+    """The same of the first update."""
+    grad_norm: float
+    """Mean norm of the gradient before clipping."""
+    optimizer_bytes: int
+    """Bytes of the optimizer's state."""
+    loss_scale: float | None = None
+    """Factor on the loss in fp16."""
+    skipped_steps: int | None = None
+    """Optimizer steps skipped in fp16."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase; phases beside each other each count their own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRow:
+    """One evaluation on held-out prompts."""
+
+    step: int
+    """Iterations done before."""
+    seconds: float
+    """Wall-clock time of the loop, this evaluation included."""
+    scores: dict[str, float | None]
+    """Mean of each held-out score; each is a field of its own in the file: reward_test, gold, gold_NAME, ..."""
+    scores_missing: int
+    """Scores that a scorer had no opinion of."""
+    gold_fall: dict[str, float] | None = None
+    """Gold scores that have fallen while the reward rose, and by how much."""
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    """Seconds by phase."""
+
+
+Row = StartRow | IterationRow | EvaluationRow
+
+
+def plain_row(row: Row) -> dict[str, Any]:
+    """A row as JSON values; optional fields without a value are left out."""
+    values = asdict(row)
+    scores = values.pop("scores", {})
+    optional = {name for name, info in type(row).__dataclass_fields__.items() if info.default is None}
+    known = {name: value for name, value in values.items() if value is not None or name not in optional}
+    return known | scores
+
+
 class MetricsWriter:
     """metrics.jsonl, one object a line, and the trackers. Of an earlier part of the run, lines to `last_step` stay."""
 
-    def __init__(self, folder: Path, trackers: list[str], run_name: str, last_step: int | None):
+    def __init__(self, folder: Path, trackers: Sequence[str], run_name: str, last_step: int | None):
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(self.path) if last_step is not None and row["step"] <= last_step]
+        kept = [row for row in _lines(self.path) if last_step is not None and row["step"] <= last_step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.sinks = [TRACKERS[name](folder, run_name) for name in trackers]
 
-    def write(self, row: dict[str, Any]) -> None:
+    def write(self, row: Row) -> None:
+        """Appends a line, and hands its numbers to the trackers."""
+        values = plain_row(row)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(values) + "\n")
         for sink in self.sinks:
-            sink(flat_numbers(row), row["step"])
+            sink(flat_numbers(values), row.step)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; none where there is no file; a torn last line is left out."""
+    """The rows of a metrics.jsonl, one per step; none where there is no file; a torn last line is left out."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in _lines(path):
+        row = rows.setdefault(line["step"], {})
+        phases = row.get("phase_seconds", {}) | line.get("phase_seconds", {})
+        row.update(line)
+        row["phase_seconds"] = phases
+    return list(rows.values())
+
+
+def _lines(path: Path) -> list[Mapping[str, Any]]:
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -35,5 +156,3 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             break
     return rows
-
-

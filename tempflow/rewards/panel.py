@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tempflow.common.errors import BadInput, Unscored
+from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
 from tempflow.rewards.scorer import Scorer, check_options, load_scorer
 from tempflow.rewards.servers.secret import read_token
@@ -69,12 +69,12 @@ class Panel:
         """Refuses (M, ...) rewards that hold not one number of some scorer.
 
         Raises:
-            Unscored: naming the scorer.
+            BadInput: naming the scorer.
         """
         for row, scorer in zip(rewards, self.scorers.values(), strict=True):
             if row.isnan().all():
                 mend = f"returned NaN for all {row.numel()} images; a reward of some of them must be a number"
-                raise Unscored(scorer.setting, scorer.name, mend)
+                raise BadInput(scorer.setting, scorer.name, mend)
 
 
 def load_panels(config: RewardConfig, rows: int, device: torch.device) -> tuple[Panel, Panel]:
@@ -85,7 +85,7 @@ def load_panels(config: RewardConfig, rows: int, device: torch.device) -> tuple[
         device: where local scorers compute.
     Raises:
         BadInput: no such scorer, wrong options, servers that refuse or that serve none of the rewards.
-        Unscored: no server answers.
+        BadInput: no server answers.
     """
     weights = config.name if isinstance(config.name, dict) else {config.name: 1.0}
     golds = [config.gold] if isinstance(config.gold, str) else list(config.gold or ())

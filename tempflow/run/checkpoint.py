@@ -10,7 +10,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,10 @@ class Progress:
     """wall-clock time of the loop"""
     rollouts: int = 0
     """branches explored"""
-    owed: dict[str, Any] = field(default_factory=dict)
-    """metrics of the last iteration, not written yet because its evaluation failed; else empty"""
+    unevaluated: bool = False
+    """the evaluation that may be due after the last iteration has not been made, since a scorer failed"""
+    tail_rows: int | None = None
+    """branches that travel together, chosen at the start; a resumed run keeps them, so that rounding stays the same"""
 
 
 def save(folder: Path, progress: Progress, stepper: Stepper, keep: int) -> Path:

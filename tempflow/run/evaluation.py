@@ -31,9 +31,9 @@ class Evaluation:
     pictures: Tensor
     """(n, 3, H, W) uint8, the same prompts and noises every time"""
 
-    def figures(self) -> dict[str, float | None]:
-        """scorer -> mean over the prompts it has an opinion of, if any; and how many opinions are missing."""
-        return {name: known_mean(scores) for name, scores in self.scores.items()} | {"scores_missing": self.missing}
+    def means(self) -> dict[str, float | None]:
+        """scorer -> mean over the prompts it has an opinion of, if any."""
+        return {name: known_mean(scores) for name, scores in self.scores.items()}
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Checks across settings."""
+"""Arithmetic across settings, checked before anything is loaded."""
 
 from __future__ import annotations
 
@@ -8,30 +8,46 @@ from tempflow.settings.fields import Config
 
 def group_size(config: Config) -> int:
     """Branches whose rewards are compared with one another."""
-    branch = config.branch
+    explore = config.explore
     trunks = {"seed": 1, "prompt": explore.noises, "batch": explore.noises * explore.prompts}[config.credit.group]
     return explore.siblings * trunks
 
 
 def check_consistency(config: Config, ranks: int) -> None:
-    """Arithmetic across settings.
+    """Settings that cannot work together.
 
     Raises:
-        BadInput: siblings that cannot be compared, or batches that would be cut unevenly.
+        BadInput: branches that cannot be compared, batches that would be cut unevenly, steps that would be mixed.
     """
-    branch, learn = config.branch, config.learn
+    _check_groups(config)
+    _check_batches(config, ranks)
+    if config.objective.kl_divisor == "diffusion" and config.sample.transition == "cps":
+        hint = "cps has no diffusion coefficient; use objective.kl_divisor=std"
+        raise BadInput("objective.kl_divisor", "diffusion", hint)
+
+
+def _check_groups(config: Config) -> None:
+    explore, credit = config.explore, config.credit
     if group_size(config) < 2:
-        mend = f"a {credit.group} group compares branches, so it needs at least 2; or choose a wider credit.group"
-        raise BadInput("explore.siblings", explore.siblings, mend)
+        name = "siblings" if credit.group == "seed" or explore.noises > 1 else "noises"
+        hint = (f"a {credit.group} group would hold one branch and compare it with nothing; "
+                f"give at least 2, or a wider credit.group")  # fmt: skip
+        raise BadInput(f"explore.{name}", getattr(explore, name), hint)
+    mixing = "credit.group" if credit.group == "batch" else "credit.std" if credit.std == "global" else None
+    if explore.draw == "prompt" and mixing:
+        value = {"credit.group": credit.group, "credit.std": credit.std}[mixing]
+        raise BadInput(mixing, value, "explore.draw=prompt gives prompts forks of their own, and this would mix them")
+
+
+def _check_batches(config: Config, ranks: int) -> None:
+    explore, learn = config.explore, config.learn
     if explore.prompts % ranks:
         raise BadInput("explore.prompts", explore.prompts, f"must be a multiple of the {ranks} processes")
     trunks = explore.prompts * explore.noises // ranks
     if trunks % learn.rows:
-        mend = f"must divide the {trunks} trunks of a process (prompts x seeds / processes), or a batch would be cut"
-        raise BadInput("learn.rows", learn.rows, mend)
+        hint = f"must divide the {trunks} trunks of a process (prompts x noises / processes), or a batch would be cut"
+        raise BadInput("learn.rows", learn.rows, hint)
     batches = trunks // learn.rows
     if batches % learn.updates:
-        mend = f"must divide the {batches} batches (trunks / learn.rows): an update takes whole forks with all siblings"
-        raise BadInput("learn.updates", learn.updates, mend)
-    if objective.kl_divisor == "diffusion" and config.sample.transition == "cps":
-        raise BadInput("objective.kl_divisor", "diffusion", "cps has no diffusion coefficient; use objective.kl_divisor=std")
+        hint = f"must divide the {batches} batches (trunks / learn.rows): an update takes whole forks with all siblings"
+        raise BadInput("learn.updates", learn.updates, hint)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from tempflow.common.clock import PhaseClock
-from tempflow.explore.rollout import Trunk, sample_branches, sample_trunk
+from tempflow.explore.rollout import FinishedBranches, Rollout, explore, finish_branches
 from tempflow.explore.tails.engine import EagerEngine, TailEngine
-from tempflow.run.trainer import Run
+from tempflow.run.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -45,25 +45,30 @@ class TailsCheck:
 
 
 @torch.no_grad()
-def check_tails(run: Run) -> TailsCheck:
-    """Carries the branches of the first iteration both ways. Moves nothing but this rank's clock."""
-    plan = run.plan.drawn(run.config.run.seed, 0)
-    prompts, draw = run.prompts_of(0)
-    conditioning = run.policy.encode([prompt.text for prompt in prompts])
-    with run.numerics():
-        trunk = sample_trunk(run.policy, conditioning, run.schedule, plan, draw, run.config.learn.rows)
-    run.policy.refresh_merged()
-    groups = (-1, len(plan.steps), len(prompts), plan.siblings)  # of every scorer
-    seconds, found = {}, {}
-    for name, engine in (("exact", EagerEngine(run.policy, run.engine.rows)), ("fast", run.engine)):
-        clock = PhaseClock(run.policy.device)
+def check_tails(trainer: Trainer) -> TailsCheck:
+    """Carries the branches of the first iteration both ways. Moves nothing but this process's clock.
+
+    Of several tails the last is looked at, the one that differs most from the trunk's steps.
+    """
+    config, policy = trainer.config, trainer.policy
+    plan = trainer.method.plan(config.run.seed, 0, config.explore.prompts).of(trainer.feed.slots)
+    prompts, draw = trainer.feed.at(0)
+    of_trunks = [prompt for prompt in prompts for _ in range(plan.noises)]
+    conditioning = policy.encode([prompt.text for prompt in of_trunks])
+    with trainer.numerics():
+        rollout = explore(policy, trainer.schedule, plan, draw, conditioning, config.learn.rows)
+    policy.refresh_merged()
+    groups = (-1, *rollout.branches.shape[:3])  # of every scorer
+    seconds, found, fast_engine = {}, {}, trainer.tails[-1]
+    for name, engine in (("exact", EagerEngine(policy, fast_engine.rows)), ("fast", fast_engine)):
+        clock = PhaseClock(policy.device)
         with clock(name):
-            latents, trunks = _carried(engine, trunk, run)
+            carried = _carried(engine, rollout, trainer)
         seconds |= clock.read()
-        run.scores.submit(latents, [prompts[row] for row in trunks])
-        found[name] = latents, run.scores.collect().view(groups)
-    run.engine.work.read()
-    run.clock.read()
+        trainer.scores.submit(carried, of_trunks)
+        found[name] = carried.latents, trainer.scores.collect().view(groups)
+    fast_engine.work.read()
+    trainer.clock.read()
     (exact_latents, exact), (fast_latents, fast) = found["exact"], found["fast"]
     correlations = rank_correlations(exact, fast)
     return TailsCheck(
@@ -77,10 +82,11 @@ def check_tails(run: Run) -> TailsCheck:
     )
 
 
-def _carried(engine: TailEngine, trunk: Trunk, run: Run) -> tuple[Tensor, list[int]]:
-    """Finished latents of all branches (S R K, D...), and the trunk of each."""
-    chunks = list(sample_branches(engine, trunk, run.schedule))
-    return torch.cat([chunk.latents for chunk in chunks]), [row for chunk in chunks for row in chunk.trunks]
+def _carried(engine: TailEngine, rollout: Rollout, trainer: Trainer) -> FinishedBranches:
+    """All branches at the end of their tails."""
+    chunks = list(finish_branches([engine], rollout, trainer.schedule))
+    trunks = [row for chunk in chunks for row in chunk.trunks]
+    return FinishedBranches(torch.cat([c.latents for c in chunks]), trunks, torch.cat([c.places for c in chunks]))
 
 
 def rank_correlations(first: Tensor, second: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 
 from tempflow.common.tensors import chunks
-from tempflow.explore.plan import BranchPlan
+from tempflow.explore.plan import ForkRule
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.engine import Numerics
 from tempflow.explore.tails.solver import TailSolver
@@ -101,10 +101,14 @@ def _call_seconds(probes: Sequence[Probe], rows: int) -> float:
     return max(probes[0].seconds, probes[-1].seconds * rows / probes[-1].rows)
 
 
-def tail_lengths(plan: BranchPlan, trunks: int, solver: TailSolver, schedule: NoiseSchedule) -> list[int]:
-    """Network evaluations of every branch of an iteration with the dearest draw of `plan`, in order."""
-    lengths, dearest = solver.table(schedule).lengths, plan.pool[: len(plan.steps)]
-    return [lengths[step + 1] for step in dearest for _ in range(trunks * plan.siblings)]
+def tail_lengths(rule: ForkRule, branches: int, solver: TailSolver, schedule: NoiseSchedule) -> list[int]:
+    """Network evaluations of every branch of an iteration whose forks lie as early as they may, in order.
+
+    Args:
+        branches: that leave one fork step, of all trunks.
+    """
+    lengths, earliest = solver.table(schedule).lengths, rule.forks.pool[: rule.forks.take]
+    return [lengths[rule.after(step)] for step in earliest for _ in range(branches)]
 
 
 @torch.no_grad()

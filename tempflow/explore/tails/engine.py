@@ -37,6 +37,14 @@ class TailWork:
         return waste
 
 
+def read_waste(tails: Sequence[TailEngine]) -> float:
+    """The part of the rows computed by all tails since the last call that nobody needed, rounded."""
+    total = TailWork(sum(tail.work.computed for tail in tails), sum(tail.work.needed for tail in tails))
+    for tail in tails:
+        tail.work.read()
+    return round(total.read(), 4)
+
+
 class TailEngine(Protocol):
     """Carries branches along the ODE to the end."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from tempflow.common.errors import BadInput
+from tempflow.common.say import say
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.compiled import CompiledBlocks
 from tempflow.explore.tails.engine import EagerEngine, Numerics, TailEngine
 from tempflow.explore.tails.recorded import BufferStore, CudaGraphs, Direct, Recorder, StaticEngine
-from tempflow.explore.tails.solver import EXACT, TailSolver
+from tempflow.explore.tails.solver import EXACT, tail_solvers
 from tempflow.policy import Policy
 from tempflow.settings.fields import TailConfig
 
@@ -44,19 +44,19 @@ class Engines:
     """One for the branches of an iteration, one for evaluation."""
 
     level: str
-    explore: TailEngine
+    explore: tuple[TailEngine, ...]
+    """V, one for each way from a branch to an image"""
     evaluate: TailEngine
     """exact: Euler on every sigma, in the numerics of training"""
 
 
 def make_engines(
-    policy: Policy, tails: TailConfig, rows: int, schedule: NoiseSchedule, text: str, speak: bool
+    policy: Policy, tails: TailConfig, rows: int, schedule: NoiseSchedule, text: str
 ) -> Engines:
     """The engines of the level asked for, or of the first of AUTO that works; each has carried one branch by then.
 
     Args:
         schedule, text: what the trial uses.
-        speak: print what auto passes over.
     Raises:
         BadInput: the level asked for does not work here, with torch's own words.
     """
@@ -67,8 +67,7 @@ def make_engines(
         try:
             return _tried(policy, tails, rows, level, schedule, text)
         except RuntimeError as error:
-            if speak:
-                print(f"tempflow: tails.level={level} does not work here ({_reason(error)})", file=sys.stderr)
+            say(f"tails.level={level} does not work here ({_reason(error)})")
     if levels[-1] == "eager":
         return _tried(policy, tails, rows, "eager", schedule, text)
     try:
@@ -92,7 +91,7 @@ def _tried(
 ) -> Engines:
     engines = _build(policy, tails, rows, level)
     conditioning = policy.encode([text])
-    for engine in (engines.evaluate, engines.explore):
+    for engine in (engines.evaluate, *engines.explore):
         latents = torch.zeros(1, *policy.latent_shape, device=policy.device)
         engine.finish(latents, [schedule.num_steps - 1], conditioning, schedule)
         engine.work.read()
@@ -100,16 +99,17 @@ def _tried(
 
 
 def _build(policy: Policy, tails: TailConfig, rows: int, name: str) -> Engines:
-    level, solver = LEVELS[name], TailSolver(tails.solver, tails.stride, tails.drop_below)
+    level, solvers = LEVELS[name], tail_solvers(tails)
     merged = policy.merged if tails.merged else nullcontext
     fast = _numerics(policy, merged, level.compiled)
     plain = _numerics(policy, nullcontext, level.compiled) if tails.merged else fast
     if level.recorder is None:
-        return Engines(name, EagerEngine(policy, rows, solver, fast), EagerEngine(policy, rows, EXACT, plain))
+        explore = tuple(EagerEngine(policy, rows, solver, fast) for solver in solvers)
+        return Engines(name, explore, EagerEngine(policy, rows, EXACT, plain))
     recorder = level.recorder(policy.device)
     store = BufferStore(policy, rows, recorder, fast)
     exact = BufferStore(policy, rows, recorder, plain) if tails.merged else store
-    return Engines(name, StaticEngine(store, solver), StaticEngine(exact, EXACT))
+    return Engines(name, tuple(StaticEngine(store, solver) for solver in solvers), StaticEngine(exact, EXACT))
 
 
 def _numerics(policy: Policy, weights: Numerics, compiled: bool) -> Numerics:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tempflow.common.tensors import to_device
 from tempflow.explore.schedule import NoiseSchedule
+from tempflow.settings.fields import TailConfig
 
 COLUMNS = ("x_coef", "v_coef", "std", "sigma", "memory_coef", "keep_x", "keep_v")
 """x_coef, v_coef, std first: what `transition_step` takes; std is 0."""
@@ -128,3 +129,9 @@ class TailSolver:
 
 
 EXACT = TailSolver()
+
+
+def tail_solvers(tails: TailConfig) -> tuple[TailSolver, ...]:
+    """V solvers: one for each stride of `tails.stride`."""
+    strides = [tails.stride] if isinstance(tails.stride, int) else tails.stride
+    return tuple(TailSolver(tails.solver, stride, tails.drop_below) for stride in strides)

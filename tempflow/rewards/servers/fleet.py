@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from tempflow.common.errors import BadInput, Unscored
+from tempflow.common.errors import BadInput
 from tempflow.common.tensors import chunks
 from tempflow.prompts import Prompt
 from tempflow.rewards.servers import wire
@@ -99,7 +99,7 @@ class Fleet:
         self.servers = [Server(url.rstrip("/")) for url in urls]
         self.terms = terms
         self.headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self.given_up: Unscored | None = None
+        self.given_up: BadInput | None = None
         self.loop = asyncio.new_event_loop()
         thread = threading.Thread(target=self.loop.run_forever, name="scorer servers", daemon=True)
         thread.start()
@@ -110,7 +110,7 @@ class Fleet:
         """(B, 3, H, W) uint8 images and B prompts -> (B,) fp32 in their order, `batch` images a request.
 
         Raises:
-            Unscored: a request found no answer within the patience.
+            BadInput: a request found no answer within the patience.
             BadInput: the scorer refuses its input.
         """
         requests = [
@@ -122,7 +122,7 @@ class Fleet:
         """The scorers that the servers serve; waits for a first server as long as the patience allows.
 
         Raises:
-            Unscored: none answers.
+            BadInput: none answers.
             BadInput: one refuses the token.
         """
         return self._run(self._survey())
@@ -213,14 +213,14 @@ class Fleet:
     def _get(self, server: Server) -> Any:
         return self.session.get(f"{server.url}/health", headers=self.headers, allow_redirects=False)
 
-    def _give_up(self, scorer: str | None) -> Unscored:
+    def _give_up(self, scorer: str | None) -> BadInput:
         """The error that ends the run, now also for all that still wait."""
         faults = "; ".join(
             f"{server.url}: {f'serves no {scorer}' if server.well and scorer not in server.scorers else server.fault}"
             for server in self.servers
         )
         mend = f"no answer within reward.patience={self.terms.patience:g} s ({faults}); is the server up?"
-        self.given_up = Unscored("reward.servers", self._names(), mend)
+        self.given_up = BadInput("reward.servers", self._names(), mend)
         return self.given_up
 
     def _names(self) -> str:

@@ -1,0 +1,17 @@
+"""Words to the user, once per run however many processes there are."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def is_first() -> bool:
+    """Whether this is the first of the processes that torchrun started, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(words: str) -> None:
+    """Prints a line on standard error, in the first process only."""
+    if is_first():
+        print(f"tempflow: {words}", file=sys.stderr, flush=True)
