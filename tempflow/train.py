@@ -23,7 +23,7 @@ from math import nan
 from typing import Any
 
 import torch
-from tempflow_kernels import BranchLossStats, branch_loss
+from tempflow_kernels import BranchLossStats, branch_loss, gaussian_terms
 from torch import Tensor
 from tqdm import tqdm
 
@@ -89,17 +89,16 @@ def backward(run: Run, batch: TransitionBatch) -> BranchLossStats:
     if learn.kl:
         with torch.no_grad(), run.policy.reference():
             velocity_ref = run.policy.velocity(batch.latents, sigma, batch.conditioning)
+    coef = run.schedule.sde.coef(batch.step, rows, device)
     loss, stats = branch_loss(
         velocity,
         batch.velocity_old,
         to_device(batch.advantages, device),
-        to_device(batch.weights, device),
-        run.schedule.sde.coef(batch.step, rows, device),
+        gaussian_terms(coef, to_device(batch.weights, device), run.kl_weights(batch.step, rows)),
         key=batch.keys,
         clip_range=(learn.clip_range, learn.clip_range),
         kl_coef=learn.kl,
         velocity_ref=velocity_ref,
-        kl_weights=run.kl_weights(batch.step, rows),
     )
     run.stepper.backward(loss * batch.share)
     return stats
