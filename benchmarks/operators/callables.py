@@ -97,7 +97,7 @@ class Inputs:
         self.coef = torch.tensor([[0.9, -0.1, 0.3]], **options).repeat(setting.rows, 1)
         self.key = torch.stack([torch.arange(setting.rows, **options)] * 2, dim=1)
         self.advantages = torch.randn(setting.rows, setting.siblings, **options)
-        self.weights = torch.ones(setting.rows, **options)
+        self.terms = tk.gaussian_terms(self.coef)
         self.one = torch.ones((), **options)
         step = (self.latents, self.velocity_old, self.coef, self.key)
         self.next_latents, log_prob = tk.transition_step(*step, siblings=setting.siblings)
@@ -141,7 +141,7 @@ def fused(i):
         "log_prob": (lambda v: tk.transition_log_prob(i.next_latents, i.latents, v, i.coef), i.velocity),
         "log_ratio": (lambda v: tk.log_ratio(v, i.velocity_old, i.coef, i.key, k), i.velocity),
         "loss": (
-            lambda v: tk.branch_loss(v, i.velocity_old, i.advantages, i.weights, i.coef, i.key, None, (LOW, HIGH))[0],
+            lambda v: tk.branch_loss(v, i.velocity_old, i.advantages, i.terms, i.key, None, (LOW, HIGH))[0],
             i.velocity,
         ),
         "flow_grpo_draw": (lambda: sde_step_with_logprob(*compat), None),
@@ -217,9 +217,9 @@ def _modes(function, leaf, inputs):
 def kernels_alone(i):
     """Fused operators without autograd, which can be recorded in a CUDA graph: device time without launches."""
     k, v = i.setting.siblings, i.velocity.detach()
-    slopes, absent = torch.ones_like(i.advantages), (None,) * 4
-    loss = (v, i.velocity_old, i.advantages, i.weights, i.coef, i.key, *absent, LOW, HIGH, 0.0, 1.0)
-    gradient = (slopes, i.one, v, i.velocity_old, i.coef, i.key, *absent, 0.0, 1.0)
+    slopes, branches = torch.ones_like(i.advantages), (v, i.velocity_old, i.terms, i.key, None, None, 0.0)
+    loss = (*branches, i.advantages, LOW, HIGH)
+    gradient = (*branches, slopes, i.one)
     log_prob = (i.next_latents, i.latents, v, i.coef)
     return {
         ("normal", "forward"): lambda: tk.normal_like(i.latents, i.key, k),
@@ -227,11 +227,11 @@ def kernels_alone(i):
         ("guided_step", "forward"): lambda: tk.transition_step(i.latents, v, i.coef, i.key, k, i.latents, GUIDANCE),
         ("log_prob", "forward"): lambda: ops.transition_log_prob(*log_prob),
         ("log_prob", "backward"): lambda: ops.transition_log_prob_gradient(slopes, *log_prob),
-        ("log_ratio", "forward"): lambda: ops.log_ratio(v, i.velocity_old, i.coef, i.key, None, k),
+        ("log_ratio", "forward"): lambda: ops.log_ratio(*branches, k),
         ("log_ratio", "backward"): lambda: ops.velocity_gradient(*gradient),
         ("loss", "forward"): lambda: ops.branch_loss(*loss),
         ("loss", "backward"): lambda: ops.velocity_gradient(*gradient),
-        ("loss", "full"): lambda: ops.velocity_gradient(ops.branch_loss(*loss)[2], *gradient[1:]),
+        ("loss", "full"): lambda: ops.velocity_gradient(*branches, ops.branch_loss(*loss)[2], i.one),
     }
 
 

@@ -4,7 +4,7 @@
 
 1. numerics on the device against the float64 oracle (the contract of tests/support/kernel_contract.py, all dtypes);
 2. determinism: 100 repeats bit-identical, and the noise compared with the CPU twin;
-3. CUDA-graph capture, replayed with changing keys and coefficients, against eager calls;
+3. CUDA-graph capture, replayed with changing keys, coefficients and terms, against eager calls;
 4. compute-sanitizer, where it is installed, on one small call of every kernel;
 5. speed (gpu_speed.py): copy bandwidth and launch floor, then every operator and mode against eager torch and
    torch.compile. Rows are written one by one; a table and a plot come from what is there when the time is over.
@@ -75,15 +75,15 @@ def check_numerics(options):
 
 def all_outputs(case):
     """Every result of one call of every operator."""
-    loss, stats, slopes = triton_ops.branch_loss(*case.loss_arguments())
-    gradients = triton_ops.velocity_gradient(slopes, loss, *case.gradient_arguments())
+    loss, stats, slopes = triton_ops.branch_loss(*case.loss_arguments)
+    gradient = triton_ops.velocity_gradient(case.branches, slopes, loss)
     step = (case.latents, case.velocity, case.coef, case.key, case.siblings, case.velocity_uncond, case.guidance)
     following, log_prob = triton_ops.transition_step(*step)
     given = (following, case.latents, case.velocity, case.coef)
-    ratio = (case.velocity, case.velocity_old, case.coef, case.key, None, case.siblings)
     return [
-        loss, stats, slopes, *gradients, following, log_prob, triton_ops.transition_log_prob(*given),
-        triton_ops.transition_log_prob_gradient(slopes, *given), triton_ops.log_ratio(*ratio),
+        loss, stats, slopes, gradient, following, log_prob, triton_ops.transition_log_prob(*given),
+        triton_ops.transition_log_prob_gradient(slopes, *given),
+        triton_ops.log_ratio(case.ratio_branches, case.siblings),
         triton_ops.normal(case.key, case.siblings, case.elements),
     ]  # fmt: skip
 
@@ -108,7 +108,7 @@ def check_determinism(options):
 
 
 def check_graph(options):
-    """One capture; replays follow keys and coefficients, because both live in device tensors."""
+    """One capture; replays follow keys, coefficients and terms, because all live in device tensors."""
     if options.device == "cpu":
         raise Skip("no GPU")
     case = Case(shape=(16, 64, 64), siblings=6, device=options.device)
@@ -124,13 +124,14 @@ def check_graph(options):
     for change in range(5):
         case.key.add_(1000 + change)
         case.coef.mul_(0.99)
+        case.terms.mul_(0.99)
         graph.replay()
         torch.cuda.synchronize()
         replayed = [tensor.clone() for tensor in captured]
         assert all(map(torch.equal, replayed, all_outputs(case))), f"replay {change} differs from the eager call"
         assert not torch.equal(replayed[-1], before[-1]), f"replay {change} drew the noise of the one before"
         before = replayed
-    log("  5 replays with changed keys and coefficients equal eager calls bit for bit")
+    log("  5 replays with changed keys, coefficients and terms equal eager calls bit for bit")
 
 
 def check_sanitizer(options):

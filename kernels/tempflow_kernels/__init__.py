@@ -5,7 +5,7 @@ Imports only torch (and triton where it is used). Every operator is defined by i
 """
 
 from .info import backend_info
-from .ops import branch_loss, log_ratio, normal_like, transition_log_prob, transition_step
+from .ops import branch_loss, gaussian_terms, log_ratio, normal_like, transition_log_prob, transition_step
 from .plain.philox import fold_key, philox4x32
 from .plain.reference import BranchLossStats
 
@@ -16,6 +16,7 @@ __all__ = [
     "backend_info",
     "branch_loss",
     "fold_key",
+    "gaussian_terms",
     "log_ratio",
     "normal_like",
     "philox4x32",

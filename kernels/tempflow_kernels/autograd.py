@@ -5,6 +5,8 @@ the log-ratios, and the gradient operator turns them into the velocity gradient 
 the incoming scalar and writes the gradient once, in its final dtype: a finished gradient stored in the forward would
 cost 8 bytes more of traffic per element. On CPUs drawing the noise costs more than memory: the forward finishes the
 gradient, in fp32, so that each noise is drawn once instead of twice.
+
+`branches` are the fields of `Branches` one by one, of which the first, the velocity, gets a gradient.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ from torch import Tensor
 
 from . import library  # noqa: F401 - registers the operators
 from ._ops import ops
-from .plain.gradients import split_guidance
 
 
 class LogProb(torch.autograd.Function):
@@ -34,62 +35,48 @@ class LogRatio(torch.autograd.Function):
     """`log_ratio`, differentiable in velocity."""
 
     @staticmethod
-    def forward(ctx, velocity, velocity_old, coef, key, noise, siblings) -> Tensor:
-        ctx.save_for_backward(velocity, velocity_old, coef, key, noise)
-        return ops.log_ratio(velocity, velocity_old, coef, key, noise, siblings)
+    def forward(ctx, siblings: int, *branches) -> Tensor:
+        *tensors, ctx.kl_coef = branches
+        ctx.save_for_backward(*tensors)
+        return ops.log_ratio(*branches, siblings)
 
     @staticmethod
     def backward(ctx, slopes: Tensor):
         one = slopes.new_ones(())
-        gradient, _ = ops.velocity_gradient(slopes, one, *ctx.saved_tensors, None, None, None, 0.0, 1.0)
-        return gradient, None, None, None, None, None
+        gradient = ops.velocity_gradient(*ctx.saved_tensors, ctx.kl_coef, slopes, one)
+        return None, gradient, *[None] * len(ctx.saved_tensors)
 
 
 class BranchLoss(torch.autograd.Function):
-    """`branch_loss`, differentiable in velocity and velocity_uncond."""
+    """`branch_loss`, differentiable in velocity."""
 
     @staticmethod
-    def forward(
-        ctx, velocity, uncond, velocity_old, advantages, weights, coef, key, noise, ref, kl_weights, clip_range,
-        kl_coef, guidance,
-    ):  # fmt: skip
-        loss, stats, slopes = ops.branch_loss(
-            velocity, velocity_old, advantages, weights, coef, key, noise, ref, uncond, kl_weights, *clip_range,
-            kl_coef, guidance,
-        )  # fmt: skip
-        ctx.save_for_backward(slopes, velocity, velocity_old, coef, key, noise, ref, uncond, kl_weights)
-        ctx.numbers = (kl_coef, guidance)
+    def forward(ctx, advantages: Tensor, clip_low: float, clip_high: float, *branches) -> tuple[Tensor, Tensor]:
+        *tensors, ctx.kl_coef = branches
+        loss, stats, slopes = ops.branch_loss(*branches, advantages, clip_low, clip_high)
+        ctx.save_for_backward(slopes, *tensors)
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
     def backward(ctx, scale: Tensor, _):
         slopes, *tensors = ctx.saved_tensors
-        gradient, uncond_gradient = ops.velocity_gradient(slopes, scale, *tensors, *ctx.numbers)
-        uncond_gradient = uncond_gradient if ctx.needs_input_grad[1] else None
-        return gradient, uncond_gradient, *[None] * 11
+        gradient = ops.velocity_gradient(*tensors, ctx.kl_coef, slopes, scale)
+        return None, None, None, gradient, *[None] * len(tensors)
 
 
 class BranchLossAtOnce(torch.autograd.Function):
     """The same with the gradient finished in the forward, for backends on which drawing noise is the larger cost."""
 
     @staticmethod
-    def forward(
-        ctx, velocity, uncond, velocity_old, advantages, weights, coef, key, noise, ref, kl_weights, clip_range,
-        kl_coef, guidance,
-    ):  # fmt: skip
-        loss, stats, gradient = ops.branch_loss_gradient(
-            velocity, velocity_old, advantages, weights, coef, key, noise, ref, uncond, kl_weights, *clip_range,
-            kl_coef, guidance,
-        )  # fmt: skip
+    def forward(ctx, advantages: Tensor, clip_low: float, clip_high: float, *branches) -> tuple[Tensor, Tensor]:
+        loss, stats, gradient = ops.branch_loss_gradient(*branches, advantages, clip_low, clip_high)
         ctx.save_for_backward(gradient)
-        ctx.halves = (velocity.dtype, None if uncond is None else uncond.dtype, guidance)
+        ctx.dtype, ctx.others = branches[0].dtype, len(branches) - 1
         ctx.mark_non_differentiable(stats)
         return loss, stats
 
     @staticmethod
     def backward(ctx, scale: Tensor, _):
         (gradient,) = ctx.saved_tensors
-        gradient, uncond_gradient = split_guidance(gradient * scale, *ctx.halves)
-        uncond_gradient = uncond_gradient if ctx.needs_input_grad[1] else None
-        return gradient, uncond_gradient, *[None] * 11
+        return None, None, None, (gradient * scale).to(ctx.dtype), *[None] * ctx.others

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+PRECISE = (torch.float32, torch.float64)
+"""Of tables of a few numbers per row; float64 is for the oracle."""
 
 
 def expect(condition: bool, argument: str, found: object, expected: str) -> None:
@@ -50,7 +52,7 @@ def check_like(first: Tensor, **others: Tensor | None) -> None:
 
 def check_coef(coef: object, first: Tensor) -> None:
     """(R, 3) fp32 (or float64 for the oracle), std >= 0."""
-    check_tensor("coef", coef, (first.shape[0], 3), first.device, (torch.float32, torch.float64))
+    check_tensor("coef", coef, (first.shape[0], 3), first.device, PRECISE)
     if coef.device.type != "cpu" or type(coef) is not Tensor or torch.compiler.is_compiling():
         return
     negative = [std for std in coef.detach()[:, 2].tolist() if std < 0]

@@ -22,18 +22,16 @@ from torch import Tensor
 
 from ._ops import add_op_namespace_prefix
 from .cpu import library as native
+from .plain.reference import Branches
 
 BACKENDS = {"reference": "plain", "native": "cpu", "triton": "gpu"}
 """The folder of each backend; its operators stand in `ops.py` there."""
-_GRADIENT_INPUTS = (
-    "Tensor velocity, Tensor velocity_old, Tensor coef, Tensor? key, Tensor? noise, "
-    "Tensor? velocity_ref, Tensor? velocity_uncond, Tensor? kl_weights"
+BRANCHES = (
+    "(Tensor velocity, Tensor velocity_old, Tensor terms, Tensor? key, Tensor? noise, Tensor? velocity_ref, "
+    "float kl_coef, "
 )
-_LOSS = (
-    "(Tensor velocity, Tensor velocity_old, Tensor advantages, Tensor weights, Tensor coef, Tensor? key, "
-    "Tensor? noise, Tensor? velocity_ref, Tensor? velocity_uncond, Tensor? kl_weights, float clip_low, "
-    "float clip_high, float kl_coef, float guidance) -> (Tensor, Tensor, Tensor)"
-)
+"""The fields of `Branches`; operators whose schema begins with them get one of these instead."""
+_LOSS = BRANCHES + "Tensor advantages, float clip_low, float clip_high) -> (Tensor, Tensor, Tensor)"
 SCHEMAS = {
     "normal": "(Tensor key, SymInt siblings, SymInt elements) -> Tensor",
     "transition_step": (
@@ -44,14 +42,10 @@ SCHEMAS = {
     "transition_log_prob_gradient": (
         "(Tensor slopes, Tensor next_latents, Tensor latents, Tensor velocity, Tensor coef) -> Tensor"
     ),
-    "log_ratio": (
-        "(Tensor velocity, Tensor velocity_old, Tensor coef, Tensor? key, Tensor? noise, SymInt siblings) -> Tensor"
-    ),
+    "log_ratio": BRANCHES + "SymInt siblings) -> Tensor",
     "branch_loss": _LOSS,
     "branch_loss_gradient": _LOSS,
-    "velocity_gradient": (
-        f"(Tensor slopes, Tensor scale, {_GRADIENT_INPUTS}, float kl_coef, float guidance) -> (Tensor, Tensor)"
-    ),
+    "velocity_gradient": BRANCHES + "Tensor slopes, Tensor scale) -> Tensor",
 }
 
 
@@ -59,10 +53,8 @@ def _fp32(like: Tensor, *shape) -> Tensor:
     return like.new_empty(shape, dtype=torch.float32)
 
 
-def _fake_velocity_gradient(slopes, scale, velocity, *rest):
-    uncond = rest[5]
-    empty = _fp32(velocity, 0) if uncond is None else uncond.new_empty(uncond.shape)
-    return velocity.new_empty(velocity.shape), empty
+def _fake_loss(velocity: Tensor, *third) -> tuple[Tensor, Tensor, Tensor]:
+    return _fp32(velocity), _fp32(velocity, 7), _fp32(velocity, *third)
 
 
 FAKES = {
@@ -75,19 +67,19 @@ FAKES = {
     "transition_log_prob_gradient": lambda slopes, following, latents, velocity, coef: (
         velocity.new_empty(velocity.shape)
     ),
-    "log_ratio": lambda velocity, old, coef, key, noise, siblings: _fp32(velocity, velocity.shape[0], siblings),
-    "branch_loss": lambda velocity, old, advantages, *rest: (
-        _fp32(velocity),
-        _fp32(velocity, 7),
-        _fp32(velocity, *advantages.shape),
-    ),
-    "branch_loss_gradient": lambda velocity, *rest: (
-        _fp32(velocity),
-        _fp32(velocity, 7),
-        _fp32(velocity, *velocity.shape),
-    ),
-    "velocity_gradient": _fake_velocity_gradient,
+    "log_ratio": lambda branches, siblings: _fp32(branches.velocity, branches.velocity.shape[0], siblings),
+    "branch_loss": lambda branches, advantages, *_: _fake_loss(branches.velocity, *advantages.shape),
+    "branch_loss_gradient": lambda branches, *_: _fake_loss(branches.velocity, *branches.velocity.shape),
+    "velocity_gradient": lambda branches, *_: branches.velocity.new_empty(branches.velocity.shape),
 }
+
+
+def _from_schema(name: str, function: Callable) -> Callable:
+    """`function` with the arguments of the operator's schema: those of `Branches` one by one."""
+    if not SCHEMAS[name].startswith(BRANCHES):
+        return function
+    shared = len(Branches._fields)
+    return lambda *arguments: function(Branches(*arguments[:shared]), *arguments[shared:])
 
 
 def _on_first_call(backend: str, name: str) -> Callable:
@@ -118,9 +110,9 @@ def register() -> torch.library.Library:
     library = torch.library.Library(NAMESPACE, "DEF")
     for name, schema in SCHEMAS.items():
         library.define(name + schema)
-        torch.library.register_fake(add_op_namespace_prefix(name), FAKES[name], lib=library)
+        torch.library.register_fake(add_op_namespace_prefix(name), _from_schema(name, FAKES[name]), lib=library)
         for dispatch_key, backend in CHOSEN.items():
-            library.impl(name, _on_first_call(backend, name), dispatch_key)
+            library.impl(name, _from_schema(name, _on_first_call(backend, name)), dispatch_key)
     return library
 
 

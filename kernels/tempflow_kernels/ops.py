@@ -12,6 +12,7 @@ from torch import Tensor
 from . import autograd
 from ._ops import ops
 from .checks import (
+    PRECISE,
     check_coef,
     check_count,
     check_guidance,
@@ -25,7 +26,7 @@ from .checks import (
 )  # fmt: skip
 from .library import CHOSEN
 from .plain import reference
-from .plain.reference import BranchLossStats, compute_dtype
+from .plain.reference import Branches, BranchLossStats, compute_dtype
 
 
 def _wants_gradient(*tensors: Tensor | None) -> bool:
@@ -139,75 +140,87 @@ def log_ratio(
     check_like(velocity, velocity_old=velocity_old)
     check_coef(coef, velocity)
     siblings = check_noise_source(key, noise, siblings, velocity)
-    if _only_reference(velocity, constants=(velocity_old, coef, noise)):
-        return reference.log_ratio(velocity, velocity_old, coef, key, siblings, noise)
-    operator = autograd.LogRatio.apply if _wants_gradient(velocity) else ops.log_ratio
-    return operator(velocity, velocity_old, coef, key, noise, siblings)
+    branches = Branches(velocity, velocity_old, reference.gaussian_terms(coef, None, None), key, noise)
+    if _only_reference(velocity, constants=branches.tensors()[1:]):
+        return reference.log_ratio(branches, siblings)
+    if _wants_gradient(velocity):
+        return autograd.LogRatio.apply(siblings, *branches)
+    return ops.log_ratio(*branches, siblings)
+
+
+def gaussian_terms(coef: Tensor, weights: Tensor | None = None, kl_weights: Tensor | None = None) -> Tensor:
+    """The `terms` of `branch_loss` for Gaussian steps: `(weight, s^2 / 2, s, kl_weight s^2 / 2)` with s = v_coef / std.
+
+    With them the log-ratio is that of the two Gaussians of a step, and the KL term is their KL divergence, per element
+    (equal std on both sides). Rows with std = 0 get square = product = kl = 0. Source: Flow-GRPO (arXiv 2505.05470).
+
+    Args:
+        coef: (R, 3) fp32 x_coef, v_coef, std. weights, kl_weights: (R,) any float dtype, default 1.
+    Returns:
+        (R, 4) weight, square, product, kl; computed in float64 and rounded once to the dtype of `coef`.
+    Raises:
+        ValueError: an argument of the wrong type, shape, dtype or device, or a negative std.
+    """
+    check_rows("coef", coef)
+    check_coef(coef, coef)
+    for name, column in (("weights", weights), ("kl_weights", kl_weights)):
+        if column is not None:
+            check_tensor(name, column, coef.shape[:1], coef.device)
+    return reference.gaussian_terms(coef, weights, kl_weights)
 
 
 def branch_loss(
     velocity: Tensor,
     velocity_old: Tensor,
     advantages: Tensor,
-    weights: Tensor,
-    coef: Tensor,
+    terms: Tensor,
     key: Tensor | None = None,
     noise: Tensor | None = None,
     clip_range: tuple[float, float] = (1e-4, 1e-4),
     kl_coef: float = 0.0,
     velocity_ref: Tensor | None = None,
-    velocity_uncond: Tensor | None = None,
-    guidance: float = 1.0,
-    kl_weights: Tensor | None = None,
 ) -> tuple[Tensor, BranchLossStats]:
     """Weighted clipped policy-gradient loss of K siblings that share one velocity, plus the KL to a reference policy.
 
-    Formula and sources: `reference.branch_loss`. Differentiable in `velocity` and `velocity_uncond`.
+    Formula and sources: `reference.branch_loss`. Differentiable in `velocity`.
 
     Args:
-        velocity, velocity_old, velocity_ref, velocity_uncond: (R, D...), any float dtype, any strides.
-        advantages: (R, K). weights: (R,). coef: (R, 3) fp32. kl_weights: (R,), default 1.
+        velocity, velocity_old, velocity_ref: (R, D...), any float dtype, any strides.
+        advantages: (R, K).
+        terms: (R, 4) fp32, what the method multiplies in each row (`gaussian_terms` builds those of Gaussian steps):
+            weight of the policy loss (0 keeps a row in the mean without gradient), square and product of
+            `log_ratio_j = -(square * mean(dv^2) + product * mean(dv * noise_j))` with dv = velocity_old - velocity,
+            and kl of `kl_coef * mean_r kl_r * mean((velocity - velocity_ref)^2)`.
         key: (R, 2) int64 or noise: (R, K, D...), exactly one of them.
-        clip_range: (low, high), kl_coef and guidance: Python numbers.
+        clip_range: (low, high) and kl_coef: Python numbers.
     Returns:
         loss () fp32 (float64 if an input is) and its statistics.
     Raises:
-        ValueError: an argument of the wrong type, shape, dtype or device, a negative std, or not exactly one of key
-            and noise.
+        ValueError: an argument of the wrong type, shape, dtype or device, or not exactly one of key and noise.
     """
-    _check_branch_loss(velocity, velocity_old, advantages, weights, coef, velocity_ref, velocity_uncond, kl_weights)
-    _check_numbers(clip_range, kl_coef)
-    expect(velocity_ref is not None or kl_coef == 0, "velocity_ref", None, "a reference velocity where kl_coef > 0")
-    check_guidance(guidance, velocity_uncond)
-    check_noise_source(key, noise, advantages.shape[1], velocity)
-    constants = (velocity_old, advantages, coef, noise, velocity_ref, kl_weights)
-    if _wants_gradient(weights) or _only_reference(velocity, velocity_uncond, constants=constants):
-        return reference.branch_loss(
-            velocity, velocity_old, advantages, weights, coef, key, noise, clip_range, kl_coef, velocity_ref,
-            velocity_uncond, guidance, kl_weights,
-        )  # fmt: skip
-    given = (velocity_old, advantages, weights, coef, key, noise, velocity_ref)
-    if not _wants_gradient(velocity, velocity_uncond):
-        numbers = (*clip_range, kl_coef, guidance)
-        loss, stats, _ = ops.branch_loss(velocity, *given, velocity_uncond, kl_weights, *numbers)
+    branches = Branches(velocity, velocity_old, terms, key, noise, velocity_ref, kl_coef)
+    _check_branch_loss(branches, advantages, clip_range)
+    if _only_reference(velocity, constants=(advantages, *branches.tensors()[1:])):
+        return reference.branch_loss(branches, advantages, *clip_range)
+    if not _wants_gradient(velocity):
+        loss, stats, _ = ops.branch_loss(*branches, advantages, *clip_range)
     else:
         is_native = CHOSEN.get(velocity.device.type.upper()) == "native"
         function = autograd.BranchLossAtOnce if is_native else autograd.BranchLoss
-        loss, stats = function.apply(velocity, velocity_uncond, *given, kl_weights, clip_range, kl_coef, guidance)
+        loss, stats = function.apply(advantages, *clip_range, *branches)
     return loss, BranchLossStats(*stats.unbind())
 
 
-def _check_branch_loss(velocity, velocity_old, advantages, weights, coef, velocity_ref, velocity_uncond, kl_weights):
-    """Shapes of everything but the source of noise."""
+def _check_branch_loss(branches: Branches, advantages, clip_range) -> None:
+    velocity, velocity_ref, kl_coef = branches.velocity, branches.velocity_ref, branches.kl_coef
     check_rows("velocity", velocity)
-    rows, device = velocity.shape[0], velocity.device
-    check_like(velocity, velocity_old=velocity_old, velocity_ref=velocity_ref, velocity_uncond=velocity_uncond)
-    check_coef(coef, velocity)
+    check_like(velocity, velocity_old=branches.velocity_old, velocity_ref=velocity_ref)
     siblings = advantages.shape[1] if isinstance(advantages, Tensor) and advantages.dim() == 2 else 1
-    check_tensor("advantages", advantages, (rows, max(siblings, 1)), device)
-    check_tensor("weights", weights, (rows,), device)
-    if kl_weights is not None:
-        check_tensor("kl_weights", kl_weights, (rows,), device)
+    check_tensor("advantages", advantages, (velocity.shape[0], max(siblings, 1)), velocity.device)
+    check_tensor("terms", branches.terms, (velocity.shape[0], 4), velocity.device, PRECISE)
+    _check_numbers(clip_range, kl_coef)
+    expect(velocity_ref is not None or kl_coef == 0, "velocity_ref", None, "a reference velocity where kl_coef > 0")
+    check_noise_source(branches.key, branches.noise, siblings, velocity)
 
 
 def _check_numbers(clip_range, kl_coef) -> None:

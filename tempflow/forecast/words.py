@@ -61,7 +61,7 @@ class Forecast:
         _, height, width = skeleton.image_shape
         operators = backend_info()["cuda" if device == "cuda" else "cpu"]
         return (
-            f"tempflow: {config.model.path} on {self.ranks} x {device}, {width} x {height} pixels, latents "
+            f"{config.model.path} on {self.ranks} x {device}, {width} x {height} pixels, latents "
             f"{tuple(skeleton.latent_shape)}; {trained:,} trained parameters ({config.model.train}) of {whole:,} in the "
             f"transformer; operators: {operators}"
         )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
+from tempflow.common.errors import BadInput
+from tempflow.common.say import say
 from tempflow.settings.fields import Config
 from tempflow.settings.names import described
-from tempflow.settings.reading import plain
+from tempflow.settings.reading import load, plain
 from tempflow.settings.stacks import KINDS, names_of, presets
 
 USAGE = """\
@@ -36,3 +39,15 @@ def sentence(path: Path) -> str:
     comment = re.match(r"(#.*\n)*", path.read_text(encoding="utf-8"))
     words = " ".join(line.removeprefix("#").strip() for line in comment[0].splitlines()) if comment else ""
     return re.split(r"(?<=\.)\s", words, maxsplit=1)[0]
+
+
+def read_command_line(arguments: Sequence[str]) -> Config | int:
+    """The settings of a command line; or an exit code, after help (0) or one line about wrong settings (2)."""
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        return 0
+    try:
+        return load(arguments)
+    except BadInput as error:
+        say(str(error))
+        return 2

@@ -46,7 +46,7 @@ def test_public_operators_dispatch_to_triton_and_train():
 
     case = Case(shape=(16, 16, 16), dtype=torch.bfloat16, device="cuda")
     leaf = case.velocity.clone().requires_grad_()
-    loss, _ = tk.branch_loss(leaf, case.velocity_old, case.advantages, case.weights, case.coef, case.key)
+    loss, _ = tk.branch_loss(leaf, case.velocity_old, case.advantages, case.terms, case.key)
     (65536.0 * loss).backward()
     assert leaf.grad.dtype == torch.bfloat16 and torch.isfinite(leaf.grad).all() and leaf.grad.abs().max() > 0
     with pytest.raises(ValueError, match="velocity_old: found device cpu"):

@@ -25,6 +25,7 @@ from kernel_contract import (
 from tempflow_kernels.cpu import library as native
 from tempflow_kernels.cpu import ops as native_ops
 from tempflow_kernels.plain import ops as reference_ops
+from tempflow_kernels.plain.reference import Branches
 
 ROOT = Path(__file__).resolve().parents[2]
 DRAWN = [unnumbered(case) for case in CASES]
@@ -74,15 +75,14 @@ def test_noise_step_and_log_prob(case):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_are_rounded_to_nearest_even_like_torch(dtype):
-    """v = v_old and v_coef = std: the gradient is the stored noise, here all 16-bit patterns and the ties between."""
+    """v = v_old and product = 1: the gradient is the stored noise, here all 16-bit patterns and the ties between."""
     exact = torch.arange(2**16).to(torch.int32).to(torch.int16).view(dtype)
     exact = torch.sort(exact[torch.isfinite(exact)].float()).values
     values = torch.cat([exact, (exact[1:] + exact[:-1]) / 2, exact * 1.0001, torch.tensor([1e9, float("inf")])])
     values = values[values.abs() < 1e38].view(1, 1, -1)
     zero, count = torch.zeros(1, values.shape[2], dtype=dtype), float(values.shape[2])
-    coef, one = torch.tensor([[0.0, 1.0, 1.0]]), torch.ones(1, 1)
-    arguments = (zero, zero, coef, None, values, None, None, None, 0.0, 1.0)
-    found, _ = native_ops.velocity_gradient(one, torch.tensor(count), *arguments)
+    branches = Branches(zero, zero, torch.tensor([[1.0, 0.5, 1.0, 0.5]]), noise=values)
+    found = native_ops.velocity_gradient(branches, torch.ones(1, 1), torch.tensor(count))
     expected = values[0].to(dtype)
     assert torch.equal(found.view(torch.int16)[expected != 0], expected.view(torch.int16)[expected != 0])
 
@@ -94,7 +94,7 @@ def test_nan_is_not_clipped_away():
 def test_log_ratio_error_at_262144_elements_is_below_1e_8():
     case = Case(shape=(16, 128, 128), rows=3, siblings=2, stored_noise=True, distance=1e-3)
     oracle = oracle_log_ratio(case, case.noise.double(), case.velocity.double().unsqueeze(1))
-    found = native_ops.log_ratio(case.velocity, case.velocity_old, case.coef, None, case.noise, case.siblings)
+    found = native_ops.log_ratio(case.ratio_branches, case.siblings)
     assert (found.double() - oracle).abs().max() < 1e-8
 
 
@@ -103,9 +103,9 @@ def test_results_do_not_depend_on_the_thread_count():
     before = torch.get_num_threads()
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
-        loss, stats, slopes = native_ops.branch_loss(*case.loss_arguments())
-        gradients = native_ops.velocity_gradient(slopes, loss, *case.gradient_arguments())
-        results.append((loss, stats, slopes, *gradients, native_ops.normal(case.key, 3, case.elements)))
+        loss, stats, slopes = native_ops.branch_loss(*case.loss_arguments)
+        gradient = native_ops.velocity_gradient(case.branches, slopes, loss)
+        results.append((loss, stats, slopes, gradient, native_ops.normal(case.key, 3, case.elements)))
     torch.set_num_threads(before)
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))

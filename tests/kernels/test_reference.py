@@ -1,5 +1,10 @@
 """The plain-torch definition of the operators against independent float64 computations."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_cases import Case, oracle_log_ratio, oracle_loss, oracle_noise, oracle_step
@@ -7,10 +12,12 @@ from kernel_contract import CASES, check_log_prob, check_log_ratio, check_loss, 
 from tempflow_kernels.plain import gradients, reference
 from tempflow_kernels.plain import ops as reference_ops
 
-DOUBLE_CASES = [Case(dtype=torch.float64, stored_noise=stored, optional=optional, distance=distance)
-                for stored, optional, distance in (
-                    (True, (), 1e-2), (True, ("velocity_ref", "velocity_uncond", "kl_weights"), 1.0),
-                    (False, ("velocity_ref",), 1e-2))]  # fmt: skip
+DOUBLE_CASES = [
+    Case(dtype=torch.float64, stored_noise=True, optional=()),
+    Case(dtype=torch.float64, stored_noise=True, distance=1.0),
+    Case(dtype=torch.float64, optional=("velocity_ref",)),
+    *(Case(shape=(5, 9), dtype=torch.float64, method=method, seed=22) for method in ("guard", "cps", "free")),
+]
 
 
 def close(found, expected, tolerance=1e-12):
@@ -20,19 +27,14 @@ def close(found, expected, tolerance=1e-12):
 @pytest.mark.parametrize("case", DOUBLE_CASES, ids=str)
 def test_float64_loss_and_gradients_equal_the_textbook_objective(case):
     noise = reference.normal_like(case.latents, case.key, case.siblings).double() if case.noise is None else case.noise
-    loss, stats, gradient, uncond_gradient = oracle_loss(case, noise)
+    loss, stats, gradient = oracle_loss(case, noise)
     leaf = case.velocity.clone().requires_grad_()
-    uncond = None if case.velocity_uncond is None else case.velocity_uncond.clone().requires_grad_()
-    found, found_stats = reference.branch_loss(
-        leaf, case.velocity_old, case.advantages, case.weights, case.coef, case.key, case.noise, case.clip_range,
-        case.kl_coef, case.velocity_ref, uncond, case.guidance, case.kl_weights,
-    )  # fmt: skip
+    branches, *others = case.loss_arguments
+    found, found_stats = reference.branch_loss(branches._replace(velocity=leaf), *others)
     found.backward()
     close(found.detach(), loss)
     close(torch.stack(found_stats).double(), stats, 1e-11)
     close(leaf.grad, gradient)
-    if uncond is not None:
-        close(uncond.grad, uncond_gradient)
 
 
 def test_float64_step_and_ratio():
@@ -43,7 +45,7 @@ def test_float64_step_and_ratio():
     )
     close(following, oracle_step(case, noise)[0])
     close(log_prob, oracle_step(case, noise)[1])
-    ratios = reference.log_ratio(case.velocity, case.velocity_old, case.coef, case.key, case.siblings)
+    ratios = reference.log_ratio(case.ratio_branches, case.siblings)
     close(ratios, oracle_log_ratio(case, noise, case.velocity.unsqueeze(1)))
     old_step = reference.transition_step(case.latents, case.velocity_old, case.coef, case.key, case.siblings)[0]
     difference = reference.transition_log_prob(
@@ -54,7 +56,8 @@ def test_float64_step_and_ratio():
 
 def test_slopes_are_the_derivative_of_the_objective():
     log_ratios = torch.linspace(-0.4, 0.4, 40, dtype=torch.float64).view(4, 10).requires_grad_()
-    gain = torch.linspace(-1, 1, 40, dtype=torch.float64)[torch.randperm(40)].view(4, 10)
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+    gain = torch.linspace(-1, 1, 40, dtype=torch.float64)[order].view(4, 10)
     gain[0, 0] = 0.0
     reference.clipped_objective(log_ratios, gain, 0.2, 0.1).backward()
     close(gradients.branch_slopes(log_ratios.detach(), gain, 0.2, 0.1), log_ratios.grad)
@@ -63,7 +66,7 @@ def test_slopes_are_the_derivative_of_the_objective():
 def test_log_ratio_error_at_262144_elements_is_below_1e_8():
     case = Case(shape=(16, 128, 128), rows=3, siblings=2, stored_noise=True, distance=1e-3)
     oracle = oracle_log_ratio(case, case.noise.double(), case.velocity.double().unsqueeze(1))
-    found = reference_ops.log_ratio(case.velocity, case.velocity_old, case.coef, None, case.noise, case.siblings)
+    found = reference_ops.log_ratio(case.ratio_branches, case.siblings)
     assert (found.double() - oracle).abs().max() < 1e-8
 
 
@@ -82,3 +85,14 @@ def test_noise_of_the_reference_is_within_a_few_ulp_of_the_oracle():
     for case in map(unnumbered, CASES):
         found, oracle = reference_ops.normal(case.key, case.siblings, case.elements), oracle_noise(case).flatten(2)
         assert (found.double() - oracle).abs().max() < 6e-7
+
+
+def test_the_public_loss_through_the_autograd_class_of_gpus():
+    """test_loss.py in a process where plain torch serves the CPU: the gradient comes from `BranchLoss`."""
+    suite = Path(__file__).with_name("test_loss.py")
+    environment = os.environ | {
+        "TEMPFLOW_KERNELS_BACKEND": "reference", "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", suite]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=suite.parents[2])
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""Starts the interpreter suite in a process of its own, and checks what needs no kernel run."""
+"""Starts the interpreter suite and the public loss on it in a process of its own; checks what needs no kernel run."""
 
 import os
 import subprocess
@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 import kernel_aot
 
 SUITE = Path(__file__).with_name("test_interpreter.py")
+LOSS = Path(__file__).with_name("test_loss.py")
 
 
 def test_every_kernel_in_the_interpreter():
@@ -19,7 +20,7 @@ def test_every_kernel_in_the_interpreter():
         "TEMPFLOW_KERNELS_BACKEND": "triton",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", SUITE]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", SUITE, LOSS]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=SUITE.parents[2])
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout and "failed" not in run.stdout

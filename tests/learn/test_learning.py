@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tempflow_kernels import BranchLossStats, branch_loss
+from tempflow_kernels import BranchLossStats, branch_loss, gaussian_terms
 
 from tempflow.common.draws import Draw
 from tempflow.explore.plan import BranchPlan
@@ -31,9 +31,9 @@ def first_update(policy, schedule, rows=3, seeds=2, siblings=4, move=None):
     for batch in batches:
         size = len(batch.latents)
         velocity = policy.velocity(batch.latents, schedule.sigma_rows(batch.step, size), batch.conditioning)
-        coef = schedule.sde.coef(batch.step, size)
+        terms = gaussian_terms(schedule.sde.coef(batch.step, size), batch.weights)
         loss, stats = branch_loss(
-            velocity, batch.velocity_old, batch.advantages, batch.weights, coef, key=batch.keys, clip_range=(1e-4, 1e-4)
+            velocity, batch.velocity_old, batch.advantages, terms, key=batch.keys, clip_range=(1e-4, 1e-4)
         )
         (loss * batch.share).backward()
         record.add(stats, 0)

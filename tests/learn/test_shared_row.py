@@ -7,6 +7,7 @@ import torch
 from tempflow_kernels import (
     branch_loss,
     fold_key,
+    gaussian_terms,
     log_ratio,
     normal_like,
     philox4x32,
@@ -30,6 +31,11 @@ RANDOM123 = [
 def test_philox_gives_the_known_answers_of_random123(counter, key, words):
     found = philox4x32(tuple(torch.tensor(word) for word in counter), tuple(torch.tensor(word) for word in key))
     assert tuple(word.item() for word in found) == words
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(1)
 
 
 def random_case(rows=3, siblings=4, shape=(2, 5, 3), dtype=torch.float64):
@@ -149,8 +155,8 @@ def test_siblings_sharing_a_forward_have_the_gradient_of_copies(clip):
     for shared in (True, False):
         velocity = new + 0.1 * network(latents)
         if shared:
-            loss, stats = branch_loss(velocity, old, advantages, weights, coef, key=keys, clip_range=(clip, clip),
-                                      kl_coef=0.3, velocity_ref=reference)  # fmt: skip
+            loss, stats = branch_loss(velocity, old, advantages, gaussian_terms(coef, weights), key=keys,
+                                      clip_range=(clip, clip), kl_coef=0.3, velocity_ref=reference)  # fmt: skip
         else:
             loss = copied_loss(latents, old, velocity, coef, keys, advantages, weights, clip, 0.3, reference)
         gradients.append((loss.detach(), *torch.autograd.grad(loss, network.parameters())))
@@ -165,24 +171,24 @@ def test_weight_zero_removes_the_gradient_but_counts_in_the_mean():
 
     def gradient(weights):
         velocity = new.clone().requires_grad_()
-        branch_loss(velocity, old, advantages, weights, coef, key=keys, clip_range=(9, 9))[0].backward()
+        branch_loss(velocity, old, advantages, gaussian_terms(coef, weights), key=keys, clip_range=(9, 9))[0].backward()
         return velocity.grad
 
     both, one = gradient(torch.ones(2).double()), gradient(torch.tensor([1.0, 0.0]).double())
     assert torch.equal(one[0], both[0]) and not one[1].any()
 
 
-def test_guidance_halves_get_their_gradients():
+def test_gradients_reach_both_halves_of_a_guided_velocity():
+    """Guidance is outside of the loss: the gradient of the mixed velocity times guidance and 1 - guidance."""
     _, old, cond, coef, keys, siblings = random_case()
     uncond, advantages = torch.randn_like(cond), torch.randn(3, siblings).double()
+    mixed = (uncond + 4.5 * (cond - uncond)).requires_grad_()
     cond.requires_grad_(), uncond.requires_grad_()
-    arguments = (old, advantages, torch.ones(3).double(), coef)
-    fused = branch_loss(cond, *arguments, key=keys, clip_range=(9, 9), velocity_uncond=uncond, guidance=4.5)[0]
-    combined = branch_loss(uncond + 4.5 * (cond - uncond), *arguments, key=keys, clip_range=(9, 9))[0]
-    for left, right in zip(
-        torch.autograd.grad(fused, (cond, uncond)), torch.autograd.grad(combined, (cond, uncond)), strict=True
-    ):
-        assert torch.allclose(left, right, rtol=0, atol=1e-14)
+    arguments = (old, advantages, gaussian_terms(coef), keys, None, (9, 9))
+    (whole,) = torch.autograd.grad(branch_loss(mixed, *arguments)[0], mixed)
+    halves = torch.autograd.grad(branch_loss(uncond + 4.5 * (cond - uncond), *arguments)[0], (cond, uncond))
+    for half, share in zip(halves, (4.5, -3.5), strict=True):
+        assert torch.allclose(half, share * whole, rtol=0, atol=1e-14)
 
 
 def test_kl_weights_scale_rows():
@@ -190,8 +196,8 @@ def test_kl_weights_scale_rows():
     nothing = torch.zeros(3, siblings).double()
 
     def kl(kl_weights):
-        loss, _ = branch_loss(new, new, nothing, torch.ones(3).double(), coef, key=keys, kl_coef=1.0,
-                              velocity_ref=old, kl_weights=kl_weights)  # fmt: skip
+        terms = gaussian_terms(coef, kl_weights=kl_weights)
+        loss, _ = branch_loss(new, new, nothing, terms, key=keys, kl_coef=1.0, velocity_ref=old)
         return loss
 
     weights = torch.tensor([0.0, 0.5, 0.0]).double()

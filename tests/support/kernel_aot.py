@@ -35,10 +35,9 @@ HALF, COUNT = "*bf16", "i32"
 TYPES = {
     name: kind
     for kind, names in {
-        "*fp32": "coef next_latents partial slopes scale kl_weights noise log_prob log_ratio kl advantages weights "
-        "loss stats",
+        "*fp32": "coef terms next_latents partial slopes scale noise log_prob log_ratio kl advantages loss stats",
         "*i64": "key",
-        HALF: "latents velocity velocity_old velocity_ref uncond gradient uncond_gradient",
+        HALF: "latents velocity velocity_old velocity_ref uncond gradient",
         COUNT: "rows siblings elements blocks",
     }.items()
     for name in names.split()
@@ -49,11 +48,8 @@ KERNELS = {
     "step": (triton_transition.step_kernel, GUIDED),
     "log_prob": (triton_transition.log_prob_kernel, {}),
     "log_prob_gradient": (triton_transition.log_prob_gradient_kernel, {}),
-    "moments": (triton_loss.moments_kernel, GUIDED | {"REFERENCE": True, "STORED": False}),
-    "velocity_gradient": (
-        triton_loss.velocity_gradient_kernel,
-        GUIDED | {"KL_COEF": 0.004, "WEIGHTED": True, "STORED": False},
-    ),
+    "moments": (triton_loss.moments_kernel, {"REFERENCE": True, "STORED": False}),
+    "velocity_gradient": (triton_loss.velocity_gradient_kernel, {"KL_COEF": 0.004, "STORED": False}),
 }
 
 
@@ -61,7 +57,7 @@ LANES = {"LANES": triton_ops.LANES}
 FINISHERS = {
     "log_prob_finish": (triton_transition.log_prob_finish_kernel, LANES),
     "log_ratio": (triton_loss.log_ratio_kernel, LANES),
-    "reference_kl": (triton_loss.reference_kl_kernel, LANES | {"WEIGHTED": True}),
+    "reference_kl": (triton_loss.reference_kl_kernel, LANES),
     "objective": (
         triton_loss.objective_kernel,
         LANES | {"LOW": 1e-4, "HIGH": 1e-4, "KL_COEF": 0.004, "REFERENCE": True},

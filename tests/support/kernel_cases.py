@@ -1,17 +1,20 @@
 """Inputs and a float64 oracle for the kernel tests: the definitions restated, independently of the package.
 
-The oracle knows nothing of the algebra the package uses: log-ratios are differences of two Gaussian log-densities at
-the next latents that were drawn, the loss is the textbook clipped objective, gradients come from autograd.
+The oracle knows nothing of the algebra the package uses: log-ratios are differences of two log-densities at the next
+latents that were drawn, as each method defines them, the loss is the textbook clipped objective, gradients come from
+autograd.
 """
 
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from tempflow_kernels.plain.reference import Branches
 from torch.distributions import Normal, kl_divergence
 
 DOUBLE = torch.float64
 OPTIONAL = ("velocity_ref", "velocity_uncond", "kl_weights")
+SEED = 20
 
 
 @dataclass
@@ -23,16 +26,19 @@ class Case:
     siblings: int = 3
     dtype: torch.dtype = torch.float32
     stored_noise: bool = False
+    method: str = "gaussian"
+    """Whose log-ratio it is: gaussian (TempFlow-GRPO, Flow-GRPO), guard (GRPO-Guard), cps (Flow-CPS), free."""
     optional: tuple[str, ...] = OPTIONAL
     guidance: float = 1.5
     clip_range: tuple[float, float] = (5e-4, 1e-3)
     kl_coef: float = 0.05
     distance: float = 1e-2
     device: str = "cpu"
+    seed: int = SEED
     tensors: dict = field(default_factory=dict)
 
     def __post_init__(self):
-        generator = torch.Generator().manual_seed(20)
+        generator = torch.Generator().manual_seed(self.seed)
 
         def draw(*shape):
             return torch.randn(shape, generator=generator)
@@ -55,6 +61,7 @@ class Case:
             "key": key.repeat(-(-rows // 4), 1)[:rows],
             "noise": draw(rows, self.siblings, *self.shape).to(self.dtype),
         }
+        self.tensors["terms"] = self._terms(draw(rows, 2))
         self.tensors = {name: tensor.to(self.device) for name, tensor in self.tensors.items()}
 
     def __getattr__(self, name):
@@ -71,20 +78,40 @@ class Case:
     def elements(self):
         return int(np.prod(self.shape))
 
+    def _terms(self, free):
+        """(R, 4) terms of the method, rounded once from float64; a float64 case keeps them exact."""
+        _, v_coef, std = self.tensors["coef"].double().unbind(1)
+        product = torch.where(std > 0, v_coef / torch.where(std > 0, std, 1.0), 0.0)
+        kl = product**2 / 2 * (self.tensors["kl_weights"].double() if "kl_weights" in self.optional else 1.0)
+        square, product = {
+            "gaussian": (product**2 / 2, product),
+            "guard": (torch.zeros_like(std), torch.where(std > 0, v_coef, 0.0)),
+            "cps": (v_coef**2, 2 * v_coef * std),
+            "free": free.double().unbind(1),
+        }[self.method]
+        terms = torch.stack([self.tensors["weights"].double(), square, product, kl], dim=1)
+        return terms if self.dtype == DOUBLE else terms.float()
+
+    @property
+    def branches(self):
+        """What the operators of the loss share."""
+        names = ("velocity", "velocity_old", "terms", "key", "noise", "velocity_ref")
+        return Branches(*(getattr(self, name) for name in names), self.kl_coef)
+
+    @property
+    def ratio_branches(self):
+        """The same without reference policy, as `log_ratio` gives it."""
+        return self.branches._replace(velocity_ref=None, kl_coef=0.0)
+
+    @property
     def loss_arguments(self):
         """Arguments of `branch_loss` of a backend module."""
-        names = ("velocity", "velocity_old", "advantages", "weights", "coef", "key", "noise", *OPTIONAL)
-        return [getattr(self, name) for name in names] + [*self.clip_range, self.kl_coef, self.guidance]
-
-    def gradient_arguments(self):
-        """Arguments of `velocity_gradient` after slopes and scale."""
-        names = ("velocity", "velocity_old", "coef", "key", "noise", *OPTIONAL)
-        return [getattr(self, name) for name in names] + [self.kl_coef, self.guidance]
+        return self.branches, self.advantages, *self.clip_range
 
     def __str__(self):
+        shape, dtype = "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")
         noise = "stored" if self.stored_noise else "drawn"
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"{'x'.join(map(str, self.shape))}-K{self.siblings}-{dtype}-{noise}-{len(self.optional)}opt"
+        return f"{shape}-K{self.siblings}-{dtype}-{noise}-{self.method}-{len(self.optional)}opt"
 
 
 def philox_words(counter, key):
@@ -138,19 +165,18 @@ def _mean(values):
     return values.flatten(2).mean(2)
 
 
-def oracle_velocity(case):
-    """Leaves for autograd (velocity, velocity_uncond or None) and the guided velocity (R, 1, D...)."""
-    velocity = case.velocity.double().clone().requires_grad_()
-    if case.velocity_uncond is None:
-        return velocity, None, velocity.unsqueeze(1)
-    uncond = case.velocity_uncond.double().clone().requires_grad_()
-    return velocity, uncond, ((1 - case.guidance) * uncond + case.guidance * velocity).unsqueeze(1)
+def guided_velocity(case):
+    """The velocity of a step with classifier-free guidance, (R, 1, D...) float64."""
+    velocity = case.velocity.double()
+    if case.velocity_uncond is not None:
+        velocity = (1 - case.guidance) * case.velocity_uncond.double() + case.guidance * velocity
+    return velocity.unsqueeze(1)
 
 
 def oracle_step(case, noise):
     """next_latents, log_prob with the guided velocity."""
     x_coef, v_coef, std = _columns(case)
-    mean = x_coef * case.latents.double().unsqueeze(1) + v_coef * oracle_velocity(case)[2].detach()
+    mean = x_coef * case.latents.double().unsqueeze(1) + v_coef * guided_velocity(case)
     following = mean + std * noise
     return following, oracle_log_prob(following, mean, std)
 
@@ -162,37 +188,56 @@ def oracle_log_prob(following, mean, std):
 
 def oracle_log_ratio(case, noise, velocity):
     """Difference of two densities at the next latents that the old velocity and the noise gave; (R, K)."""
+    if case.method == "free":
+        return _free_log_ratio(case, noise, velocity)
     x_coef, v_coef, std = _columns(case)
     start = x_coef * case.latents.double().unsqueeze(1)
     old, new = start + v_coef * case.velocity_old.double().unsqueeze(1), start + v_coef * velocity
     following = old + std * noise
-    return oracle_log_prob(following, new, std) - oracle_log_prob(following, old, std)
+    if case.method == "cps":  # minus the squared distance from the mean, without variance
+        return _mean((following - old).square()) - _mean((following - new).square())
+    ratios = oracle_log_prob(following, new, std) - oracle_log_prob(following, old, std)
+    if case.method == "gaussian":
+        return ratios
+    safe = torch.where(std > 0, std, 1.0)  # guard: the mean of the log-ratio taken out, then times std
+    return torch.where(std.flatten(1) > 0, (ratios + _mean((new - old).square() / (2 * safe**2))) * std.flatten(1), 0.0)
+
+
+def _free_log_ratio(case, noise, velocity):
+    """The definition itself, branch by branch."""
+    delta = case.velocity_old.double() - velocity.squeeze(1)
+    ratios = [
+        -(square * (delta[row] ** 2).mean() + product * (delta[row] * noise[row, sibling]).mean())
+        for row, (_, square, product, _) in enumerate(case.terms.double())
+        for sibling in range(case.siblings)
+    ]
+    return torch.stack(ratios).view(case.rows, case.siblings)
 
 
 def oracle_loss(case, noise):
-    """loss, stats (7,), gradients of velocity and velocity_uncond."""
-    velocity, uncond, mixed = oracle_velocity(case)
-    log_ratios = oracle_log_ratio(case, noise, mixed)
+    """loss, stats (7,), gradient of velocity."""
+    velocity = case.velocity.double().clone().requires_grad_()
+    log_ratios = oracle_log_ratio(case, noise, velocity.unsqueeze(1))
     ratio, (low, high) = log_ratios.exp(), case.clip_range
     gain = case.weights.double().unsqueeze(1) * case.advantages.double()
     policy = torch.maximum(-gain * ratio, -gain * ratio.clamp(1 - low, 1 + high)).mean()
-    kl = oracle_kl(case, mixed)
+    kl = oracle_kl(case, velocity.unsqueeze(1))
     loss = policy + case.kl_coef * kl
     loss.backward()
     outside = ((ratio < 1 - low) | (ratio > 1 + high)).double().mean()
     approx = (torch.expm1(log_ratios) - log_ratios).mean()
     size = log_ratios.abs()
     stats = torch.stack([ratio.mean(), ratio.max(), outside, approx, kl, size.mean(), size.max()])
-    return loss.detach(), stats.detach(), velocity.grad, None if uncond is None else uncond.grad
+    return loss.detach(), stats.detach(), velocity.grad
 
 
-def oracle_kl(case, mixed):
+def oracle_kl(case, velocity):
     """Mean over rows of the weighted KL between the two Gaussians of a step, mean over elements."""
     if case.velocity_ref is None:
         return torch.zeros((), dtype=DOUBLE, device=case.device)
     _, v_coef, std = _columns(case)
     safe = torch.where(std > 0, std, 1.0)
-    new, old = (Normal(v_coef * v, safe) for v in (mixed, case.velocity_ref.double().unsqueeze(1)))
+    new, old = (Normal(v_coef * v, safe) for v in (velocity, case.velocity_ref.double().unsqueeze(1)))
     rows = _mean(kl_divergence(new, old))
     rows = torch.where(std.flatten(1) > 0, rows, 0.0)[:, 0]
     return (rows if case.kl_weights is None else rows * case.kl_weights.double()).mean()

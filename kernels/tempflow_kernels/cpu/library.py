@@ -8,7 +8,7 @@ import os
 from ctypes import POINTER, byref, c_char_p, c_double, c_int, c_int64, c_uint32, c_void_p
 from pathlib import Path
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 FILE_NAME = "_native.so"
 
 
@@ -31,9 +31,8 @@ class Branches(ctypes.Structure):
     """tfk_branches"""
 
     _fields_ = (
-        ("velocity", Array), ("velocity_old", Array), ("velocity_ref", Array), ("velocity_uncond", Array),
-        ("noise", Array), ("kl_weights", c_void_p),
-        ("guidance", c_double), ("kl_coef", c_double), ("clip_low", c_double), ("clip_high", c_double),
+        ("velocity", Array), ("velocity_old", Array), ("velocity_ref", Array), ("noise", Array),
+        ("terms", c_void_p), ("kl_coef", c_double),
     )  # fmt: skip
 
 
@@ -44,9 +43,9 @@ SIGNATURES = {
     "tfk_transition_log_prob": (_BATCH, Array, Array, Array, c_void_p),
     "tfk_transition_log_prob_gradient": (_BATCH, Array, Array, Array, c_void_p, c_void_p, c_int64),
     "tfk_log_ratio": (_BATCH, _BRANCHES, c_void_p),
-    "tfk_branch_loss": (_BATCH, _BRANCHES, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
-    "tfk_branch_loss_gradient": (_BATCH, _BRANCHES, c_void_p, c_void_p, c_void_p, c_void_p, c_void_p),
-    "tfk_velocity_gradient": (_BATCH, _BRANCHES, c_void_p, c_double, c_void_p, c_int64, c_void_p, c_int64),
+    "tfk_branch_loss": (_BATCH, _BRANCHES, c_void_p, c_double, c_double, c_void_p, c_void_p, c_void_p),
+    "tfk_branch_loss_gradient": (_BATCH, _BRANCHES, c_void_p, c_double, c_double, c_void_p, c_void_p, c_void_p),
+    "tfk_velocity_gradient": (_BATCH, _BRANCHES, c_void_p, c_double, c_void_p, c_int64),
 }
 
 

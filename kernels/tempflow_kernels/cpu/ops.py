@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .library import Array, Batch, Branches, byref, call
+from ..plain.reference import Branches
+from .library import Array, Batch, byref, call
+from .library import Branches as CBranches
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _NOTHING = Array(None, 0)
@@ -35,9 +37,10 @@ class _Memory:
             torch.get_num_threads(),
         )  # fmt: skip
 
-    def branches(self, velocity, old, noise, ref=None, uncond=None, kl_weights=None, numbers=(1.0, 0.0, 0.0, 0.0)):
-        arrays = (self.array(tensor) for tensor in (velocity, old, ref, uncond, noise))
-        return Branches(*arrays, self.pointer(kl_weights), *(float(number) for number in numbers))
+    def branches(self, branches: Branches, siblings: int) -> tuple[Batch, CBranches]:
+        velocity, velocity_old, terms, key, noise, velocity_ref, kl_coef = branches
+        arrays = (self.array(tensor) for tensor in (velocity, velocity_old, velocity_ref, noise))
+        return self.batch(velocity, None, key, siblings), CBranches(*arrays, self.pointer(terms), float(kl_coef))
 
 
 def _empty(like: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -79,62 +82,40 @@ def transition_log_prob_gradient(slopes, next_latents, latents, velocity, coef) 
     return gradient
 
 
-def log_ratio(velocity, velocity_old, coef, key, noise, siblings) -> Tensor:
-    memory, ratios = _Memory(), _empty(velocity, velocity.shape[0], siblings)
-    branches = memory.branches(velocity, velocity_old, noise)
-    call("tfk_log_ratio", memory.batch(velocity, coef, key, siblings), byref(branches), ratios.data_ptr())
+def log_ratio(branches: Branches, siblings: int) -> Tensor:
+    memory, ratios = _Memory(), _empty(branches.velocity, branches.velocity.shape[0], siblings)
+    batch, given = memory.branches(branches, siblings)
+    call("tfk_log_ratio", batch, byref(given), ratios.data_ptr())
     return ratios
 
 
-def _loss(
-    function, result, velocity, velocity_old, advantages, weights, coef, key, noise, velocity_ref, velocity_uncond,
-    kl_weights, numbers,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _loss(function: str, result: Tensor, branches: Branches, advantages: Tensor, clip_low: float, clip_high: float):
     """loss, statistics and `result`, which is the slopes or the gradient."""
-    memory, loss, stats = _Memory(), _empty(velocity), _empty(velocity, 7)
-    branches = memory.branches(velocity, velocity_old, noise, velocity_ref, velocity_uncond, kl_weights, numbers)
+    memory, loss, stats = _Memory(), _empty(advantages), _empty(advantages, 7)
+    batch, given = memory.branches(branches, advantages.shape[1])
     call(
-        function, memory.batch(velocity, coef, key, advantages.shape[1]), byref(branches), memory.pointer(advantages),
-        memory.pointer(weights), loss.data_ptr(), stats.data_ptr(), result.data_ptr(),
+        function, batch, byref(given), memory.pointer(advantages), float(clip_low), float(clip_high), loss.data_ptr(),
+        stats.data_ptr(), result.data_ptr(),
     )  # fmt: skip
     return loss, stats, result
 
 
-def branch_loss(
-    velocity, velocity_old, advantages, weights, coef, key, noise, velocity_ref, velocity_uncond, kl_weights,
-    clip_low, clip_high, kl_coef, guidance,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    numbers = (guidance, kl_coef, clip_low, clip_high)
-    return _loss(
-        "tfk_branch_loss", _empty(velocity, *advantages.shape), velocity, velocity_old, advantages, weights, coef, key,
-        noise, velocity_ref, velocity_uncond, kl_weights, numbers,
-    )  # fmt: skip
+def branch_loss(branches: Branches, advantages: Tensor, *clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
+    slopes = _empty(advantages, *advantages.shape)
+    return _loss("tfk_branch_loss", slopes, branches, advantages, *clip_range)
 
 
-def branch_loss_gradient(
-    velocity, velocity_old, advantages, weights, coef, key, noise, velocity_ref, velocity_uncond, kl_weights,
-    clip_low, clip_high, kl_coef, guidance,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    numbers = (guidance, kl_coef, clip_low, clip_high)
-    return _loss(
-        "tfk_branch_loss_gradient", _empty(velocity, *velocity.shape), velocity, velocity_old, advantages, weights,
-        coef, key, noise, velocity_ref, velocity_uncond, kl_weights, numbers,
-    )  # fmt: skip
+def branch_loss_gradient(branches: Branches, advantages: Tensor, *clip_range: float) -> tuple[Tensor, Tensor, Tensor]:
+    gradient = _empty(advantages, *branches.velocity.shape)
+    return _loss("tfk_branch_loss_gradient", gradient, branches, advantages, *clip_range)
 
 
-def velocity_gradient(
-    slopes, scale, velocity, velocity_old, coef, key, noise, velocity_ref, velocity_uncond, kl_weights, kl_coef,
-    guidance,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    memory, gradient = _Memory(), _empty(velocity, *velocity.shape, dtype=velocity.dtype)
-    numbers = (guidance, kl_coef, 0.0, 0.0)
-    branches = memory.branches(velocity, velocity_old, noise, velocity_ref, velocity_uncond, kl_weights, numbers)
-    uncond_gradient, target = _empty(velocity, 0), (None, 0)
-    if velocity_uncond is not None:
-        uncond_gradient = _empty(velocity, *velocity_uncond.shape, dtype=velocity_uncond.dtype)
-        target = (uncond_gradient.data_ptr(), _TYPES[uncond_gradient.dtype])
+def velocity_gradient(branches: Branches, slopes: Tensor, scale: Tensor) -> Tensor:
+    velocity, memory = branches.velocity, _Memory()
+    gradient = _empty(velocity, *velocity.shape, dtype=velocity.dtype)
+    batch, given = memory.branches(branches, slopes.shape[1])
     call(
-        "tfk_velocity_gradient", memory.batch(velocity, coef, key, slopes.shape[1]), byref(branches),
-        memory.pointer(slopes), float(scale), gradient.data_ptr(), _TYPES[gradient.dtype], *target,
+        "tfk_velocity_gradient", batch, byref(given), memory.pointer(slopes), float(scale), gradient.data_ptr(),
+        _TYPES[gradient.dtype],
     )  # fmt: skip
-    return gradient, uncond_gradient
+    return gradient

@@ -20,6 +20,16 @@ inline Row row_of(const tfk_batch &batch, int64_t row) {
     return {coef[0], coef[1], coef[2]};
 }
 
+/* What a method multiplies in the loss of a row. */
+struct Terms {
+    float weight, square, product, kl;
+};
+
+inline Terms terms_of(const tfk_branches &branches, int64_t row) {
+    const float *terms = branches.terms + 4 * row;
+    return {terms[0], terms[1], terms[2], terms[3]};
+}
+
 constexpr double kDraw = 0.8, kRead = 0.2;  // nanoseconds per normal deviate, per number read: orders of magnitude
 
 inline int64_t blocks_of(const tfk_batch &batch) { return (batch.elements + kBlock - 1) / kBlock; }

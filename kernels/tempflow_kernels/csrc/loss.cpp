@@ -9,15 +9,6 @@ using namespace tempflow;
 
 namespace {
 
-/* The guided velocity of a block. */
-void load_velocity(const tfk_branches &in, const Place &place, float *v) {
-    load(v, in.velocity, place.flat, place.count);
-    if (!in.velocity_uncond.data) return;
-    Buffer base;
-    load(base, in.velocity_uncond, place.flat, place.count);
-    ops().guide(v, base, float(in.guidance), place.count);
-}
-
 void load_delta(const tfk_branches &in, const Place &place, const float *v, float *delta) {
     load(delta, in.velocity_old, place.flat, place.count);
     ops().add_scaled(delta, delta, -1.0f, v, place.count);
@@ -61,14 +52,14 @@ int moments(const tfk_batch &batch, const tfk_branches &in, Rows rows, const Kep
     return for_each_block(batch, rows, cost_of(in), [&](int64_t item, const Place &place) {
         double *sums = partial.data() + item * columns;
         Buffer v, delta, other;
-        load_velocity(in, place, v);
+        load(v, in.velocity, place.flat, place.count);
         load_delta(in, place, v, delta);
         sums[0] = ops().dot(delta, delta, place.count);
         if (in.velocity_ref.data) {
             load(other, in.velocity_ref, place.flat, place.count);
             sums[1] = ops().squared_distance(v, other, 1.0f, place.count);
         }
-        if (!row_of(batch, place.row).stochastic()) return;
+        if (terms_of(in, place.row).product == 0) return;
         for (int64_t j = 0; j < batch.siblings; j++) {
             float *place_kept = kept ? kept->at(item - start, j) : nullptr, *noise = place_kept ? place_kept : other;
             load_noise(batch, in, place, j, noise);
@@ -82,7 +73,7 @@ int moments(const tfk_batch &batch, const tfk_branches &in, std::vector<double> 
     return moments(batch, in, {0, batch.rows}, nullptr, partial);
 }
 
-/* Pass 2 on one block: the gradient of `scale * loss` in the guided velocity, into `out`. */
+/* Pass 2 on one block: the gradient of `scale * loss` in the velocity, into `out`. */
 struct Gradient {
     const tfk_batch &batch;
     const tfk_branches &in;
@@ -91,40 +82,40 @@ struct Gradient {
     /* noise(j, buffer): the noise of sibling j, drawn into `buffer` or kept elsewhere; slope: the K slopes of the row. */
     template <typename Noise>
     void operator()(const Place &place, const float *slope, const Noise &noise, float *out) const {
-        const double s = row_of(batch, place.row).sensitivity(), factor = scale * s / double(batch.elements);
+        const Terms terms = terms_of(in, place.row);
+        const double share = scale / double(batch.elements);
         double slope_sum = 0;
         Buffer v, delta, total = {};
-        load_velocity(in, place, v);
+        load(v, in.velocity, place.flat, place.count);
         load_delta(in, place, v, delta);
-        for (int64_t j = 0; s != 0 && j < batch.siblings; j++) {
-            ops().add_scaled(total, total, slope[j], noise(j, out), place.count);
+        for (int64_t j = 0; j < batch.siblings; j++) {
+            if (terms.product != 0) ops().add_scaled(total, total, slope[j], noise(j, out), place.count);
             slope_sum += double(slope[j]);
         }
-        ops().combine(out, float(factor), total, float(factor * s * slope_sum), delta, place.count);
+        const double along = 2 * double(terms.square) * slope_sum;
+        ops().combine(out, float(share * double(terms.product)), total, float(share * along), delta, place.count);
         if (!in.velocity_ref.data || in.kl_coef == 0) return;
-        const double weight = in.kl_weights ? double(in.kl_weights[place.row]) : 1.0;
+        const double pull = 2 * in.kl_coef * double(terms.kl) / double(batch.rows);
         load(total, in.velocity_ref, place.flat, place.count);
         ops().add_scaled(total, v, -1.0f, total, place.count);
-        ops().add_scaled(out, out, float(factor * s * in.kl_coef * weight / double(batch.rows)), total, place.count);
+        ops().add_scaled(out, out, float(share * pull), total, place.count);
     }
 };
 
-double log_ratio_of(const tfk_batch &batch, const std::vector<double> &partial, int64_t row, int64_t sibling) {
-    const double s = row_of(batch, row).sensitivity(), count = double(batch.elements);
-    const double square = sum_blocks(partial, batch, row, batch.siblings + 2, 0) / count;
-    const double product = sum_blocks(partial, batch, row, batch.siblings + 2, 2 + sibling) / count;
-    return -(0.5 * s * s * square + s * product);
+double log_ratio_of(const tfk_batch &batch, const tfk_branches &in, const std::vector<double> &partial, int64_t row,
+                    int64_t sibling) {
+    const Terms terms = terms_of(in, row);
+    const double square = sum_blocks(partial, batch, row, batch.siblings + 2, 0);
+    const double product = sum_blocks(partial, batch, row, batch.siblings + 2, 2 + sibling);
+    return -(double(terms.square) * square + double(terms.product) * product) / double(batch.elements);
 }
 
 /* Mean over rows of the weighted KL to the reference policy. */
 double reference_kl(const tfk_batch &batch, const tfk_branches &in, const std::vector<double> &partial) {
     double total = 0;
-    for (int64_t row = 0; row < batch.rows; row++) {
-        const double s = row_of(batch, row).sensitivity();
-        const double square = sum_blocks(partial, batch, row, batch.siblings + 2, 1) / double(batch.elements);
-        total += 0.5 * s * s * square * (in.kl_weights ? double(in.kl_weights[row]) : 1.0);
-    }
-    return total / double(batch.rows);
+    for (int64_t row = 0; row < batch.rows; row++)
+        total += double(terms_of(in, row).kl) * sum_blocks(partial, batch, row, batch.siblings + 2, 1);
+    return total / double(batch.rows * batch.elements);
 }
 
 double greater(double a, double b) { return std::isnan(b) || b > a ? b : a; }
@@ -152,17 +143,18 @@ struct Tally {
 /* The branch loss from finished log-ratios, row after row. */
 class Objective {
   public:
-    Objective(const tfk_batch &batch, const tfk_branches &in, const float *advantages, const float *weights)
-        : batch(batch), in(in), advantages(advantages), weights(weights),
+    Objective(const tfk_batch &batch, const tfk_branches &in, const float *advantages, double clip_low,
+              double clip_high)
+        : batch(batch), in(in), advantages(advantages),
           // The bounds as fp32 numbers, so that every backend clips at the same place.
-          low(double(float(in.clip_low))), high(double(float(in.clip_high))) {}
+          low(double(float(clip_low))), high(double(float(clip_high))) {}
 
     /* Adds some rows and writes their slopes, (rows, K). */
     void add(const std::vector<double> &partial, Rows rows, float *slopes) {
         for (int64_t i = rows.first * batch.siblings; i < (rows.first + rows.count) * batch.siblings; i++) {
             const int64_t row = i / batch.siblings;
-            const double gain = double(weights[row] * advantages[i]);
-            const double ratio = log_ratio_of(batch, partial, row, i % batch.siblings);
+            const double gain = double(terms_of(in, row).weight * advantages[i]);
+            const double ratio = log_ratio_of(batch, in, partial, row, i % batch.siblings);
             *slopes++ = float(tally.add(ratio, gain, low, high) / count());
         }
     }
@@ -179,7 +171,7 @@ class Objective {
     double count() const { return double(batch.rows * batch.siblings); }
     const tfk_batch &batch;
     const tfk_branches &in;
-    const float *advantages, *weights;
+    const float *advantages;
     double low, high;
     Tally tally;
 };
@@ -218,25 +210,25 @@ int tfk_log_ratio(const tfk_batch *batch, const tfk_branches *branches, float *l
     std::vector<double> partial;
     if (moments(*batch, *branches, partial)) return 1;
     for (int64_t i = 0; i < batch->rows * batch->siblings; i++)
-        log_ratio[i] = float(log_ratio_of(*batch, partial, i / batch->siblings, i % batch->siblings));
+        log_ratio[i] = float(log_ratio_of(*batch, *branches, partial, i / batch->siblings, i % batch->siblings));
     return 0;
 }
 
-int tfk_branch_loss(const tfk_batch *batch, const tfk_branches *branches, const float *advantages,
-                    const float *weights, float *loss, float *stats, float *slopes) {
+int tfk_branch_loss(const tfk_batch *batch, const tfk_branches *branches, const float *advantages, double clip_low,
+                    double clip_high, float *loss, float *stats, float *slopes) {
     std::vector<double> partial;
     if (moments(*batch, *branches, partial)) return 1;
-    Objective objective(*batch, *branches, advantages, weights);
+    Objective objective(*batch, *branches, advantages, clip_low, clip_high);
     objective.add(partial, {0, batch->rows}, slopes);
     objective.finish(partial, loss, stats);
     return 0;
 }
 
 int tfk_branch_loss_gradient(const tfk_batch *batch, const tfk_branches *branches, const float *advantages,
-                             const float *weights, float *loss, float *stats, float *gradient) {
+                             double clip_low, double clip_high, float *loss, float *stats, float *gradient) {
     std::vector<double> partial;
     if (!allocate(partial, *batch, batch->siblings + 2)) return 1;
-    Objective objective(*batch, *branches, advantages, weights);
+    Objective objective(*batch, *branches, advantages, clip_low, clip_high);
     try {
         if (loss_and_gradient(*batch, *branches, objective, partial, gradient)) return 1;
     } catch (const std::exception &) {
@@ -247,21 +239,15 @@ int tfk_branch_loss_gradient(const tfk_batch *batch, const tfk_branches *branche
 }
 
 int tfk_velocity_gradient(const tfk_batch *batch, const tfk_branches *branches, const float *slopes, double scale,
-                          void *gradient, int64_t gradient_type, void *uncond_gradient, int64_t uncond_type) {
-    const tfk_branches &in = *branches;
-    const Gradient gradient_of{*batch, in, scale};
-    return for_each_block(*batch, cost_of(in), [&](int64_t, const Place &place) {
-        Buffer out, half;
+                          void *gradient, int64_t gradient_type) {
+    const Gradient gradient_of{*batch, *branches, scale};
+    return for_each_block(*batch, cost_of(*branches), [&](int64_t, const Place &place) {
+        Buffer out;
         const auto noise = [&](int64_t j, float *buffer) {
-            load_noise(*batch, in, place, j, buffer);
+            load_noise(*batch, *branches, place, j, buffer);
             return buffer;
         };
         gradient_of(place, slopes + place.row * batch->siblings, noise, out);
-        if (uncond_gradient) {
-            ops().combine(half, float(1.0 - in.guidance), out, 0.0f, out, place.count);
-            ops().store(uncond_gradient, uncond_type, place.flat, half, place.count);
-            ops().scale(out, float(in.guidance), place.count);
-        }
         ops().store(gradient, gradient_type, place.flat, out, place.count);
     });
 }

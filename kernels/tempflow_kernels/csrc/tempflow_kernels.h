@@ -20,7 +20,7 @@
 extern "C" {
 #endif
 
-#define TFK_ABI_VERSION 2
+#define TFK_ABI_VERSION 3
 
 enum { TFK_FLOAT32 = 0, TFK_BFLOAT16 = 1, TFK_FLOAT16 = 2 };
 
@@ -30,7 +30,8 @@ typedef struct {
     int64_t type;
 } tfk_array;
 
-/* The batch: coef (R, 3) holds x_coef, v_coef, std; std = 0 is an ODE row. key (R, 2) holds seed and offset. */
+/* The batch: coef (R, 3) holds x_coef, v_coef, std; std = 0 is an ODE row (the functions of the loss do not read it).
+ * key (R, 2) holds seed and offset. */
 typedef struct {
     const float *coef;
     const int64_t *key;
@@ -38,12 +39,12 @@ typedef struct {
     int64_t threads;
 } tfk_batch;
 
-/* What the loss reads: arrays (R, d), noise (R, K, d) or NULL (then it is drawn from the keys), kl_weights (R) or NULL.
- * The velocity is `velocity_uncond + guidance (velocity - velocity_uncond)` where velocity_uncond is given. */
+/* What the loss reads: arrays (R, d), velocity_ref may be NULL; noise (R, K, d) or NULL (then it is drawn from the
+ * keys); terms (R, 4): weight, square, product, kl. A row with product = 0 reads no noise. */
 typedef struct {
-    tfk_array velocity, velocity_old, velocity_ref, velocity_uncond, noise;
-    const float *kl_weights;
-    double guidance, kl_coef, clip_low, clip_high;
+    tfk_array velocity, velocity_old, velocity_ref, noise;
+    const float *terms;
+    double kl_coef;
 } tfk_branches;
 
 int tfk_abi_version(void);
@@ -69,22 +70,23 @@ int tfk_transition_log_prob(const tfk_batch *batch, tfk_array next, tfk_array la
 int tfk_transition_log_prob_gradient(const tfk_batch *batch, tfk_array next, tfk_array latents, tfk_array velocity,
                                      const float *slopes, void *gradient, int64_t gradient_type);
 
-/* log_ratio (R, K) = -(s^2 mean(delta^2) / 2 + s mean(delta noise_j)), s = v_coef / std, delta = v_old - v. */
+/* log_ratio (R, K) = -(square mean(dv^2) + product mean(dv noise_j)), dv = v_old - v. */
 int tfk_log_ratio(const tfk_batch *batch, const tfk_branches *branches, float *log_ratio);
 
-/* loss (1), stats (7) = ratio mean, ratio max, clip fraction, approximate KL, KL to the reference, mean and maximum of
- * |log_ratio|; slopes (R, K) = d loss / d log_ratio. advantages (R, K), weights (R). */
-int tfk_branch_loss(const tfk_batch *batch, const tfk_branches *branches, const float *advantages,
-                    const float *weights, float *loss, float *stats, float *slopes);
+/* loss (1) = mean of max(-g ratio, -g clip(ratio, 1 - clip_low, 1 + clip_high)) + kl_coef * mean of kl mean((v - v_ref)^2)
+ * with g = weight * advantage; stats (7) = ratio mean, ratio max, clip fraction, approximate KL, KL to the reference,
+ * mean and maximum of |log_ratio|; slopes (R, K) = d loss / d log_ratio. advantages (R, K). */
+int tfk_branch_loss(const tfk_batch *batch, const tfk_branches *branches, const float *advantages, double clip_low,
+                    double clip_high, float *loss, float *stats, float *slopes);
 
-/* The same loss and stats, and with them gradient (R, d), fp32: d loss / d velocity, the guided one where
- * velocity_uncond is given. Draws every noise once where tfk_branch_loss and tfk_velocity_gradient draw it twice. */
+/* The same loss and stats, and with them gradient (R, d), fp32: d loss / d velocity. Draws every noise once where
+ * tfk_branch_loss and tfk_velocity_gradient draw it twice. */
 int tfk_branch_loss_gradient(const tfk_batch *batch, const tfk_branches *branches, const float *advantages,
-                             const float *weights, float *loss, float *stats, float *gradient);
+                             double clip_low, double clip_high, float *loss, float *stats, float *gradient);
 
-/* gradient (R, d) of `scale * loss` for velocity and, where it is given, for velocity_uncond. */
+/* gradient (R, d) of `scale * loss` in velocity. */
 int tfk_velocity_gradient(const tfk_batch *batch, const tfk_branches *branches, const float *slopes, double scale,
-                          void *gradient, int64_t gradient_type, void *uncond_gradient, int64_t uncond_type);
+                          void *gradient, int64_t gradient_type);
 
 #ifdef __cplusplus
 }

@@ -119,15 +119,16 @@ void test_step() {
 
 struct Loss {
     Case c;
-    Floats v, old, advantages, weights{0.5f, 2.0f};
+    Floats v, old, advantages, terms{0.5f, 1 / 18.0f, -1 / 3.0f, 1 / 18.0f, 2.0f, 0, 0, 0};  // of c.coef, weights .5, 2
     Loss() : v(ramp(c.rows * c.elements, -0.03f)), old(ramp(c.rows * c.elements, -0.0301f)) {
         advantages = {1.0f, -0.5f, 0.25f, 1.0f, -1.0f, 0.5f};
     }
+    tfk_branches branches() const { return {array(v), array(old), {}, {}, terms.data(), 0.0}; }
     double operator()(Floats *slopes = nullptr) {
         const tfk_batch batch = c.batch();
-        const tfk_branches in = {array(v), array(old), {}, {}, {}, nullptr, 1.0, 0.0, 0.5, 0.5};
+        const tfk_branches in = branches();
         Floats loss(1), stats(7), slope(6);
-        tfk_branch_loss(&batch, &in, advantages.data(), weights.data(), loss.data(), stats.data(), slope.data());
+        tfk_branch_loss(&batch, &in, advantages.data(), 0.5, 0.5, loss.data(), stats.data(), slope.data());
         if (slopes) *slopes = slope;
         return double(loss[0]);
     }
@@ -146,8 +147,8 @@ void test_gradient() {
     Floats slopes, gradient(loss.v.size());
     loss(&slopes);
     const tfk_batch batch = loss.c.batch();
-    const tfk_branches in = {array(loss.v), array(loss.old), {}, {}, {}, nullptr, 1.0, 0.0, 0.5, 0.5};
-    tfk_velocity_gradient(&batch, &in, slopes.data(), 1.0, gradient.data(), TFK_FLOAT32, nullptr, 0);
+    const tfk_branches in = loss.branches();
+    tfk_velocity_gradient(&batch, &in, slopes.data(), 1.0, gradient.data(), TFK_FLOAT32);
     double along = 0;
     for (size_t i = 0; i < gradient.size(); i++) along += double(gradient[i]) * double(gradient[i]);
     const float length = float(0.05 / std::sqrt(along));
@@ -167,13 +168,14 @@ void test_at_once(int64_t siblings, int64_t threads) {
     loss.c.siblings = siblings, loss.c.threads = threads;
     loss.advantages.assign(size_t(2 * siblings), 0.7f);
     const tfk_batch batch = loss.c.batch();
-    const tfk_branches in = {array(loss.v), array(loss.old), array(loss.old), {}, {}, nullptr, 1.0, 0.1, 0.5, 0.5};
+    const tfk_branches in = {array(loss.v), array(loss.old), array(loss.old), {}, loss.terms.data(), 0.1};
     Floats slopes(loss.advantages.size()), apart(loss.v.size()), once(loss.v.size()), stats(7), stats_once(7);
     float value, value_once;
-    tfk_branch_loss(&batch, &in, loss.advantages.data(), loss.weights.data(), &value, stats.data(), slopes.data());
-    tfk_velocity_gradient(&batch, &in, slopes.data(), 1.0, apart.data(), TFK_FLOAT32, nullptr, 0);
-    const int status = tfk_branch_loss_gradient(&batch, &in, loss.advantages.data(), loss.weights.data(), &value_once,
-                                                stats_once.data(), once.data());
+    const float *advantages = loss.advantages.data();
+    tfk_branch_loss(&batch, &in, advantages, 0.5, 0.5, &value, stats.data(), slopes.data());
+    tfk_velocity_gradient(&batch, &in, slopes.data(), 1.0, apart.data(), TFK_FLOAT32);
+    const int status =
+        tfk_branch_loss_gradient(&batch, &in, advantages, 0.5, 0.5, &value_once, stats_once.data(), once.data());
     check(status == 0 && value == value_once && stats == stats_once, "loss and statistics of the one call", status);
     check(apart == once && once[0] != 0.0f, "gradient of the one call");
 }

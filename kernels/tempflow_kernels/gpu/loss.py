@@ -2,7 +2,7 @@
 
 Pass 1 (`moments_kernel`) reads the velocities once and regenerates the K noises to form partial sums; two small
 kernels finish them in a fixed order; pass 2 (`velocity_gradient_kernel`) regenerates the noises again and writes the
-gradient of both guidance halves. Nothing of the size of K latents is ever stored.
+gradient. Nothing of the size of K latents is ever stored.
 """
 
 from __future__ import annotations
@@ -11,65 +11,54 @@ import triton
 import triton.language as tl
 
 from .noise import noise_block
-from .transition import load_guided, load_row, sum_blocks
+from .transition import load_row, sum_blocks
 
 
 @triton.jit
 def moments_kernel(
-    velocity, velocity_old, velocity_ref, uncond, coef, key, noise, partial, siblings, elements, blocks,
-    GUIDED: tl.constexpr, GUIDANCE: tl.constexpr, REFERENCE: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr,
+    velocity, velocity_old, velocity_ref, terms, key, noise, partial, siblings, elements, blocks,
+    REFERENCE: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """partial[r, block] = sums over the block of delta^2, (v - v_ref)^2, delta noise_1 .. delta noise_K."""
+    """partial[r, block] = sums over the block of dv^2, (v - v_ref)^2, dv noise_1 .. dv noise_K; dv = v_old - v.
+
+    terms (R, 4): weight, square, product, kl. A row with product = 0 draws no noise.
+    """
     program = tl.program_id(0).to(tl.int64)
     row, block = program // blocks, program % blocks
     index = block * BLOCK + tl.arange(0, BLOCK)
-    v = load_guided(velocity, uncond, row, elements, index, GUIDED, GUIDANCE)
+    v = load_row(velocity, row, elements, index)
     delta = load_row(velocity_old, row, elements, index) - v
     sums = partial + program * (siblings + 2)
     tl.store(sums, tl.sum(delta * delta))
     if REFERENCE:
         distance = v - load_row(velocity_ref, row, elements, index)
         tl.store(sums + 1, tl.sum(distance * distance))
-    stochastic = tl.load(coef + row * 3 + 2) != 0.0
+    drawing = tl.load(terms + row * 4 + 2) != 0.0
     for sibling in range(siblings):
         product = 0.0
-        if stochastic:
+        if drawing:
             drawn = noise_block(noise, key, row, sibling, siblings, elements, block, BLOCK, STORED)
             product = tl.sum(delta * drawn)
         tl.store(sums + 2 + sibling, product)
 
 
 @triton.jit
-def sensitivity(coef, row):
-    """v_coef / std of a row, 0 where std = 0, NaN where std < 0."""
-    v_coef, std = tl.load(coef + row * 3 + 1), tl.load(coef + row * 3 + 2)
-    value = tl.where(std == 0.0, 0.0, v_coef / tl.where(std == 0.0, 1.0, std))
-    return tl.where(std < 0.0, float("nan"), value)
-
-
-@triton.jit
-def log_ratio_kernel(partial, coef, log_ratio, siblings, elements, blocks, LANES: tl.constexpr):
-    """log_ratio[r, j] = -(s^2 mean(delta^2) / 2 + s mean(delta noise_j)) with s = v_coef / std."""
+def log_ratio_kernel(partial, terms, log_ratio, siblings, elements, blocks, LANES: tl.constexpr):
+    """log_ratio[r, j] = -(square mean(dv^2) + product mean(dv noise_j))."""
     program = tl.program_id(0).to(tl.int64)
     row, sibling = program // siblings, program % siblings
     count = elements * 1.0
-    square = sum_blocks(partial, row, 0, siblings + 2, blocks, LANES) / count
-    product = sum_blocks(partial, row, 2 + sibling, siblings + 2, blocks, LANES) / count
-    s = sensitivity(coef, row)
-    tl.store(log_ratio + program, -(0.5 * s * s * square + s * product))
+    square = tl.load(terms + row * 4 + 1) * (sum_blocks(partial, row, 0, siblings + 2, blocks, LANES) / count)
+    sums = sum_blocks(partial, row, 2 + sibling, siblings + 2, blocks, LANES)
+    tl.store(log_ratio + program, -(square + tl.load(terms + row * 4 + 2) * (sums / count)))
 
 
 @triton.jit
-def reference_kl_kernel(
-    partial, coef, kl_weights, kl, siblings, elements, blocks, WEIGHTED: tl.constexpr, LANES: tl.constexpr
-):
-    """kl[r] = kl_weight_r s^2 / 2 * mean((v - v_ref)^2)."""
+def reference_kl_kernel(partial, terms, kl, siblings, elements, blocks, LANES: tl.constexpr):
+    """kl[r] = terms[r, 3] * mean((v - v_ref)^2)."""
     row = tl.program_id(0).to(tl.int64)
-    s = sensitivity(coef, row)
-    value = 0.5 * s * s * (sum_blocks(partial, row, 1, siblings + 2, blocks, LANES) / (elements * 1.0))
-    if WEIGHTED:
-        value *= tl.load(kl_weights + row)
-    tl.store(kl + row, value)
+    square = sum_blocks(partial, row, 1, siblings + 2, blocks, LANES) / (elements * 1.0)
+    tl.store(kl + row, tl.load(terms + row * 4 + 3) * square)
 
 
 @triton.jit
@@ -95,7 +84,7 @@ def greater(a, b):
 
 @triton.jit
 def objective_kernel(
-    log_ratio, kl, advantages, weights, loss, stats, slopes, rows, siblings,
+    log_ratio, kl, advantages, terms, loss, stats, slopes, rows, siblings,
     LOW: tl.constexpr, HIGH: tl.constexpr, KL_COEF: tl.constexpr, REFERENCE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """One program: loss, statistics and d loss / d log_ratio from all R x K log-ratios, LANES at a time in order.
@@ -112,7 +101,7 @@ def objective_kernel(
         inside = index < count
         x = tl.load(log_ratio + index, mask=inside, other=0.0)
         gain = tl.load(advantages + index, mask=inside, other=0.0)
-        gain *= tl.load(weights + index // siblings, mask=inside, other=0.0)
+        gain *= tl.load(terms + index // siblings * 4, mask=inside, other=0.0)
         excess, rest = expm1_parts(x)
         free, clipped = -gain * excess, -gain * tl.minimum(tl.maximum(excess, -LOW), HIGH)
         active = free >= clipped
@@ -140,39 +129,30 @@ def objective_kernel(
 
 @triton.jit
 def velocity_gradient_kernel(
-    slopes, scale, velocity, velocity_old, velocity_ref, uncond, kl_weights, coef, key, noise, gradient,
-    uncond_gradient, rows, siblings, elements, blocks,
-    GUIDED: tl.constexpr, GUIDANCE: tl.constexpr, KL_COEF: tl.constexpr, WEIGHTED: tl.constexpr, STORED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    slopes, scale, velocity, velocity_old, velocity_ref, terms, key, noise, gradient, rows, siblings, elements, blocks,
+    KL_COEF: tl.constexpr, STORED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """gradient = scale / d * (s^2 (sum_j g_j) delta + s sum_j g_j noise_j + KL_COEF kl_w s^2 (v - v_ref) / R).
+    """gradient = scale / d * (2 square (sum_j g_j) dv + product sum_j g_j noise_j + 2 KL_COEF kl (v - v_ref) / R).
 
-    s = v_coef / std, g = slopes; times GUIDANCE for `velocity` and 1 - GUIDANCE for `uncond`.
+    square, product and kl from terms (R, 4), dv = v_old - v, g = slopes.
     """
     program = tl.program_id(0).to(tl.int64)
     row, block = program // blocks, program % blocks
     index = block * BLOCK + tl.arange(0, BLOCK)
-    inside = index < elements
-    v = load_guided(velocity, uncond, row, elements, index, GUIDED, GUIDANCE)
+    v = load_row(velocity, row, elements, index)
     delta = load_row(velocity_old, row, elements, index) - v
-    s = sensitivity(coef, row)
+    square, product = tl.load(terms + row * 4 + 1), tl.load(terms + row * 4 + 2)
     slope_sum = 0.0
     mixed = tl.zeros([BLOCK], tl.float32)
-    if s != 0.0:
-        for sibling in range(siblings):
-            slope = tl.load(slopes + row * siblings + sibling)
-            slope_sum += slope
+    for sibling in range(siblings):
+        slope = tl.load(slopes + row * siblings + sibling)
+        slope_sum += slope
+        if product != 0.0:
             mixed += slope * noise_block(noise, key, row, sibling, siblings, elements, block, BLOCK, STORED)
-    total = s * (s * slope_sum * delta + mixed)
+    total = 2.0 * square * slope_sum * delta + product * mixed
     if KL_COEF != 0.0:
-        share = KL_COEF * s * s / (rows * 1.0)
-        if WEIGHTED:
-            share *= tl.load(kl_weights + row)
+        share = 2.0 * KL_COEF * tl.load(terms + row * 4 + 3) / (rows * 1.0)
         total += share * (v - load_row(velocity_ref, row, elements, index))
     total *= tl.load(scale) / (elements * 1.0)
-    target = row * elements + index
-    if GUIDED:
-        base = (1.0 - GUIDANCE) * total
-        tl.store(uncond_gradient + target, base.to(uncond_gradient.dtype.element_ty), mask=inside)
-        total = GUIDANCE * total
-    tl.store(gradient + target, total.to(gradient.dtype.element_ty), mask=inside)
+    target = gradient + row * elements + index
+    tl.store(target, total.to(gradient.dtype.element_ty), mask=index < elements)

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from ..plain.gradients import loss_then_gradient
+from ..plain.reference import Branches
 from . import loss as loss_kernels
 from . import noise as noise_kernels
 from . import transition as step_kernels
@@ -100,81 +101,72 @@ def transition_log_prob_gradient(slopes, next_latents, latents, velocity, coef) 
     return gradient
 
 
-def _log_ratios(velocity, velocity_old, coef, key, noise, siblings, velocity_ref, uncond, guidance):
-    """Pass 1 and its finish: log-ratios (R, K) and the partial sums, for the KL."""
+def _log_ratios(branches: Branches, siblings: int) -> tuple[Tensor, Tensor]:
+    """Pass 1 and its finish: log-ratios (R, K) and the partial sums, for the KL. Of contiguous branches."""
+    velocity, velocity_old, terms, key, noise, velocity_ref, _ = branches
     rows, elements, blocks = _geometry(velocity)
     partial = torch.empty(rows * blocks * (siblings + 2), dtype=torch.float32, device=velocity.device)
     log_ratios = torch.empty(rows, siblings, dtype=torch.float32, device=velocity.device)
     loss_kernels.moments_kernel[(rows * blocks,)](
-        velocity, velocity_old.contiguous(), _flat(velocity_ref, velocity), _flat(uncond, velocity), coef,
-        _flat(key, partial), _flat(noise, velocity), partial, siblings, elements, blocks,
-        GUIDED=uncond is not None, GUIDANCE=float(guidance), REFERENCE=velocity_ref is not None,
-        STORED=noise is not None, BLOCK=BLOCK, **OPTIONS,
+        velocity, velocity_old, _flat(velocity_ref, velocity), terms, _flat(key, partial), _flat(noise, velocity),
+        partial, siblings, elements, blocks,
+        REFERENCE=velocity_ref is not None, STORED=noise is not None, BLOCK=BLOCK, **OPTIONS,
     )  # fmt: skip
     loss_kernels.log_ratio_kernel[(rows * siblings,)](
-        partial, coef, log_ratios, siblings, elements, blocks, LANES=LANES, **OPTIONS
+        partial, terms, log_ratios, siblings, elements, blocks, LANES=LANES, **OPTIONS
     )
     return log_ratios, partial
 
 
-def log_ratio(velocity, velocity_old, coef, key, noise, siblings) -> Tensor:
-    with _device(velocity):
-        return _log_ratios(
-            velocity.contiguous(), velocity_old, _fp32(coef), key, noise, siblings, None, None, 1.0
-        )[0]  # fmt: skip
+def _contiguous(branches: Branches) -> Branches:
+    *tensors, kl_coef = branches._replace(terms=_fp32(branches.terms))
+    return Branches(*(None if tensor is None else tensor.contiguous() for tensor in tensors), float(kl_coef))
 
 
-def _reference_kl(partial, coef, kl_weights, siblings, velocity) -> Tensor:
-    rows, elements, blocks = _geometry(velocity)
-    kl = torch.empty(rows, dtype=torch.float32, device=velocity.device)
-    weights = kl if kl_weights is None else _fp32(kl_weights)
+def log_ratio(branches: Branches, siblings: int) -> Tensor:
+    with _device(branches.velocity):
+        return _log_ratios(_contiguous(branches), siblings)[0]
+
+
+def _reference_kl(partial: Tensor, branches: Branches, siblings: int) -> Tensor:
+    rows, elements, blocks = _geometry(branches.velocity)
+    kl = torch.empty(rows, dtype=torch.float32, device=partial.device)
     loss_kernels.reference_kl_kernel[(rows,)](
-        partial, coef, weights, kl, siblings, elements, blocks, WEIGHTED=kl_weights is not None, LANES=LANES, **OPTIONS
+        partial, branches.terms, kl, siblings, elements, blocks, LANES=LANES, **OPTIONS
     )
     return kl
 
 
 def branch_loss(
-    velocity, velocity_old, advantages, weights, coef, key, noise, velocity_ref, velocity_uncond, kl_weights,
-    clip_low, clip_high, kl_coef, guidance,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    branches: Branches, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    branches, advantages = _contiguous(branches), _fp32(advantages)
     rows, siblings = advantages.shape
-    velocity, coef = velocity.contiguous(), _fp32(coef)
-    loss, stats = (torch.empty(shape, dtype=torch.float32, device=velocity.device) for shape in ((), 7))
-    slopes = torch.empty(rows, siblings, dtype=torch.float32, device=velocity.device)
-    with _device(velocity):
-        log_ratios, partial = _log_ratios(
-            velocity, velocity_old, coef, key, noise, siblings, velocity_ref, velocity_uncond, guidance
-        )
-        has_reference = velocity_ref is not None
-        kl = _reference_kl(partial, coef, kl_weights, siblings, velocity) if has_reference else partial
+    loss, stats, slopes = (advantages.new_empty(shape) for shape in ((), 7, (rows, siblings)))
+    has_reference = branches.velocity_ref is not None
+    with _device(advantages):
+        log_ratios, partial = _log_ratios(branches, siblings)
+        kl = _reference_kl(partial, branches, siblings) if has_reference else partial
         loss_kernels.objective_kernel[(1,)](
-            log_ratios, kl, _fp32(advantages), _fp32(weights), loss, stats, slopes, rows, siblings,
-            LOW=float(clip_low), HIGH=float(clip_high), KL_COEF=float(kl_coef), REFERENCE=has_reference, LANES=LANES,
+            log_ratios, kl, advantages, branches.terms, loss, stats, slopes, rows, siblings,
+            LOW=float(clip_low), HIGH=float(clip_high), KL_COEF=branches.kl_coef, REFERENCE=has_reference, LANES=LANES,
             **OPTIONS,
         )  # fmt: skip
     return loss, stats, slopes
 
 
-def velocity_gradient(
-    slopes, scale, velocity, velocity_old, coef, key, noise, velocity_ref, velocity_uncond, kl_weights, kl_coef,
-    guidance,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def velocity_gradient(branches: Branches, slopes: Tensor, scale: Tensor) -> Tensor:
+    branches, slopes = _contiguous(branches), _fp32(slopes)
+    velocity, velocity_old, terms, key, noise, velocity_ref, kl_coef = branches
     rows, elements, blocks = _geometry(velocity)
-    guided, kl_coef = velocity_uncond is not None, float(kl_coef) if velocity_ref is not None else 0.0
     gradient = torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
-    uncond_gradient = torch.empty_like(velocity_uncond, memory_format=torch.contiguous_format) if guided else None
-    velocity, coef, slopes = velocity.contiguous(), _fp32(coef), _fp32(slopes)
     with _device(velocity):
         loss_kernels.velocity_gradient_kernel[(rows * blocks,)](
-            slopes, _fp32(scale), velocity, velocity_old.contiguous(), _flat(velocity_ref, velocity),
-            _flat(velocity_uncond, velocity), slopes if kl_weights is None else _fp32(kl_weights), coef,
-            _flat(key, slopes), _flat(noise, velocity), gradient, _flat(uncond_gradient, gradient), rows,
-            slopes.shape[1], elements, blocks,
-            GUIDED=guided, GUIDANCE=float(guidance), KL_COEF=kl_coef, WEIGHTED=kl_weights is not None,
-            STORED=noise is not None, BLOCK=BLOCK, **OPTIONS,
+            slopes, _fp32(scale), velocity, velocity_old, _flat(velocity_ref, velocity), terms, _flat(key, slopes),
+            _flat(noise, velocity), gradient, rows, slopes.shape[1], elements, blocks,
+            KL_COEF=0.0 if velocity_ref is None else kl_coef, STORED=noise is not None, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
-    return gradient, gradient.new_empty(0, dtype=torch.float32) if uncond_gradient is None else uncond_gradient
+    return gradient
 
 
 branch_loss_gradient = partial(loss_then_gradient, branch_loss, velocity_gradient)

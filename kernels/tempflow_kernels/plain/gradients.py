@@ -12,14 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .reference import compute_dtype, guided, normal_like, per_row
-
-
-def sensitivity(coef: Tensor) -> Tensor:
-    """`v_coef / std` per row (R,), 0 for the rows without noise."""
-    _, v_coef, std = coef.unbind(1)
-    stochastic = std > 0
-    return torch.where(stochastic, v_coef / torch.where(stochastic, std, 1.0), 0.0)
+from .reference import Branches, compute_dtype, normal_like, per_row
 
 
 def transition_log_prob_gradient(
@@ -30,7 +23,7 @@ def transition_log_prob_gradient(
     x_coef, v_coef, std = coef.to(dtype).unbind(1)
     mean = per_row(x_coef, latents) * latents.to(dtype) + per_row(v_coef, latents) * velocity.to(dtype)
     residual = (next_latents.to(dtype) - mean.unsqueeze(1)).flatten(2)
-    scale = sensitivity(coef.to(dtype)) / torch.where(std > 0, std, 1.0) / residual.shape[2]
+    scale = torch.where(std > 0, v_coef / torch.where(std > 0, std, 1.0).square(), 0.0) / residual.shape[2]
     gradient = torch.einsum("rk,rkd->rd", slopes.to(dtype) * scale.unsqueeze(1), residual)
     return gradient.view(velocity.shape).to(velocity.dtype)
 
@@ -42,70 +35,39 @@ def branch_slopes(log_ratios: Tensor, gain: Tensor, low: float, high: float) -> 
     return torch.where(active, -gain * (1 + excess), 0.0) / log_ratios.numel()
 
 
-def velocity_gradient(
-    slopes: Tensor,
-    scale: Tensor,
-    velocity: Tensor,
-    velocity_old: Tensor,
-    coef: Tensor,
-    key: Tensor | None,
-    noise: Tensor | None,
-    velocity_ref: Tensor | None,
-    velocity_uncond: Tensor | None,
-    kl_weights: Tensor | None,
-    kl_coef: float,
-    guidance: float,
-) -> tuple[Tensor, Tensor]:
-    """Gradient of `scale * loss` for the two guidance halves.
+def velocity_gradient(branches: Branches, slopes: Tensor, scale: Tensor) -> Tensor:
+    """Gradient of `scale * loss` in `velocity`, in its shape and dtype.
 
-    With `s = v_coef / std`, `delta = v_old - v` and slopes g_j:
-    `(s^2 (sum_j g_j) delta + s sum_j g_j noise_j) / d + kl_coef kl_w s^2 (v - v_ref) / (d R)`, times guidance for
-    `velocity` and times `1 - guidance` for `velocity_uncond`.
+    With `dv = v_old - v` and slopes g_j:
+    `scale / d * (2 square (sum_j g_j) dv + product sum_j g_j noise_j + 2 kl_coef kl (v - v_ref) / R)`.
 
-    Returns:
-        gradients in the dtypes of `velocity` and `velocity_uncond`; the second is empty without that input.
+    Args:
+        branches: as in the loss. slopes: (R, K) fp32. scale: () fp32.
     """
-    dtype = compute_dtype(velocity, velocity_old, coef, noise)
+    dtype = compute_dtype(*branches.tensors())
     rows, siblings = slopes.shape
-    if noise is None:
-        noise = normal_like(velocity, key, siblings)
-    mixed = guided(velocity, velocity_uncond, guidance, dtype).flatten(1)
-    slopes, ratio = slopes.to(dtype), sensitivity(coef.to(dtype)).unsqueeze(1)
-    delta = velocity_old.to(dtype).flatten(1) - mixed
-    gradient = ratio.square() * slopes.sum(1, keepdim=True) * delta
-    gradient = gradient + ratio * torch.einsum("rk,rkd->rd", slopes, noise.to(dtype).flatten(2))
-    if velocity_ref is not None:
-        share = kl_coef / rows * ratio.square() * (1.0 if kl_weights is None else kl_weights.to(dtype).unsqueeze(1))
-        gradient = gradient + share * (mixed - velocity_ref.to(dtype).flatten(1))
-    gradient = (gradient * (scale.to(dtype) / mixed.shape[1])).view(velocity.shape)
-    uncond_dtype = None if velocity_uncond is None else velocity_uncond.dtype
-    return split_guidance(gradient, velocity.dtype, uncond_dtype, guidance)
+    noise = normal_like(branches.velocity, branches.key, siblings) if branches.noise is None else branches.noise
+    _, square, product, kl = branches.terms.to(dtype).unsqueeze(2).unbind(1)
+    velocity, slopes = branches.velocity.to(dtype).flatten(1), slopes.to(dtype)
+    delta = branches.velocity_old.to(dtype).flatten(1) - velocity
+    total = 2 * square * slopes.sum(1, keepdim=True) * delta
+    total = total + product * torch.einsum("rk,rkd->rd", slopes, noise.to(dtype).flatten(2))
+    if branches.velocity_ref is not None:
+        distance = velocity - branches.velocity_ref.to(dtype).flatten(1)
+        total = total + 2 * branches.kl_coef / rows * kl * distance
+    total = total * (scale.to(dtype) / velocity.shape[1])
+    return total.view(branches.velocity.shape).to(branches.velocity.dtype)
 
 
 def loss_then_gradient(
-    branch_loss: Callable, gradient_of: Callable, velocity: Tensor, velocity_old: Tensor, advantages: Tensor,
-    weights: Tensor, coef: Tensor, key: Tensor | None, noise: Tensor | None, velocity_ref: Tensor | None,
-    velocity_uncond: Tensor | None, kl_weights: Tensor | None, clip_low: float, clip_high: float, kl_coef: float,
-    guidance: float,
+    branch_loss: Callable, gradient_of: Callable, branches: Branches, advantages: Tensor, clip_low: float,
+    clip_high: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The operator `branch_loss_gradient` made of `branch_loss` and `velocity_gradient` of a backend.
 
     Returns:
-        loss (), statistics (7,), and the fp32 gradient in the guided velocity.
+        loss (), statistics (7,), and the fp32 gradient in `velocity`.
     """
-    velocity = guided(velocity, velocity_uncond, guidance, torch.float32)
-    shared = (coef, key, noise, velocity_ref, None, kl_weights)
-    loss, stats, slopes = branch_loss(
-        velocity, velocity_old, advantages, weights, *shared, clip_low, clip_high, kl_coef, 1.0
-    )
-    gradient, _ = gradient_of(slopes, torch.ones_like(loss), velocity, velocity_old, *shared, kl_coef, 1.0)
-    return loss, stats, gradient
-
-
-def split_guidance(
-    gradient: Tensor, dtype: torch.dtype, uncond_dtype: torch.dtype | None, guidance: float
-) -> tuple[Tensor, Tensor]:
-    """Gradient of the mixed velocity to those of its two halves, each in its dtype; the second empty without one."""
-    if uncond_dtype is None:
-        return gradient.to(dtype), gradient.new_empty(0)
-    return (guidance * gradient).to(dtype), ((1 - guidance) * gradient).to(uncond_dtype)
+    branches = branches._replace(velocity=branches.velocity.float())
+    loss, stats, slopes = branch_loss(branches, advantages, clip_low, clip_high)
+    return loss, stats, gradient_of(branches, slopes, torch.ones_like(loss))

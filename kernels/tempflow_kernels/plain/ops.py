@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import philox, reference
 from .gradients import branch_slopes, loss_then_gradient, transition_log_prob_gradient, velocity_gradient
+from .reference import Branches
 
 __all__ = [
     "branch_loss",
@@ -22,6 +23,7 @@ __all__ = [
 ]
 
 normal = philox.normal
+log_ratio = reference.log_ratio
 transition_log_prob = reference.transition_log_prob
 
 
@@ -39,37 +41,12 @@ def transition_step(
     return following.contiguous(), log_prob
 
 
-def log_ratio(
-    velocity: Tensor, velocity_old: Tensor, coef: Tensor, key: Tensor | None, noise: Tensor | None, siblings: int
-) -> Tensor:
-    """(R, K) log-ratios."""
-    return reference.log_ratio(velocity, velocity_old, coef, key, siblings, noise)
-
-
 def branch_loss(
-    velocity: Tensor,
-    velocity_old: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    coef: Tensor,
-    key: Tensor | None,
-    noise: Tensor | None,
-    velocity_ref: Tensor | None,
-    velocity_uncond: Tensor | None,
-    kl_weights: Tensor | None,
-    clip_low: float,
-    clip_high: float,
-    kl_coef: float,
-    guidance: float,
+    branches: Branches, advantages: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss (), statistics (7,) in the order of BranchLossStats, slopes (R, K) for `velocity_gradient`."""
-    mixed = reference.guided(velocity, velocity_uncond, guidance, torch.float32)
-    log_ratios = reference.log_ratio(mixed, velocity_old, coef, key, advantages.shape[1], noise)
-    gain = weights.float().unsqueeze(1) * advantages.float()
-    kl = reference.reference_kl(mixed, velocity_ref, coef, kl_weights)
-    loss = reference.clipped_objective(log_ratios, gain, clip_low, clip_high) + kl_coef * kl
-    stats = torch.stack(reference.branch_stats(log_ratios, kl, clip_low, clip_high))
-    return loss, stats, branch_slopes(log_ratios, gain, clip_low, clip_high)
+    loss, stats, log_ratios, gain = reference.loss_parts(branches, advantages, clip_low, clip_high)
+    return loss, torch.stack(stats), branch_slopes(log_ratios, gain, clip_low, clip_high)
 
 
 branch_loss_gradient = partial(loss_then_gradient, branch_loss, velocity_gradient)

@@ -3,7 +3,8 @@
 One step of any flow sampler is `next = x_coef * x + v_coef * v + std * noise` with scalars per row, so the operators
 know neither sigma nor the kind of SDE. Shapes: R rows (one network output each), K siblings that share a row, D...
 one latent, d its number of elements. `coef` is (R, 3): x_coef, v_coef, std. A row with std = 0 is an ODE step: it
-draws no noise and its log-probability and log-ratio are 0 by definition.
+draws no noise and its log-probability is 0 by definition. `terms` is (R, 4): what a method multiplies in the loss
+(weight, square, product, kl); the loss knows methods by these numbers only.
 
 Computation is fp32, or float64 when an input is float64 (the oracle of the tests). Noise is always drawn in fp32.
 """
@@ -19,6 +20,28 @@ from torch import Tensor
 from .philox import normal
 
 
+class Branches(NamedTuple):
+    """What the log-ratio, the loss and its gradient read of R rows: the arguments that these operators share."""
+
+    velocity: Tensor
+    """(R, D...), that of the policy in training."""
+    velocity_old: Tensor
+    """(R, D...), that of the policy that drew the branches."""
+    terms: Tensor
+    """(R, 4): weight, square, product, kl."""
+    key: Tensor | None = None
+    """(R, 2) int64, the keys of the noise; or"""
+    noise: Tensor | None = None
+    """(R, K, D...) = (next_latents - mean_old) / std."""
+    velocity_ref: Tensor | None = None
+    """(R, D...), that of the policy before training."""
+    kl_coef: float = 0.0
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The fields whose dtype decides the precision."""
+        return self.velocity, self.velocity_old, self.terms, self.noise, self.velocity_ref
+
+
 class BranchLossStats(NamedTuple):
     """What one loss call saw, as 0-d tensors without gradient; averages run over all R x K branches."""
 
@@ -29,7 +52,7 @@ class BranchLossStats(NamedTuple):
     approx_kl: Tensor
     """Mean of `ratio - 1 - log_ratio`, an unbiased low-variance estimate of KL(old || new)."""
     kl: Tensor
-    """Mean over rows of the weighted KL to the reference policy, before `kl_coef`."""
+    """Mean over rows of the KL to the reference policy with its factor from `terms`, before `kl_coef`."""
     log_ratio_mean: Tensor
     """Mean of |log_ratio|."""
     log_ratio_max: Tensor
@@ -114,74 +137,65 @@ def transition_log_prob(next_latents: Tensor, latents: Tensor, velocity: Tensor,
     return _gaussian_log_prob(standardised.square().flatten(2).mean(2), std)
 
 
-def log_ratio(
-    velocity: Tensor,
-    velocity_old: Tensor,
-    coef: Tensor,
-    key: Tensor | None = None,
-    siblings: int | None = None,
-    noise: Tensor | None = None,
-) -> Tensor:
+def gaussian_terms(coef: Tensor, weights: Tensor | None, kl_weights: Tensor | None) -> Tensor:
+    """(R, 4) terms of the Gaussian step with `coef` (R, 3): see `ops.gaussian_terms`."""
+    _, v_coef, std = coef.double().unbind(1)
+    product = torch.where(std == 0, 0.0, v_coef / torch.where(std == 0, 1.0, std))
+    product = torch.where(std < 0, math.nan, product)  # a negative std must show
+    square = product.square() / 2
+    ones = torch.ones_like(square)
+    weight, kl_weight = (ones if column is None else column.double() for column in (weights, kl_weights))
+    return torch.stack([weight, square, product, square * kl_weight], dim=1).to(compute_dtype(coef))
+
+
+def log_ratio(branches: Branches, siblings: int) -> Tensor:
     """log(new density / old density) of branches drawn from the old velocity: (R, K). Differentiable in `velocity`.
 
-    With `delta = v_old - v_new` and the noise that was drawn, x cancels:
-    `log_ratio_j = -(v_coef^2 |delta|^2 + 2 v_coef std <delta, noise_j>) / (2 std^2 d)`.
-    The difference is formed per element, before any sum, so nothing cancels between two large sums.
+    With `dv = v_old - v` and the noise that was drawn, x cancels out of the difference of the two densities:
+    `log_ratio_j = -(square * mean(dv^2) + product * mean(dv * noise_j))`.
+    It is formed per element, before any sum, so nothing cancels between two large sums.
 
     Args:
-        velocity, velocity_old: (R, D...).
-        key, siblings: the keys (R, 2) and K with which the branches were drawn; or
-        noise: (R, K, D...) = (next_latents - mean_old) / std.
+        branches: its `terms` hold square and product; 0 in both gives 0.
+        siblings: K.
     """
-    dtype = compute_dtype(velocity, velocity_old, coef, noise)
-    if noise is None:
-        noise = normal_like(velocity, key, siblings)
-    _, v_coef, std = coef.to(dtype).unbind(1)
-    stochastic = std > 0
-    sensitivity = torch.where(stochastic, v_coef / torch.where(stochastic, std, 1.0), 0.0).unsqueeze(1)
-    delta = (velocity_old.to(dtype) - velocity.to(dtype)).flatten(1).unsqueeze(1)
-    square = delta.square().mean(2)
-    product = (delta * noise.to(dtype).flatten(2)).mean(2)
-    return -(0.5 * sensitivity.square() * square + sensitivity * product)
+    dtype = compute_dtype(branches.velocity, branches.velocity_old, branches.terms, branches.noise)
+    noise = normal_like(branches.velocity, branches.key, siblings) if branches.noise is None else branches.noise
+    _, square, product, _ = branches.terms.to(dtype).unsqueeze(2).unbind(1)  # (R, 1) each
+    delta = (branches.velocity_old.to(dtype) - branches.velocity.to(dtype)).flatten(1).unsqueeze(1)
+    return -(square * delta.square().mean(2) + product * (delta * noise.to(dtype).flatten(2)).mean(2))
 
 
 def branch_loss(
-    velocity: Tensor,
-    velocity_old: Tensor,
-    advantages: Tensor,
-    weights: Tensor,
-    coef: Tensor,
-    key: Tensor | None = None,
-    noise: Tensor | None = None,
-    clip_range: tuple[float, float] = (1e-4, 1e-4),
-    kl_coef: float = 0.0,
-    velocity_ref: Tensor | None = None,
-    velocity_uncond: Tensor | None = None,
-    guidance: float = 1.0,
-    kl_weights: Tensor | None = None,
+    branches: Branches, advantages: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, BranchLossStats]:
     """Weighted clipped policy-gradient loss of K siblings that share one velocity, plus the KL to a reference policy.
 
-    `loss = mean_{r,j} max(-w A ratio, -w A clip(ratio, 1 - low, 1 + high)) + kl_coef * mean_r kl_w KL_r` with
-    `KL_r = v_coef^2 / (2 std^2) * mean((v - v_ref)^2)` (equal std on both sides; TempFlow-GRPO eq. of the objective,
-    Flow-GRPO section 4). `ratio - 1` is carried by expm1, so a clip range of 1e-5 keeps its resolution in fp32.
+    `loss = mean_{r,j} max(-w A ratio, -w A clip(ratio, 1 - low, 1 + high)) + kl_coef * mean_r kl_r mean((v - v_ref)^2)`
+    with w and kl from `terms`. Sources: TempFlow-GRPO, the equation of the objective; Flow-GRPO (arXiv 2505.05470),
+    section 4. `ratio - 1` is carried by expm1, so a clip range of 1e-5 keeps its resolution in fp32.
 
     Args:
-        velocity, velocity_old, velocity_ref, velocity_uncond: (R, D...); gradients reach the first and the last.
-        advantages: (R, K). weights: (R,), 0 removes a row's policy gradient but keeps it in the mean.
-        coef: (R, 3). key: (R, 2) or noise: (R, K, D...), exactly one of them.
-        clip_range: (low, high). kl_weights: (R,) factors of the KL per row, default 1.
+        branches: what is read of the R rows. advantages: (R, K).
+        clip_low, clip_high: distance of the bounds of the ratio from 1.
     Returns:
         loss (), differentiable, and its statistics.
     """
-    dtype = compute_dtype(velocity, velocity_old, advantages, coef, noise)
-    velocity = guided(velocity, velocity_uncond, guidance, dtype)
-    log_ratios = log_ratio(velocity, velocity_old, coef, key, advantages.shape[1], noise)
-    low, high = clip_range
-    gain = weights.to(dtype).unsqueeze(1) * advantages.to(dtype)
-    kl = reference_kl(velocity, velocity_ref, coef.to(dtype), kl_weights)
-    stats = branch_stats(log_ratios.detach(), kl.detach(), low, high)
-    return clipped_objective(log_ratios, gain, low, high) + kl_coef * kl, stats
+    return loss_parts(branches, advantages, clip_low, clip_high)[:2]
+
+
+def loss_parts(
+    branches: Branches, advantages: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, BranchLossStats, Tensor, Tensor]:
+    """The loss, its statistics, and what its derivative is made of: log-ratios (R, K) and weight * advantage (R, K)."""
+    dtype = compute_dtype(advantages, *branches.tensors())
+    branches = branches._replace(velocity=branches.velocity.to(dtype), terms=branches.terms.to(dtype))
+    log_ratios = log_ratio(branches, advantages.shape[1])
+    gain = branches.terms[:, :1] * advantages.to(dtype)
+    kl = reference_kl(branches)
+    stats = branch_stats(log_ratios.detach(), kl.detach(), clip_low, clip_high)
+    loss = clipped_objective(log_ratios, gain, clip_low, clip_high) + branches.kl_coef * kl
+    return loss, stats, log_ratios, gain
 
 
 def clipped_objective(log_ratios: Tensor, gain: Tensor, low: float, high: float) -> Tensor:
@@ -191,16 +205,12 @@ def clipped_objective(log_ratios: Tensor, gain: Tensor, low: float, high: float)
     return (surrogate - gain).mean()
 
 
-def reference_kl(velocity: Tensor, velocity_ref: Tensor | None, coef: Tensor, kl_weights: Tensor | None) -> Tensor:
-    """Mean over rows of the weighted Gaussian KL to the reference policy; 0 without one, rows with std = 0 give 0."""
-    if velocity_ref is None:
+def reference_kl(branches: Branches) -> Tensor:
+    """Mean over rows of `kl * mean((v - v_ref)^2)`; 0 without a reference policy."""
+    velocity, kl = branches.velocity, branches.terms[:, 3]
+    if branches.velocity_ref is None:
         return velocity.new_zeros(())
-    _, v_coef, std = coef.unbind(1)
-    stochastic = std > 0
-    scale = torch.where(stochastic, 0.5 * (v_coef / torch.where(stochastic, std, 1.0)).square(), 0.0)
-    if kl_weights is not None:
-        scale = scale * kl_weights.to(scale.dtype)
-    return (scale * (velocity - velocity_ref.to(velocity.dtype)).flatten(1).square().mean(1)).mean()
+    return (kl * (velocity - branches.velocity_ref.to(velocity.dtype)).flatten(1).square().mean(1)).mean()
 
 
 def branch_stats(log_ratios: Tensor, kl: Tensor, low: float, high: float) -> BranchLossStats:
