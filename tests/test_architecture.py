@@ -16,7 +16,9 @@ LAYERS = [
     {"common"},
     {"settings", "policy", "prompts", "parallel"},
     {"models", "rewards", "digits", "records", "explore"},
-    {"credit", "learn"},
+    {"credit"},
+    {"learn"},
+    {"method"},
     {"forecast"},
     {"run"},
     {"studies"},
@@ -24,7 +26,7 @@ LAYERS = [
 ]
 """The rooms, bottom to top: folders of tempflow/ and the files beside them. Arrows point down or stay in their room."""
 
-RANKS = {"train", "commands", "run", "parallel", "forecast"}
+RANKS = {"train", "commands", "run", "parallel", "forecast", "credit", "learn"}
 
 
 def imports(path: Path) -> set[str]:

@@ -87,8 +87,8 @@ def give_credit(rewards: Tensor, weights: Tensor, comparison: Comparison) -> Cre
     """Advantages of M rewards of V tails per branch, mixed before or after normalisation.
 
     Args:
-        rewards: (V, M, S, R, K) with R = P prompts x N noises, prompt by prompt, of all ranks; NaN where a scorer has no
-            opinion: such a branch gets no credit from this reward (from the sum of all, if that is normalised), and
+        rewards: (V, M, S, R, K), R = P prompts x N noises, prompt by prompt, of all processes; NaN where a scorer has
+            no opinion: such a branch gets no credit from this reward (from the sum of all, if that is normalised), and
             the mean and standard deviation of its group are those of its other members.
         weights: (M,).
     """

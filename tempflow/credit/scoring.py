@@ -46,7 +46,8 @@ class ScoreQueue:
         on_gpu = policy.device.type == "cuda"
         self.overlap = overlap and (on_gpu or reward.parallel > 0)
         self.decoder: Executor = ThreadPoolExecutor(1, "decode") if self.overlap else DirectExecutor()
-        self.judge: Executor = ThreadPoolExecutor(max(1, reward.parallel), "score") if self.overlap else DirectExecutor()
+        judges = max(1, reward.parallel)
+        self.judge: Executor = ThreadPoolExecutor(judges, "score") if self.overlap else DirectExecutor()
         self.stream = torch.cuda.Stream(policy.device) if self.overlap and on_gpu else None
         self.pending: list[Future] = []
         self.places: list[Tensor] = []

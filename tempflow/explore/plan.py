@@ -54,7 +54,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Forks:
-    """The rule that chooses forks. Example: Forks((0, 1, 2, 3), take=1, draw="prompt") is one of four for each prompt."""
+    """The rule that chooses forks. Example: Forks((0, 1, 2, 3), 1, "prompt") takes one of four for each prompt."""
 
     pool: tuple[int, ...]
     """steps that may be chosen, ascending"""

@@ -146,7 +146,7 @@ def build_schedule(
     if noise_level <= 0:
         raise BadInput("sample.noise_level", noise_level, "siblings differ only by noise; give a level above 0")
     if transition == "cps" and noise_level >= 2:
-        raise BadInput("sample.noise_level", noise_level, "cps replaces all of the noise at 1 and none at 2; go below 2")
+        raise BadInput("sample.noise_level", noise_level, "cps replaces all noise at 1 and none at 2; go below 2")
     reach = torch.ones(len(sigmas) - 1, dtype=torch.int64) if jumps is None else torch.tensor(jumps)
     following = sigmas[torch.arange(len(reach)) + reach]
     return NoiseSchedule(sigmas, ode(sigmas), TRANSITIONS[transition](sigmas, noise_level, following), reach)

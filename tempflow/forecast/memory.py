@@ -9,7 +9,7 @@ operator by operator without data (`models/without_weights/`); phases do not mee
     moving average     fp32, as the trained parameters
     optimizer state    `tempflow.learn.optimizers.estimated_state_bytes`; paged states may move to the host
     gradients          fp32, from the first batch of an update to its step; a bucket twice while ranks average them
-    decisions          latents and velocities of every stochastic step, fp32: per fork, and per sibling later in a window
+    decisions          latents and velocities of every stochastic step, fp32: a fork's, later in a window each sibling's
     branches           where they leave their windows, and where each of their tails ends, fp32
     text encoders      beside all else, or with model.offload_text only while new prompts are encoded
     learning           one batch: what its forward pass keeps, and the peak of its backward pass
@@ -76,10 +76,12 @@ def plan_memory(config: Config, skeleton: Skeleton, cost: IterationCost, ranks: 
     learn, checkpointing = config.learn, config.model.gradient_checkpointing
     parts, trainable = skeleton.parts, skeleton.parts["trainable"].bytes
     text, states, branches = parts["text"].bytes, cost.state_bytes, cost.branch_bytes
-    chunk = min(AUTO_ROWS if config.tails.rows == "auto" else config.tails.rows, cost.trunks * cost.forks * cost.siblings)
+    asked = AUTO_ROWS if config.tails.rows == "auto" else config.tails.rows
+    chunk = min(asked, cost.trunks * cost.forks * cost.siblings)
     trunk_call, tail_call = dry.sampling(learn.rows).peak, dry.sampling(chunk).peak
     decode = dry.decoding(config.reward.rows).peak
-    batch = {choice: _learning(dry, learn.rows, choice, config.objective.kl > 0, trunk_call) for choice in (False, True)}
+    with_reference = config.objective.kl > 0
+    batch = {choice: _learning(dry, learn.rows, choice, with_reference, trunk_call) for choice in (False, True)}
     encoding = {"encoding": {"text encoders": text}} if config.model.offload_text else {}
     averaging = {"averaging": min(BUCKET, trainable)} if ranks > 1 else {}
     captured = tail_call if config.tails.level in CAPTURED else 0

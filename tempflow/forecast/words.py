@@ -62,8 +62,8 @@ class Forecast:
         operators = backend_info()["cuda" if device == "cuda" else "cpu"]
         return (
             f"{config.model.path} on {self.ranks} x {device}, {width} x {height} pixels, latents "
-            f"{tuple(skeleton.latent_shape)}; {trained:,} trained parameters ({config.model.train}) of {whole:,} in the "
-            f"transformer; operators: {operators}"
+            f"{tuple(skeleton.latent_shape)}; {trained:,} trained parameters ({config.model.train}) of {whole:,} in "
+            f"the transformer; operators: {operators}"
         )
 
     def _arithmetic(self) -> list[str]:

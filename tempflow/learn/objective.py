@@ -4,8 +4,8 @@
     loss = mean max(-weight A ratio, -weight A clip(ratio)) + kl_coef mean kl mean((v - v_ref)^2)
 
 Sources: the Gaussian's ratio and its KL, Flow-GRPO (arXiv 2505.05470); noise weights, TempFlow-GRPO (2508.04324); the
-ratio without its quadratic term, GRPO-Guard (2510.22319); the undivided one, Flow-CPS (2509.05952); inverse sensitivity,
-Flash-GRPO (2605.15980).
+ratio without its quadratic term, GRPO-Guard (2510.22319); the undivided one, Flow-CPS (2509.05952); the inverse of the
+sensitivity, Flash-GRPO (2605.15980).
 Deviations: weights have mean 1 over the steps of the schedule that are trained. TempFlow-GRPO's released code has a
 constant that is right for one schedule each, GRPO-Guard's divides by the step size without a mean, Flash-GRPO's by the
 mean over the steps that happened to be drawn.
@@ -81,7 +81,7 @@ class Objective:
 
 
 IDLE = {"keep": (WEIGHT,), "drop": (WEIGHT, KL)}
-"""The silenced columns by the values of credit.idle: whether idle groups stay in the averages or are dropped from them."""
+"""The silenced columns by the values of credit.idle: idle groups stay in the averages, or are dropped from them."""
 
 
 def make_objective(

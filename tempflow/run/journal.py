@@ -131,7 +131,8 @@ class Journal:
     def _start_row(self) -> StartRow:
         trainer, evaluator = self.trainer, self.evaluator
         shown = [evaluator.prompts[index].text for index in evaluator.pictured] if evaluator else []
-        weights, trained = torch.zeros(trainer.schedule.num_steps - 1, dtype=torch.float64), trainer.method.rule.trained()
+        trained = trainer.method.rule.trained()
+        weights = torch.zeros(trainer.schedule.num_steps - 1, dtype=torch.float64)
         weights[trained] = trainer.schedule.noise_weights(trained)
         return StartRow(sigmas=trainer.schedule.sigmas.tolist(), noise_weights=weights.tolist(), picture_prompts=shown,
                         tail_rows=trainer.tails[0].rows)  # fmt: skip

@@ -1,4 +1,4 @@
-"""The parts that one training step needs. They are made in `assembly.py`; what a step does with them is in `train.py`."""
+"""The parts that one training step needs: made in `assembly.py`, used in `train.py`."""
 
 from __future__ import annotations
 
