@@ -19,7 +19,7 @@ def test_presets_are_laid_on_one_another_from_left_to_right(tmp_path):
         (tmp_path / f"{name}.yaml").write_text(f"learn: {{rows: {rows}}}\n")
     a, b = str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")
     assert (load([a, b]).learn.rows, load([b, a]).learn.rows) == (5, 3)
-    assert load(["sd35_geneval", a]).learn.rows == 3, "a user's file has the last word"
+    assert load(["sd35_geneval", a]).learn.rows == 3
     assert load(["g2rpo", "sd35_medium"]) == load(["sd35_medium", "g2rpo"]), "the same noise level"
 
 
@@ -99,6 +99,12 @@ def test_a_method_is_whole_wherever_a_task_is_named(task, method):
         for field, value in fields.items():
             found = getattr(getattr(config, section), field)
             assert found == (float(value) if isinstance(found, float) else value)
+
+
+def test_a_file_of_ones_own_may_change_a_method(tmp_path):
+    (tmp_path / "own.yaml").write_text("objective: {clip: 0.5}\n")
+    assert load(["digits", "flow_grpo", str(tmp_path / "own.yaml")]).objective.clip == 0.5
+    assert load(["digits", "flow_grpo", "objective.clip=0.5"]).objective.clip == 0.5
 
 
 def test_extending_a_method_brings_it(refusal, tmp_path):
