@@ -37,8 +37,21 @@ def assert_levels(found, expected, std, share, levels=1):
     assert (apart > 0.01 * LEVEL).float().mean() <= share
 
 
-@pytest.mark.parametrize(("height", "width"), [(512, 512), (300, 425), (425, 300), (100, 90), (224, 224), (600, 300),
-                                               (602, 300), (1500, 300), (300, 1500), (700, 100)])
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [
+        (512, 512),
+        (300, 425),
+        (425, 300),
+        (100, 90),
+        (224, 224),
+        (600, 300),
+        (602, 300),
+        (1500, 300),
+        (300, 1500),
+        (700, 100),
+    ],
+)
 def test_clip_pixels(height, width):
     images = pictures(2, height, width)
     expected = CLIPImageProcessorPil()(as_files(images), return_tensors="pt")["pixel_values"]
