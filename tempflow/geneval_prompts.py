@@ -10,8 +10,8 @@ A kind of which every prompt is kept out has none in the file; its share goes to
 so of single objects in the command above, as the benchmark asks for all 80. `--test 0` writes no test file.
 
 The texts are worded as GenEval's generator (prompts/create_prompts.py) does, by rule and not by grammar: "a skis", "two
-persons", "four knifes". `--wording english` says "a pair of skis", "two people", "four knives" instead; of GenEval's own
-553 texts 7 % would read otherwise.
+persons", "four knifes". `--wording english` says "a pair of skis", "two people", "four knives" instead, which
+changes 7 % of GenEval's 553 texts.
 """
 
 from __future__ import annotations

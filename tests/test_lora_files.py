@@ -23,7 +23,7 @@ def deltas(policy):
 def read_deltas(file, scale_of):
     """The same of a LoRA file; `scale_of(tensors, metadata, layer)` is a reader's rule."""
     with safe_open(file, "pt") as opened:
-        tensors = {name.removeprefix("transformer."): opened.get_tensor(name) for name in opened.keys()}
+        tensors = {name.removeprefix("transformer."): opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         metadata = json.loads(opened.metadata()["lora_adapter_metadata"])
     layers = {name.partition(".lora_A")[0] for name in tensors if ".lora_A." in name}
     products = {n: tensors[f"{n}.lora_B.weight"] @ tensors[f"{n}.lora_A.weight"] for n in layers}

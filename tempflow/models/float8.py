@@ -16,8 +16,8 @@ SMALLEST_SCALE = 1e-12
 MULTIPLE = 16
 """the product takes sides that are multiples of this"""
 SENSITIVE = ("norm", "embed", "_mod")
-"""parts of names of layers inside blocks that keep their precision: they scale and shift whole streams (`_mod` is of Qwen's img_mod
-and of the others' modulation)"""
+"""parts of names of layers inside blocks that keep their precision: they scale and shift whole streams; `_mod` is in
+Qwen's img_mod and in the others' modulation"""
 
 
 class Float8Linear(nn.Module):

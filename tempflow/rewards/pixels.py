@@ -40,8 +40,8 @@ def resize(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Te
 
 
 def vertical_first(old: Sequence[int], new: Sequence[int]) -> bool:
-    """Whether Pillow 13 goes from (height, width) `old` to `new` rows first: where it loses more than twice as many rows
-    as columns.
+    """Whether Pillow 13 goes from (height, width) `old` to `new` rows first: where more than twice as many rows go as
+    columns.
 
     Found by trying 1261 random sizes, half of them around the limit; the reason is in Pillow's pull request 9549.
     """
