@@ -110,6 +110,15 @@ def test_positions():
     assert judged(two, [ask("dog"), ask("cup", 2, position=["left of", 0])])[1:] == (0, 0)  # all must stand there
 
 
+@pytest.mark.parametrize("boxes", [(CENTRE, LEFT), (LEFT, CENTRE)], ids=["first right", "second right"])
+def test_an_object_must_stand_so_from_all_of_its_targets(boxes):
+    """A cup between two dogs is left of one of them only, whichever the detector is surer of."""
+    dogs = [thing("dog", box, confidence) for box, confidence in zip(boxes, (0.95, 0.5), strict=True)]
+    include = [ask("dog", 2), ask("cup", position=["left of", 0])]
+    assert judged([*dogs, thing("cup", (21, 40, 39, 60))], include) == (pytest.approx(2 / 3), 0, 0)
+    assert judged([*dogs, thing("cup", (-40, 40, -20, 60))], include) == (1, 1, 1)
+
+
 def test_position_needs_a_target_of_the_right_colour():
     include = [ask("dog", color="white"), ask("cup", position=["above", 0])]
     assert judged([thing("dog", colour="black"), thing("cup", ABOVE)], include) == (pytest.approx(3 / 4 - 1 / 4), 0, 0)
