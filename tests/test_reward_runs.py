@@ -37,11 +37,11 @@ def stopping(images, prompts):
     return judge(images, prompts)
 
 def choosy(images, prompts):
-    "No opinion of pictures whose first pixel is odd."
-    return judge(images, prompts).where(images[:, 0, 0, 0] % 2 == 0, torch.nan)
+    "No opinion of pictures whose levels add up to an odd number: about a half of any pictures."
+    return judge(images, prompts).where(images.long().sum((1, 2, 3)) % 2 == 0, torch.nan)
 
 def contrary(images, prompts):
-    return judge(images, prompts).where(images[:, 0, 0, 0] % 2 == 1, torch.nan)
+    return judge(images, prompts).where(images.long().sum((1, 2, 3)) % 2 == 1, torch.nan)
 
 def rising(images, prompts):
     calls["rising"] += 1
