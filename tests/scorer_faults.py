@@ -145,7 +145,7 @@ FAULTS = {
     "401": says('{"error": "token"}', 401),
     "404": says('{"error": "no scorer"}', 404),
     "413": says('{"error": "too large"}', 413),
-    "redirects elsewhere": says("", 307, Location="/elsewhere"),
+    "redirects elsewhere": says("", 302, Location="/elsewhere"),
     "204, no content": says("", 204),
 }
 """fault -> what the server does instead of answering, though it has scored by then."""

@@ -37,13 +37,14 @@ def test_patience_counts_from_the_first_failure(faulty, monkeypatch):
     assert 2 <= post(f"{faulty}/calls")["seen"] < 60
 
 
-def test_redirects_are_not_followed():
+@pytest.mark.parametrize("status", [302, 307])
+def test_redirects_are_not_followed(status):
     """Images, prompts and the token go to the servers that were named, whatever these say."""
     images, prompts, _ = work(2)
     with socket.create_server(("127.0.0.1", 0)) as named, socket.create_server(("127.0.0.1", 0)) as other:
         fleet = Fleet([f"http://127.0.0.1:{named.getsockname()[1]}"], TERMS, "secret")
         place = f"http://127.0.0.1:{other.getsockname()[1]}/"
-        answer = f"HTTP/1.1 307 Look there\r\nLocation: {place}\r\nContent-Length: 0\r\n\r\n".encode()
+        answer = f"HTTP/1.1 {status} Look there\r\nLocation: {place}\r\nContent-Length: 0\r\n\r\n".encode()
         for ask in (lambda: fleet._attempt(fleet.servers[0], Request("i", "bright", images, prompts), 3),
                     lambda: fleet._ask(fleet.servers[0])):  # fmt: skip
             thread = threading.Thread(target=answer_once, args=(named, answer))
@@ -51,9 +52,9 @@ def test_redirects_are_not_followed():
             try:
                 fleet._run(ask())
             except Fault as fault:
-                assert str(fault).startswith("307")
+                assert str(fault).startswith(str(status))
             thread.join(10)
-        assert fleet.servers[0].fault.startswith("307") and not fleet.servers[0].well
+        assert fleet.servers[0].fault.startswith(str(status)) and not fleet.servers[0].well
         other.settimeout(0.3)
         with pytest.raises(TimeoutError):
             other.accept()
