@@ -62,7 +62,7 @@ class ModelConfig:
     lora_targets: Annotated[list[str], Field(min_length=1)] | None = None
     """Names of the layers that get adapters, or ends of names; null takes those usual for the model's family."""
     lora: str | None = None
-    """A LoRA file or folder to start from, of the rank, alpha and layers set here; null starts from the base model."""
+    """A LoRA file or folder to start from, of the rank and layers set here; null starts from the base model."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, one more forward per training row."""
 

@@ -7,14 +7,18 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import tempflow.digits
 from tempflow.digits.canvas import BLANK, POSITIONS, Renderer, cells_of, classes_of, compose, load_splits
-from tempflow.digits.captions import KINDS, NAMES, PLURALS
+from tempflow.digits.captions import KINDS, NAMES, PLURALS, Caption
 from tempflow.digits.classifiers import load_classifier
+from tempflow.digits.making import figures
+from tempflow.digits.making.generator import encode_pictures, flow_loss, random_classes, train_autoencoder
+from tempflow.digits.making.make import make_prompts
 from tempflow.digits.scorers import DigitsGold, DigitsReward
 
 ASSETS = Path(tempflow.digits.__file__).parent
@@ -53,6 +57,52 @@ def pipeline():
     loaded = StableDiffusion3Pipeline.from_pretrained(ASSETS / "pipeline")
     loaded.set_progress_bar_config(disable=True)
     return loaded
+
+
+def test_prompts_are_made_as_shipped(tmp_path):
+    """To the byte: whoever makes the benchmark anew compares figures with those of the shipped prompts."""
+    make_prompts(tmp_path)
+    for name in ("train", "test"):
+        made = (tmp_path / "prompts" / f"{name}.jsonl").read_bytes()
+        assert made == (ASSETS / "prompts" / f"{name}.jsonl").read_bytes()
+
+
+def test_a_fresh_autoencoder_has_latents_of_mean_0_and_deviation_1(splits):
+    """However little it was trained: the transformer learns on what the scaling and shift make of them."""
+    draw = Renderer(splits["pipeline"].images, splits["pipeline"].labels)
+    autoencoder = train_autoencoder(draw, 5, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        latents = encode_pictures(autoencoder, draw(random_classes(256, generator), generator))
+    assert latents.shape == (256, 4, 8, 8)
+    assert latents.mean().abs() < 0.05 and 0.95 < latents.std() < 1.05
+
+
+def test_the_flow_is_trained_towards_noise_minus_data():
+    """A network that knows the data gives exactly that from the noisy latents, and has no loss."""
+    data = torch.randn(6, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+
+    def knows(hidden_states, timestep, encoder_hidden_states, pooled_projections, return_dict):
+        assert encoder_hidden_states[:, 0, 0].tolist() == [0, 0, 0, 1, 1, 1]  # three pictures for each of two texts
+        return ((hidden_states - data) / (timestep / 1000).view(-1, 1, 1, 1),)
+
+    embeds = torch.arange(2.0).view(2, 1, 1).expand(2, 3, 8), None, torch.zeros(2, 8), None
+    pipeline = SimpleNamespace(transformer=knows, encode_prompt=lambda *texts, **settings: embeds)
+    assert flow_loss(pipeline, ["one", "two"], data, 0, torch.Generator().manual_seed(2)) < 1e-6
+    assert flow_loss(pipeline, ["one", "two"], data + 1, 0, torch.Generator().manual_seed(2)) > 0.5
+
+
+def test_the_report_counts_by_prompt(monkeypatch):
+    """Four prompts of eight pictures, of which 0, 8, 3 and 1 follow: 12 of 32, and two prompts have both."""
+    captions = [Caption("single", str(number), ((None,) * 4,)) for number in (0, 8, 3, 1)]
+    judge = lambda path: lambda images, prompts: images.float()  # noqa: E731
+    followed = torch.cat([(torch.arange(8) < int(caption.text)) for caption in captions])
+    monkeypatch.setattr(figures, "test_prompts", lambda: captions)
+    monkeypatch.setattr(figures, "generate", lambda pipeline, texts, seed: followed)
+    monkeypatch.setattr(figures, "DigitsGold", judge)
+    monkeypatch.setattr(figures, "DigitsReward", judge)
+    line = next(figures.report_base(ASSETS, None))
+    assert "4 test prompts x 8" in line and "gold 0.3750" in line and "successes and failures 0.500" in line
 
 
 def test_train_and_test_share_no_prompt():

@@ -63,6 +63,14 @@ def test_sensitive_and_small_layers_stay():
     assert not takes_float8("transformer_blocks.0.attn.norm_q", nn.LayerNorm(2048), 1024)
 
 
+@pytest.mark.parametrize(
+    "name", ["transformer_blocks.0.img_mod.1", "layers.3.adaLN_modulation.0", "single_stream_modulation.linear"]
+)
+def test_layers_that_scale_whole_streams_stay(name):
+    """By their names in Qwen-Image, Z-Image and FLUX.2."""
+    assert not takes_float8(name, nn.Linear(1024, 6144), 1024)
+
+
 @pytest.mark.parametrize("train", ["lora", "full"])
 def test_a_quantised_copy_follows_the_trained_weights(cpu, disturb, train):
     policy = load_policy(ModelConfig(text_tokens=16, dtype="bf16", train=train), SampleConfig(), cpu)

@@ -16,7 +16,6 @@ from tempflow.common.errors import BadInput
 from tempflow.learn.stepper import LossScale
 from tempflow.models import attention
 from tempflow.models.load import load_policy, load_skeleton
-from tempflow.models.network import adapters
 
 
 def arguments(policy, rows=3):
@@ -194,7 +193,6 @@ def test_distilled_models_take_no_guidance(tiny, tmp_path, cpu, name, option):
     [
         ("qwen_image", {}, "no layer of this transformer"),
         ("flux", {"lora_rank": 8}, "set model.lora_rank=4"),
-        ("flux", {"lora_alpha": 5}, "set model.lora_alpha=8"),
         ("flux", {"lora_targets": ["attn.to_q"]}, "set model.lora_targets"),
     ],
 )
@@ -203,16 +201,6 @@ def test_another_models_lora_is_refused(tiny, load_tiny, tmp_path, name, model, 
     with pytest.raises(BadInput, match=f"model.lora=.*{words}") as caught:
         load_skeleton(model_config(tiny(name), name, lora=str(tmp_path), **model), sample_config(name))
     assert "\n" not in str(caught.value)
-
-
-def test_a_lora_that_tells_no_alpha_has_its_rank_for_alpha(tiny, load_tiny, tmp_path):
-    """As plain diffusers reads such a file."""
-    policy = load_tiny("flux", lora_alpha=4)
-    weights, _ = adapters.adapter_state(policy.network.module)
-    policy.family.pipeline_class.save_lora_weights(tmp_path, transformer_lora_layers=weights)
-    with pytest.raises(BadInput, match=r"set model.lora_alpha=4"):
-        load_skeleton(model_config(tiny("flux"), "flux", lora=str(tmp_path)), sample_config("flux"))
-    load_skeleton(model_config(tiny("flux"), "flux", lora=str(tmp_path), lora_alpha=4), sample_config("flux"))
 
 
 def test_missing_weights_are_one_clear_line(tiny, tmp_path, cpu):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
-from tiny_pipelines import BUILDERS, TEXT_TOKENS, TEXTS
+from safetensors.torch import load_file, save_file
+from tiny_pipelines import BUILDERS, TEXT_TOKENS, TEXTS, model_config, sample_config
 
 from tempflow.common.errors import BadInput
 from tempflow.models import text as text_module
+from tempflow.models.load import load_policy
 
 
 def count_calls(policy):
@@ -63,6 +67,31 @@ def test_rows_are_kept_on_disk(load_tiny, tmp_path, capsys):
     seen = count_calls(other)
     other.encode(TEXTS[:1])
     assert seen == TEXTS[:1] and len(list(folder.iterdir())) == 4 and not capsys.readouterr().err.count("anew")
+
+
+def test_long_texts_with_the_same_beginning_have_their_own_rows(load_tiny, tmp_path):
+    """On disk and in memory; they begin alike for more than 64 characters."""
+    long = [TEXTS[2], TEXTS[2].replace("old sailor", "young one")]
+    assert long[0][:66] == long[1][:66]
+    policy = load_tiny("z_image", text_cache=str(tmp_path), text_tokens=128)
+    expected = [policy.encode([text]).tensors for text in long]
+    assert not equal_rows(*expected) and len(list(tmp_path.iterdir())) == 2
+    for reader in (policy, load_tiny("z_image", text_cache=str(tmp_path), text_tokens=128)):
+        for text, row in zip(long, expected, strict=True):
+            assert equal_rows(reader.encode([text]).tensors, row)
+
+
+def test_another_encoder_in_the_same_place_encodes_anew(tiny, cpu, tmp_path):
+    """Of the same name and size, as after a download of another revision."""
+    folder = shutil.copytree(tiny("z_image"), tmp_path / "model")
+    settings = model_config(folder, "z_image", text_cache=str(tmp_path / "texts"))
+    before = load_policy(settings, sample_config("z_image"), cpu).encode(TEXTS[:1]).tensors
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    size, tensors = file.stat().st_size, load_file(file)
+    save_file({name: tensor.flip(0).contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    assert file.stat().st_size == size
+    after = load_policy(settings, sample_config("z_image"), cpu).encode(TEXTS[:1]).tensors
+    assert not equal_rows(before, after) and len(list((tmp_path / "texts").iterdir())) == 2
 
 
 def test_a_broken_file_is_encoded_anew_with_a_word(load_tiny, tmp_path, capsys):

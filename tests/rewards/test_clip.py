@@ -5,19 +5,23 @@ import torch
 from PIL import Image
 from reward_cases import (
     CLIP_SIDE,
+    boxed,
     clip_folder,
     clip_tokenizer,
+    filtered,
+    for_clip,
     open_clip_image,
     open_clip_tensors,
     open_clip_text,
     pictures,
     random_tensors,
+    triangle,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
-from tempflow.rewards.parts.pixels import clip_pixels, letterbox_pixels
+from tempflow.rewards.parts.pixels import clip_pixels
 from tempflow.rewards.scorer import load_scorer
 
 TEXTS = ["a red cube", "two dogs", "a red cube", "many letters in a prompt that does not fit"]
@@ -56,6 +60,21 @@ def test_clip_scores_follow_the_formula(name, divisor, weights, folder, cosine):
     torch.testing.assert_close(scores, expected, atol=1e-3, rtol=0)  # rare ties of levels
 
 
+def test_clipscore_of_flow_grpo(weights, folder):
+    """Bilinear, levels not rounded, and of the odd margin (24 x 31: 7) the larger part first, as torchvision crops."""
+    images = pictures(4, 40, 52, seed=5)
+    shown = for_clip(filtered(images, (CLIP_SIDE, 31), triangle))[..., 4 : 4 + CLIP_SIDE]
+    cosine = (open_clip_image(shown, weights) * open_clip_text(TEXTS, weights)).sum(-1)
+    scores = {
+        resize: load_scorer("reward.name", "clipscore", 4, {"path": folder, "resize": resize})(images, PROMPTS)
+        for resize in ("flow_grpo", "official")
+    }
+    torch.testing.assert_close(scores["flow_grpo"], weights["logit_scale"].exp() * cosine / 30, atol=1e-5, rtol=0)
+    assert (scores["flow_grpo"] - scores["official"]).abs().max() > 1e-2
+    with pytest.raises(BadInput, match=r"options\.clipscore\.resize=bicubic: choose one of official, flow_grpo"):
+        load_scorer("reward.name", "clipscore", 4, {"path": folder, "resize": "bicubic"})
+
+
 def test_aesthetic_head_on_unit_vectors(weights, folder, tmp_path):
     widths = (20, 1024, 128, 64, 16, 1)
     shapes = {}
@@ -79,10 +98,12 @@ def test_hpsv2_reads_an_open_clip_checkpoint(weights, folder, tmp_path):
     torch.save({"epoch": 3, "state_dict": weights}, tmp_path / "HPS.pt")
     scorer = load_scorer("reward.name", "hpsv2", 4, {"path": tmp_path / "HPS.pt", "processor": folder})
     entities = [Prompt(f" &amp;#32; {text}\n") for text in TEXTS]
-    pixels = letterbox_pixels(IMAGES, CLIP_SIDE)
+    images = pictures(4, 42, 53)  # of 24 lines 19 are picture, 2 above and 3 below are black
+    pixels = boxed(images, CLIP_SIDE)
+    assert (pixels[:, 0, :, 0] == pixels[0, 0, 0, 0]).sum(1).tolist() == [5] * 4
     expected = (open_clip_image(pixels, weights) * open_clip_text(TEXTS, weights)).sum(-1)
     assert expected.std() > 1e-3
-    torch.testing.assert_close(scorer(IMAGES, entities), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scorer(images, entities), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -7,8 +7,8 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 
 from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
-from tempflow.rewards.geneval import detection
 from tempflow.rewards.geneval.detection import CLASSES, COLOURS, Detection, Detector, box_of, cut_out
+from tempflow.rewards.geneval import detection
 from tempflow.rewards.geneval.scorer import benchmark, check_metadata, graded, kept, relations, strict
 from tempflow.rewards.scorer import load_scorer
 
@@ -109,6 +109,15 @@ def test_positions():
     assert judged([thing("dog")], include) == (pytest.approx(1 / 3), 0, 0)
     two = [thing("dog"), thing("cup", LEFT), thing("cup", RIGHT)]
     assert judged(two, [ask("dog"), ask("cup", 2, position=["left of", 0])])[1:] == (0, 0)  # all must stand there
+
+
+@pytest.mark.parametrize("boxes", [(CENTRE, LEFT), (LEFT, CENTRE)], ids=["first right", "second right"])
+def test_an_object_must_stand_so_from_all_of_its_targets(boxes):
+    """A cup between two dogs is left of one of them only, whichever the detector is surer of."""
+    dogs = [thing("dog", box, confidence) for box, confidence in zip(boxes, (0.95, 0.5), strict=True)]
+    include = [ask("dog", 2), ask("cup", position=["left of", 0])]
+    assert judged([*dogs, thing("cup", (21, 40, 39, 60))], include) == (pytest.approx(2 / 3), 0, 0)
+    assert judged([*dogs, thing("cup", (-40, 40, -20, 60))], include) == (1, 1, 1)
 
 
 def test_position_needs_a_target_of_the_right_colour():

@@ -8,7 +8,7 @@ import pytest
 
 from tempflow.common.errors import BadInput
 from tempflow.prompts import read_prompts
-from tempflow.rewards.geneval.prompts import CLASSES, TASKS, choices, content, main, phrase
+from tempflow.rewards.geneval.prompts import CLASSES, MIXES, TASKS, choices, content, english, genevals, main
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,24 @@ def folder(tmp_path_factory):
         (("wine glass", "", 2), "two wine glasses"),
     ],
 )
-def test_articles_and_plurals(words, expected):
-    assert phrase(*words) == expected
+def test_english_articles_and_plurals(words, expected):
+    assert english(*words) == expected
+
+
+def test_texts_are_genevals(tmp_path):
+    """Some of the benchmark's own; its generator adds s, or es after an s."""
+    published = [
+        "a skis", "an umbrella", "a scissors", "a broccoli", "two toothbrushs", "four knifes", "two sandwichs",
+        "three persons", "two sheeps", "four broccolis", "three buses", "two wine glasses", "a yellow broccoli",
+        "a person and a sink", "a red skis and a brown tie", "an orange cow and a purple sandwich",
+        "a skateboard above a person",
+    ]  # fmt: skip
+    texts = {task["prompt"] for tag, make in TASKS.items() for task in starmap(make, choices(4)[tag])}
+    assert {f"a photo of {text}" for text in published} <= texts
+    assert main([str(tmp_path), "--count", "200", "--test", "0", "--mix", "even", "--wording", "english"]) == 0
+    kept = {(p.text, content(p.metadata)) for p in read_prompts(str(tmp_path), "prompts.train")}
+    assert any(text not in texts for text, _ in kept)  # "a pair of skis"
+    assert {meant for _, meant in kept} <= {content(t) for tag, m in TASKS.items() for t in starmap(m, choices(4)[tag])}
 
 
 def test_metadata_is_genevals():
@@ -55,9 +71,9 @@ def test_metadata_is_genevals():
         "single_object": 80, "two_object": 6320, "counting": 240, "colors": 790, "position": 25280,
         "color_attr": 79 * 78 * 90}  # fmt: skip
     assert len(tasks) == 80 + 6320 + 240 + 790 + 25280 + 30000
-    assert tasks["a photo of three heads of broccoli"] == {
+    assert tasks["a photo of three broccolis"] == {
         "tag": "counting", "include": [{"class": "broccoli", "count": 3}],
-        "exclude": [{"class": "broccoli", "count": 4}], "prompt": "a photo of three heads of broccoli"}  # fmt: skip
+        "exclude": [{"class": "broccoli", "count": 4}], "prompt": "a photo of three broccolis"}  # fmt: skip
     assert tasks["a photo of a dog left of a tv"]["include"] == [
         {"class": "tv", "count": 1}, {"class": "dog", "count": 1, "position": ["left of", 0]}]  # fmt: skip
     assert not any(
@@ -85,7 +101,7 @@ def test_nothing_held_out_is_trained_on(folder):
     said = {prompt.text for prompt in train}
     assert {"a photo of three clocks", "a photo of two cats"} & said
     mirrored = next(iter(p for p in test if p.metadata["tag"] == "two_object")).metadata["include"]
-    assert f"a photo of {phrase(mirrored[1]['class'])} and {phrase(mirrored[0]['class'])}" not in said
+    assert f"a photo of {genevals(mirrored[1]['class'])} and {genevals(mirrored[0]['class'])}" not in said
 
 
 def test_same_content_in_other_words():
@@ -105,11 +121,44 @@ def test_a_function_of_its_arguments(tmp_path, folder):
     assert (tmp_path / "other" / name).read_bytes() != (folder / "made" / name).read_bytes()
 
 
-def test_excluding_everything_is_refused(tmp_path, capsys):
-    tasks = "".join(json.dumps(task) + "\n" for task in starmap(TASKS["counting"], choices(4)["counting"]))
-    (tmp_path / "all.jsonl").write_text(tasks)
-    assert main([str(tmp_path / "made"), "--test", "0", "--exclude", str(tmp_path / "all.jsonl")]) == 2
-    assert "--exclude=counting" in capsys.readouterr().err
+def write_all(file, kinds):
+    """Every prompt of some kinds."""
+    tasks = [task for kind in kinds for task in starmap(TASKS[kind], choices(4)[kind])]
+    file.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+
+
+def test_the_benchmark_can_be_kept_out(tmp_path, capsys):
+    """It asks for all 80 single objects: none is left, and the other kinds have their share of the test set."""
+    write_all(tmp_path / "evaluation_metadata.jsonl", ["single_object"])
+    with (tmp_path / "evaluation_metadata.jsonl").open("a") as file:
+        file.write(json.dumps(TASKS["counting"]("bus", 3)) + "\n")
+    exclude = ["--test", "480", "--count", "500", "--exclude", str(tmp_path / "evaluation_metadata.jsonl")]
+    assert main([str(tmp_path / "made"), *exclude]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "single_object: every prompt of this kind is kept out; its share goes to the others"
+    ]
+    test, train = (read_prompts(str(tmp_path / "made"), f"prompts.{split}") for split in ("test", "train"))
+    kinds = Counter(prompt.metadata["tag"] for prompt in test)
+    assert set(kinds.values()) == {96} and kinds.keys() == TASKS.keys() - {"single_object"}
+    assert len(train) == 500 and "a photo of three buses" not in {prompt.text for prompt in (*train, *test)}
+
+
+def test_excluding_everything_is_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(MIXES, "even", {"single_object": 1, "counting": 1})
+    write_all(tmp_path / "all.jsonl", ["single_object", "counting"])
+    arguments = [str(tmp_path / "made"), "--test", "0", "--mix", "even", "--exclude", str(tmp_path / "all.jsonl")]
+    assert main(arguments) == 2
+    assert "--exclude=single_object, counting: leaves no prompt" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()
+
+
+def test_no_file_of_no_prompts(tmp_path, capsys):
+    assert main([str(tmp_path / "train"), "--count", "20", "--test", "0"]) == 0
+    assert [path.name for path in (tmp_path / "train").iterdir()] == ["train_metadata.jsonl"]
+    assert main([str(tmp_path / "test"), "--count", "0", "--test", "20"]) == 0
+    assert [path.name for path in (tmp_path / "test").iterdir()] == ["test_metadata.jsonl"]
+    assert main([str(tmp_path / "none"), "--count", "0", "--test", "0"]) == 2
+    assert "--count=0" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_negative_counts_are_refused(tmp_path, capsys):

@@ -71,17 +71,42 @@ def test_closeness_is_flow_grpos(ocr):
     assert close("hallo", "hello") == pytest.approx(1 - 1 / 5)
     assert close("hell", "hello") == pytest.approx(1 - 1 / 5)
     assert close("completely different and long", "hello") == 0 == close("", "hello")
+    assert close("AB", "a\tb") == pytest.approx(1 - 1 / 3)  # of blanks only spaces are left out
+    assert close("two lines", "Two\nLines") == 1
 
 
 def test_wanted_text_is_metadata_or_quoted():
     assert wanted_text(Prompt('a sign "Open" and "Closed"')) == "Open"
     assert wanted_text(Prompt("a sign “Geöffnet”")) == "Geöffnet"
     assert wanted_text(Prompt('a sign "Open"', {"text": "Shut"})) == "Shut"
+    assert wanted_text(Prompt('“Closed” on one sign, "Open" on another')) == "Open"
+
+
+def test_a_single_quote_mark_reads_on_to_the_end():
+    """As Flow-GRPO's, which splits the prompt at quote marks; a run with such a prompt must not be refused."""
+    assert wanted_text(Prompt('a 12" pizza')) == " pizza"
+    assert wanted_text(Prompt('a sign "Open')) == "Open"
 
 
 def test_prompt_without_text_is_named(ocr, images):
     with pytest.raises(BadInput, match="prompt 'a cat' asks for no text: give metadata"):
         ocr(images[:1], [Prompt("a cat")])
+    for nothing in ('a sign ""', 'a 12"', "“”"):
+        with pytest.raises(BadInput, match="asks for no text"):
+            ocr(images[:1], [Prompt(nothing)])
+
+
+def test_colours_reach_the_reader_in_its_order(ocr):
+    """Faint text that is seen with red and blue exchanged only: it is read as RapidOCR itself reads a Pillow image."""
+    font = ImageFont.truetype(str(FONTS / "DejaVuSans-Bold.ttf"), 40)
+    exchanged = 0
+    for blue in (116, 110, 106, 94):
+        image = Image.new("RGB", (384, 128), (100, 60, 140))
+        ImageDraw.Draw(image).text((40, 30), "LIBRARY", font=font, fill=(111, 60, blue))
+        pixels, theirs = torch.from_numpy(np.array(image)).permute(2, 0, 1), ocr.function.reader(image).txts
+        assert ocr.function.read(pixels) == "".join(theirs or ())
+        exchanged += ocr.function.read(pixels.flip(0)) != "".join(theirs or ())
+    assert exchanged
 
 
 def test_missing_package_is_said(monkeypatch):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reward_cases import pictures
+from reward_cases import boxed, pictures
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
@@ -19,6 +19,7 @@ from tempflow.rewards.parts.pixels import (
     letterbox_pixels,
     normalise,
     qwen_size,
+    resize,
 )
 from tempflow.rewards.scorers.hpsv3 import PIXELS, patches_of
 
@@ -36,12 +37,37 @@ def assert_levels(found, expected, std, share, levels=1):
     assert (apart > 0.01 * LEVEL).float().mean() <= share
 
 
-@pytest.mark.parametrize(("height", "width"), [(512, 512), (300, 425), (425, 300), (100, 90), (224, 224)])
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [
+        (512, 512),
+        (300, 425),
+        (425, 300),
+        (100, 90),
+        (224, 224),
+        (600, 300),
+        (602, 300),
+        (1500, 300),
+        (300, 1500),
+        (700, 100),
+    ],
+)
 def test_clip_pixels(height, width):
     images = pictures(2, height, width)
     expected = CLIPImageProcessorPil()(as_files(images), return_tensors="pt")["pixel_values"]
     assert expected.shape == (2, 3, 224, 224)
     assert_levels(clip_pixels(images, 224), expected, CLIP_STD, 0.002)
+
+
+@pytest.mark.parametrize("old", [(70, 120), (200, 120), (201, 120), (400, 120), (201, 50), (99, 50)])
+@pytest.mark.parametrize("mode", ["bicubic", "bilinear"])
+def test_resize_takes_pillows_passes_in_pillows_order(old, mode):
+    """To 100 x 70: in Pillow 13 rows go first where they lose more than twice what columns lose (200 is the border)."""
+    images = torch.randint(0, 256, (1, 3, *old), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    (file,) = as_files(images)
+    levels = np.asarray(file.resize((70, 100), getattr(Image.Resampling, mode.upper())))
+    apart = resize(images, 100, 70, mode)[0] - torch.from_numpy(levels.copy()).permute(2, 0, 1)
+    assert apart.abs().max() <= 1 and (apart != 0).float().mean() < 0.03  # ties; the other order: 0.2
 
 
 def test_clip_pixels_are_antialiased():
@@ -67,6 +93,13 @@ def test_letterbox_keeps_the_whole_picture_between_black_margins():
     assert (values[:, :, 8:24] - black[:, None, None] - inner).abs().mean() < 0.03
 
 
+@pytest.mark.parametrize(("height", "width", "side"), [(40, 53, 224), (53, 42, 24), (224, 100, 224), (99, 300, 32)])
+def test_letterbox_pixels(height, width, side):
+    """Against the filter written out; 40 x 53 leaves 55 lines, of which 27 are above."""
+    images = pictures(2, height, width)
+    torch.testing.assert_close(letterbox_pixels(images, side), boxed(images, side), atol=2e-5, rtol=0)
+
+
 @pytest.mark.parametrize(("height", "width"), [(512, 512), (250, 400), (1000, 1000)])
 def test_detector_pixels(height, width):
     images = pictures(1, height, width)
@@ -87,7 +120,7 @@ def test_detector_pixels_of_odd_sizes_are_padded():
     assert_levels(found[..., :1333, :444], expected, IMAGENET_STD, 0.002)
 
 
-@pytest.mark.parametrize(("height", "width"), [(512, 512), (300, 500)])
+@pytest.mark.parametrize(("height", "width"), [(512, 512), (300, 500), (1400, 300)])
 def test_qwen_patches(height, width):
     images = pictures(2, height, width)
     size = {"shortest_edge": PIXELS, "longest_edge": PIXELS}

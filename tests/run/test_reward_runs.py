@@ -37,11 +37,11 @@ def stopping(images, prompts):
     return judge(images, prompts)
 
 def choosy(images, prompts):
-    "No opinion of pictures whose first pixel is odd."
-    return judge(images, prompts).where(images[:, 0, 0, 0] % 2 == 0, torch.nan)
+    "No opinion of every second picture."
+    return judge(images, prompts).where(torch.arange(len(images)) % 2 == 0, torch.nan)
 
 def contrary(images, prompts):
-    return judge(images, prompts).where(images[:, 0, 0, 0] % 2 == 1, torch.nan)
+    return judge(images, prompts).where(torch.arange(len(images)) % 2 == 1, torch.nan)
 
 def rising(images, prompts):
     calls["rising"] += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import string
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -25,6 +26,46 @@ def pictures(count: int, height: int, width: int, seed: int = 0) -> Tensor:
     noise = torch.rand(count, 3, height, width, generator=generator)
     edges = (torch.arange(width) // 7 % 2).float() * 0.3
     return ((smooth * 0.6 + noise * 0.1 + edges).clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def triangle(x: Tensor) -> Tensor:
+    """The bilinear filter."""
+    return (1 - x.abs()).clamp(min=0)
+
+
+def cubic(x: Tensor) -> Tensor:
+    """The bicubic filter with a = -1/2."""
+    x = x.abs()
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return torch.where(x < 1, near, torch.where(x < 2, far, torch.zeros_like(x)))
+
+
+def filtered(images: Tensor, shape: tuple[int, int], kernel: Callable[[Tensor], Tensor]) -> Tensor:
+    """fp64 (B, C, *shape): each new pixel the weighted mean of old ones, the filter as wide as the scale asks."""
+    sides = []
+    for old, new in zip(images.shape[-2:], shape, strict=True):
+        scale = old / new
+        centres, places = (torch.arange(new).double() + 0.5) * scale, torch.arange(old).double() + 0.5
+        weights = kernel((places - centres[:, None]) / max(scale, 1))
+        sides.append(weights / weights.sum(1, keepdim=True))
+    return sides[0] @ images.double() @ sides[1].T
+
+
+def for_clip(levels: Tensor) -> Tensor:
+    """fp32 of levels 0 to 255, with CLIP's published mean and deviation of the channels."""
+    mean, deviation = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    return ((levels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(deviation).view(3, 1, 1)).float()
+
+
+def boxed(images: Tensor, size: int) -> Tensor:
+    """fp32 (B, 3, size, size) as HPSv2 sees pictures: longer side to `size`, what is left over black, the odd line of
+    it below or on the right.
+    """
+    height, width = (round(side * size / max(images.shape[-2:])) for side in images.shape[-2:])
+    levels = torch.zeros(len(images), 3, size, size, dtype=torch.float64)
+    top, left = (size - height) // 2, (size - width) // 2
+    levels[..., top : top + height, left : left + width] = filtered(images, (height, width), cubic)
+    return for_clip(levels)
 
 
 def clip_tokenizer() -> CLIPTokenizer:

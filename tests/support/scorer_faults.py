@@ -28,8 +28,8 @@ from tempflow.rewards.servers.fleet import Fleet, Terms
 from tempflow.rewards.servers.server import ScorerServer, serve
 from tempflow.rewards.servers.wire import Limits
 
-ROOT = Path(__file__).resolve().parents[2]
-calls, meeting = {"scored": 0, "seen": 0}, {"there": 0}
+ROOT = Path(__file__).resolve().parent.parent
+calls, meeting = {"scored": 0, "seen": 0, "elsewhere": 0}, {"there": 0}
 
 
 def bright(images, prompts):
@@ -145,7 +145,7 @@ FAULTS = {
     "401": says('{"error": "token"}', 401),
     "404": says('{"error": "no scorer"}', 404),
     "413": says('{"error": "too large"}', 413),
-    "redirects elsewhere": says("", 302, Location="http://127.0.0.1:9/"),
+    "redirects elsewhere": says("", 302, Location="/elsewhere"),
     "204, no content": says("", 204),
 }
 """fault -> what the server does instead of answering, though it has scored by then."""
@@ -156,6 +156,14 @@ async def meet(request, answer):
     meeting["there"] += 1
     while meeting["there"] < 5:
         await asyncio.sleep(0.005)
+
+
+async def slow(request, answer):
+    """Answers rightly, but late."""
+    await asyncio.sleep(0.25)
+
+
+OTHERS = {"meet": meet, "slow": slow}
 
 
 class FaultyServer(ScorerServer):
@@ -171,9 +179,12 @@ class FaultyServer(ScorerServer):
     @web.middleware
     async def spoil(self, request, handler):
         if request.path == "/fault":
-            self.fault = FAULTS.get(request.query["name"], meet)
+            self.fault = (FAULTS | OTHERS)[request.query["name"]]
             self.times, meeting["there"] = int(request.query["times"]), 0
-            calls.update(scored=0, seen=0)
+            calls.update(scored=0, seen=0, elsewhere=0)
+            return web.Response()
+        if request.path == "/elsewhere":
+            calls["elsewhere"] += 1
             return web.Response()
         if request.path == "/calls":
             return web.json_response(calls)
@@ -225,10 +236,14 @@ def same(found, expected) -> bool:
     return torch.equal(found.isnan(), expected.isnan()) and torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
-def survive(url: str, fault: str, times: int = 3) -> tuple[bool, dict, float]:
-    """Scores 23 images in 6 requests while the server fails; whether all are right, what it saw, and seconds."""
+def survive(url: str, fault: str, times: int = 3, timeout: float = 0.3) -> tuple[bool, dict, float]:
+    """Scores 23 images in 6 requests while the server fails; whether all are right, what it saw, and seconds.
+
+    Args:
+        timeout: seconds; if the server is busy for so long without being asked to fail, it sees more requests.
+    """
     images, prompts, expected = work()
-    fleet = Fleet([url], Terms(requests=3, timeout=0.3, patience=20))
+    fleet = Fleet([url], Terms(requests=3, timeout=timeout, patience=60))
     post(f"{url}/fault?" + urllib.parse.urlencode({"name": fault, "times": times}))
     start = time.perf_counter()
     found = fleet.score("bright", images, prompts, 4)

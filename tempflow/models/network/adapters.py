@@ -1,11 +1,16 @@
-"""Low-rank adapters of a diffusers transformer: where they go, and their files."""
+"""Low-rank adapters of a diffusers transformer: where they go, and their files.
+
+A file has the scale lora_alpha / lora_rank multiplied into lora_B, and tells lora_alpha = lora_rank. So all that read
+it apply the same change of the weights, lora_B lora_A: diffusers and peft, which go by the metadata, and ComfyUI, which
+goes by `.alpha` tensors and takes the scale 1 where there are none. (Flow-GRPO's files keep the scale in a
+configuration beside them.) When a file is continued, its scale is divided out again by the run's own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -64,9 +69,10 @@ def load_adapters(module: nn.Module, pipeline_class: type[DiffusionPipeline], co
     """Fills the adapters of `module` from `config.lora`.
 
     Raises:
-        BadInput: no LoRA there, another model's, or one of another rank, alpha or set of layers.
+        BadInput: no LoRA there, another model's, or one of another kind, rank or set of layers.
     """
     weights, metadata = _read(pipeline_class, str(config.lora))
+    _check_kind(config, metadata)
     own = get_peft_model_state_dict(module)
     known = {name for name, _ in module.named_modules()}
     strange = [name for name in weights if name.rsplit(".lora_", 1)[0] not in known]
@@ -82,19 +88,33 @@ def load_adapters(module: nn.Module, pipeline_class: type[DiffusionPipeline], co
             found, wanted = tuple(weights[name].shape), tuple(tensor.shape)
             mend = f"{name} has shape {found}, not {wanted}; set model.lora_rank={min(found)}, or it is another model's"
             raise BadInput("model.lora", config.lora, mend)
-    _check_scale(config, metadata)
     if not next(module.parameters()).is_meta:  # a skeleton has nothing to fill
-        set_peft_model_state_dict(module, {name: tensor.float() for name, tensor in weights.items()})
+        alpha = metadata.get(f"{PREFIX}lora_alpha", config.lora_rank)  # as diffusers reads a file that does not say
+        set_peft_model_state_dict(module, _scaled(weights, alpha / config.lora_alpha))
 
 
-def _check_scale(config: ModelConfig, metadata: dict) -> None:
-    """Whether the file's adapters mean here what they meant where they were trained."""
-    alpha = metadata.get(f"{PREFIX}lora_alpha", config.lora_rank)  # diffusers' reading of a file that does not say
-    if alpha != config.lora_alpha:
-        raise BadInput("model.lora", config.lora, f"its lora_alpha is {alpha}; set model.lora_alpha={alpha}")
+def _check_kind(config: ModelConfig, metadata: dict) -> None:
+    """Whether the file's adapters are computed as those here are."""
     for kind in ("use_rslora", "use_dora"):
         if metadata.get(f"{PREFIX}{kind}"):
             raise BadInput("model.lora", config.lora, f"it was trained with {kind}; only plain LoRA can be continued")
+    if metadata.get(f"{PREFIX}alpha_pattern"):
+        raise BadInput("model.lora", config.lora, "its lora_alpha differs by layer (alpha_pattern); give one with one")
+
+
+def _scaled(weights: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """fp32 adapter weights whose effect is `scale` times that of `weights`."""
+    return {n: tensor.float() * scale if ".lora_B." in n else tensor.float() for n, tensor in weights.items()}
+
+
+def _folded(weights: dict[str, Tensor], alphas: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of scale 1 from those of a file that has an `.alpha` tensor for some layers."""
+    result = {name: tensor for name, tensor in weights.items() if not name.endswith(".alpha")}
+    for name, alpha in alphas.items():
+        out = name.removesuffix(".alpha") + ".lora_B.weight"
+        if out in result:
+            result[out] = result[out].float() * (float(alpha) / result[out].shape[1])
+    return result
 
 
 def _read(pipeline_class: type[DiffusionPipeline], source: str) -> tuple[dict[str, Tensor], dict]:
@@ -102,20 +122,24 @@ def _read(pipeline_class: type[DiffusionPipeline], source: str) -> tuple[dict[st
     path = resolve(source)
     try:
         found = pipeline_class.lora_state_dict(
-            str(path) if path.exists() else source, return_lora_metadata=True, use_safetensors=True
+            str(path) if path.exists() else source, return_lora_metadata=True, return_alphas=True, use_safetensors=True
         )
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:160]
         raise BadInput("model.lora", source, f"does not load as a LoRA ({reason})") from error
-    weights, metadata = found[0], found[-1] or {}
-    return {n.removeprefix(PREFIX): tensor for n, tensor in weights.items() if n.startswith(PREFIX)}, metadata
+    apart = found[1] if len(found) == 3 else None  # FLUX's loader takes `.alpha` tensors out, the others leave them in
+    alphas = apart or {name: tensor for name, tensor in found[0].items() if name.endswith(".alpha")}
+    weights = _folded(found[0], alphas)
+    own = {n.removeprefix(PREFIX): tensor for n, tensor in weights.items() if n.startswith(PREFIX)}
+    return own, found[-1] or {}
 
 
 def save_adapters(module: nn.Module, pipeline_class: type[DiffusionPipeline], folder: Path) -> None:
-    """Writes `pytorch_lora_weights.safetensors` for `load_lora_weights`."""
+    """Writes `pytorch_lora_weights.safetensors` for `load_lora_weights`, of the scale 1."""
     weights, metadata = adapter_state(module)
+    weights = _scaled(weights, metadata["lora_alpha"] / metadata["r"])
     pipeline_class.save_lora_weights(
         folder,
-        transformer_lora_layers={name: tensor.to("cpu", torch.float32) for name, tensor in weights.items()},
-        transformer_lora_adapter_metadata=metadata,
+        transformer_lora_layers={name: tensor.to("cpu") for name, tensor in weights.items()},
+        transformer_lora_adapter_metadata={**metadata, "lora_alpha": metadata["r"]},
     )

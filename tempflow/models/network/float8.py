@@ -15,8 +15,9 @@ SMALLEST_SCALE = 1e-12
 """stands for the scale of a row of zeros"""
 MULTIPLE = 16
 """the product takes sides that are multiples of this"""
-SENSITIVE = ("norm", "embed", "modulation")
-"""parts of names of layers inside blocks that keep their precision: they scale and shift whole streams"""
+SENSITIVE = ("norm", "embed", "_mod")
+"""parts of names of layers inside blocks that keep their precision: they scale and shift whole streams; `_mod` is in
+Qwen's img_mod and in the others' modulation"""
 
 
 class Float8Linear(nn.Module):

@@ -5,6 +5,13 @@
 writes `train_metadata.jsonl` and `test_metadata.jsonl` into the folder, which can be given as `prompts.train` and
 `prompts.test`. The same arguments give the same files. No prompt of the test file or of an excluded file is in the
 training file, nor one that asks for the same picture in other words ("a cat left of a dog", "a dog right of a cat").
+
+A kind of which every prompt is kept out has none in the file; its share goes to the others, and a line says so. That is
+so of single objects in the command above, as the benchmark asks for all 80. `--test 0` writes no test file.
+
+The texts are worded as GenEval's generator (prompts/create_prompts.py) does, by rule and not by grammar: "a skis", "two
+persons", "four knifes". `--wording english` says "a pair of skis", "two people", "four knives" instead, which
+changes 7 % of GenEval's 553 texts.
 """
 
 from __future__ import annotations
@@ -12,8 +19,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, islice, pairwise, permutations, product
+from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate, chain, islice, pairwise, permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +52,7 @@ NOUNS = {
     "scissors": ("pair of {}scissors", "pairs of {}scissors"),
     "broccoli": ("head of {}broccoli", "heads of {}broccoli"),
 }
-"""Singular and plural where an s does not make it; {} is where a colour stands."""
+"""English singular and plural where an s does not make it; {} is where a colour stands."""
 
 FLOW_GRPO = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
 """Proportions of Flow-GRPO's training prompts (arXiv 2505.05470): more of what the model before training fails at."""
@@ -53,40 +60,59 @@ EVEN = dict.fromkeys(FLOW_GRPO, 1)
 MIXES = {"flow_grpo": FLOW_GRPO, "even": EVEN}
 
 
-def phrase(name: str, colour: str = "", count: int = 1) -> str:
-    """`a red bus`, `two pairs of skis`."""
+Phrase = Callable[..., str]
+"""(class, colour, count) -> words; colour and count may be left out"""
+
+
+def genevals(name: str, colour: str = "", count: int = 1) -> str:
+    """`a red bus`, `a skis`, `two skises`: GenEval's rule."""
+    noun = f"{colour} {name}" if colour else name
+    if count > 1:
+        return f"{NUMBERS[count]} {noun}{'es' if name.endswith('s') else 's'}"
+    return _with_article(noun)
+
+
+def english(name: str, colour: str = "", count: int = 1) -> str:
+    """`a red bus`, `a pair of skis`, `two pairs of skis`."""
     ending = "es" if name.endswith(("s", "sh", "ch", "x")) else "s"
     one, many = NOUNS.get(name, ("{}" + name, "{}" + name + ending))
     noun = (one if count == 1 else many).format(f"{colour} " if colour else "")
     if count > 1:
         return f"{NUMBERS[count]} {noun}"
+    return _with_article(noun)
+
+
+def _with_article(noun: str) -> str:
     return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
 
 
-def single_object(name: str) -> dict[str, Any]:
+WORDINGS = {"geneval": genevals, "english": english}
+
+
+def single_object(name: str, phrase: Phrase = genevals) -> dict[str, Any]:
     return _task("single_object", phrase(name), [_object(name)])
 
 
-def two_object(first: str, second: str) -> dict[str, Any]:
+def two_object(first: str, second: str, phrase: Phrase = genevals) -> dict[str, Any]:
     return _task("two_object", f"{phrase(first)} and {phrase(second)}", [_object(first), _object(second)])
 
 
-def counting(name: str, count: int) -> dict[str, Any]:
+def counting(name: str, count: int, phrase: Phrase = genevals) -> dict[str, Any]:
     task = _task("counting", phrase(name, count=count), [_object(name, count=count)])
     return task | {"exclude": [_object(name, count=count + 1)]}
 
 
-def colors(name: str, colour: str) -> dict[str, Any]:
+def colors(name: str, colour: str, phrase: Phrase = genevals) -> dict[str, Any]:
     return _task("colors", phrase(name, colour), [_object(name, color=colour)])
 
 
-def position(classes: tuple[str, str], where: str) -> dict[str, Any]:
+def position(classes: tuple[str, str], where: str, phrase: Phrase = genevals) -> dict[str, Any]:
     first, second = classes
     include = [_object(second), _object(first, position=[where, 0])]
     return _task("position", f"{phrase(first)} {where} {phrase(second)}", include)
 
 
-def color_attr(classes: tuple[str, str], colours: tuple[str, str]) -> dict[str, Any]:
+def color_attr(classes: tuple[str, str], colours: tuple[str, str], phrase: Phrase = genevals) -> dict[str, Any]:
     described = [phrase(name, colour) for name, colour in zip(classes, colours, strict=True)]
     include = [_object(name, color=colour) for name, colour in zip(classes, colours, strict=True)]
     return _task("color_attr", " and ".join(described), include)
@@ -128,31 +154,52 @@ def content(metadata: dict[str, Any]) -> str:
     return json.dumps(objects, sort_keys=True)
 
 
-def generate(count: int, mix: dict[str, int], seed: int, most: int, taken: set[str]) -> list[dict[str, Any]]:
+def generate(
+    count: int, mix: dict[str, int], seed: int, most: int, taken: set[str], phrase: Phrase = genevals
+) -> list[dict[str, Any]]:
     """`count` prompts in the proportions of `mix`, none with a text or content in `taken`.
 
     A task with fewer different prompts than its share is walked through again, so that the proportions hold.
+
+    Raises:
+        BadInput: every prompt of every kind is taken.
     """
-    total, sums = sum(mix.values()), [0, *accumulate(mix.values())]
+    if not count:
+        return []
+    walks = {tag: _walk(tag, pool, seed, taken, phrase) for tag, pool in choices(most).items() if mix.get(tag)}
+    first = {tag: next(walk, None) for tag, walk in walks.items()}
+    shares = {tag: mix[tag] for tag in mix if first.get(tag)}
+    _tell([tag for tag in walks if not first[tag]], not shares)
+    total, sums = sum(shares.values()), [0, *accumulate(shares.values())]
     chosen: list[dict[str, Any]] = []
-    pools = choices(most)
-    for tag, (before, after) in zip(mix, pairwise(sums), strict=True):
+    for tag, (before, after) in zip(shares, pairwise(sums), strict=True):
         share = count * after // total - count * before // total
-        chosen += islice(_walk(tag, pools[tag], seed, taken), share)
+        chosen += islice(chain([first[tag]], walks[tag]), share)
     return [chosen[place] for place in shuffled(len(chosen), seed, PROMPTS, len(TASKS))]
 
 
-def _walk(tag: str, pool: list[tuple], seed: int, taken: set[str]) -> Iterator[dict[str, Any]]:
-    """All prompts of a task that are not taken, in random order, over and over."""
+def _tell(empty: list[str], all_empty: bool) -> None:
+    """Says which kinds have no prompt left.
+
+    Raises:
+        BadInput: no kind has.
+    """
+    if all_empty:
+        raise BadInput("--exclude", ", ".join(empty), "leaves no prompt of any kind; exclude less")
+    for tag in empty:
+        print(f"{tag}: every prompt of this kind is kept out; its share goes to the others", file=sys.stderr)
+
+
+def _walk(tag: str, pool: list[tuple], seed: int, taken: set[str], phrase: Phrase) -> Iterator[dict[str, Any]]:
+    """All prompts of a task that are not taken, in random order, over and over; ends at once if there is none."""
     order = shuffled(len(pool), seed, PROMPTS, list(TASKS).index(tag))
-    while True:
-        free = 0
-        for task in (TASKS[tag](*pool[place]) for place in order):
+    found = True
+    while found:
+        found = False
+        for task in (TASKS[tag](*pool[place], phrase=phrase) for place in order):
             if task["prompt"] not in taken and content(task) not in taken:
-                free += 1
+                found = True
                 yield task
-        if not free:
-            raise BadInput("--exclude", tag, "leaves no prompt of this kind; exclude less or choose another --mix")
 
 
 def identities(prompts: Sequence[Prompt]) -> set[str]:
@@ -161,7 +208,7 @@ def identities(prompts: Sequence[Prompt]) -> set[str]:
 
 
 def write(folder: Path, split: str, tasks: list[dict[str, Any]]) -> None:
-    """The prompts as one JSON object a line; a file that is there already is left alone.
+    """The prompts as one JSON object a line, no file of none; a file that is there already is left alone.
 
     Raises:
         BadInput: there is such a file.
@@ -169,31 +216,47 @@ def write(folder: Path, split: str, tasks: list[dict[str, Any]]) -> None:
     file = folder / f"{split}_metadata.jsonl"
     if file.exists():
         raise BadInput("folder", folder, f"holds a {file.name} already; remove it or choose another folder")
+    if not tasks:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, "".join(json.dumps(task) + "\n" for task in tasks).encode())
+
+
+def make(given: argparse.Namespace) -> None:
+    """Writes the files that the command line asks for.
+
+    Raises:
+        BadInput: wrong numbers, nothing to write, no prompt left, or a file that is there already.
+    """
+    for name in ("count", "test"):
+        if getattr(given, name) < 0:
+            raise BadInput(f"--{name}", getattr(given, name), "must not be below 0")
+    if not given.count and not given.test:
+        raise BadInput("--count", 0, "with --test=0 there is nothing to write")
+    phrase, outside = WORDINGS[given.wording], [identities(read_prompts(file, "--exclude")) for file in given.exclude]
+    taken: set[str] = set().union(*outside)
+    test = generate(given.test, EVEN, given.seed + 1, given.max_count, taken, phrase)
+    taken |= {name for task in test for name in (task["prompt"], content(task))}
+    train = generate(given.count, MIXES[given.mix], given.seed, given.max_count, taken, phrase)
+    for split, tasks in (("test", test), ("train", train)):
+        write(given.folder, split, tasks)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="tempflow.rewards.geneval.prompts", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where train_metadata.jsonl and test_metadata.jsonl are written")
-    parser.add_argument("--count", type=int, default=50000, help="training prompts (default: %(default)s)")
-    parser.add_argument("--test", type=int, default=480, help="held-out prompts, as many of each task (default: 480)")
+    parser.add_argument("--count", type=int, default=50000, help="training prompts (default: %(default)s; 0: none)")
+    parser.add_argument("--test", type=int, default=480,
+                        help="held-out prompts, as many of each task (default: 480; 0: none)")  # fmt: skip
     parser.add_argument("--mix", choices=MIXES, default="flow_grpo", help="proportions of the training prompts")
     parser.add_argument("--max-count", type=int, choices=range(2, 11), default=4, help="largest number of objects")
+    parser.add_argument("--wording", choices=WORDINGS, default="geneval", help="two persons, or in English two people")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--exclude", action="append", default=[], help="file of prompts to keep out (repeatable)")
     given = parser.parse_args(arguments)
     try:
-        for name in ("count", "test"):
-            if getattr(given, name) < 0:
-                raise BadInput(f"--{name}", getattr(given, name), "must not be below 0")
-        outside = [identities(read_prompts(file, "--exclude")) for file in given.exclude]
-        taken = set().union(*outside)
-        test = generate(given.test, EVEN, given.seed + 1, given.max_count, taken)
-        write(given.folder, "test", test)
-        taken |= {name for task in test for name in (task["prompt"], content(task))}
-        write(given.folder, "train", generate(given.count, MIXES[given.mix], given.seed, given.max_count, taken))
+        make(given)
     except BadInput as error:
         print(f"tempflow: {error}", file=sys.stderr)
         return 2

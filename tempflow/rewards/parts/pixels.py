@@ -1,9 +1,10 @@
 """What CLIP-like encoders do to images before looking at them, in plain torch on any device.
 
 The official pipelines resize in Pillow, whose bicubic and bilinear filters widen with the scale (antialiasing)
-and which rounds and clips to levels after its horizontal pass and again after its vertical one. torch's antialiased
-`interpolate` uses the same filters; in two passes with the same rounding it gives Pillow's levels but for rare ties
-(tests/rewards/test_pixels.py).
+and which rounds and clips to levels after its first pass and again after its second one. torch's antialiased
+`interpolate` uses the same filters; in two passes of the same order and rounding it gives Pillow's levels but for rare
+ties (tests/rewards/test_pixels.py). The order is that of Pillow 13: see `vertical_first`. Pillow up to 12 always began
+with the columns; there, tall pictures come out up to 5 levels different.
 """
 
 from __future__ import annotations
@@ -29,12 +30,22 @@ def check_images(images: Tensor, prompts: Sequence[object]) -> None:
 
 def resize(images: Tensor, height: int, width: int, mode: str = "bicubic") -> Tensor:
     """(B, 3, H, W) levels 0 to 255 of any dtype -> fp32 whole levels (B, 3, height, width), as Pillow resizes."""
-    values = images.float()
-    for shape in ((images.shape[-2], width), (height, width)):
+    values, old = images.float(), images.shape[-2:]
+    between = (height, old[1]) if vertical_first(old, (height, width)) else (old[0], width)
+    for shape in (between, (height, width)):
         if values.shape[-2:] != shape:
             values = F.interpolate(values, shape, mode=mode, antialias=True, align_corners=False)
             values = values.add_(0.5).floor_().clamp_(0, 255)  # a half goes up, as in Pillow
     return values
+
+
+def vertical_first(old: Sequence[int], new: Sequence[int]) -> bool:
+    """Whether Pillow 13 goes from (height, width) `old` to `new` rows first: where more than twice as many rows go as
+    columns.
+
+    Found by trying 1261 random sizes, half of them around the limit; the reason is in Pillow's pull request 9549.
+    """
+    return old[0] - new[0] > max(0, 2 * (old[1] - new[1]))
 
 
 def resize_shortest(images: Tensor, size: int) -> Tensor:
@@ -66,6 +77,19 @@ def normalise(images: Tensor, mean: Sequence[float] = CLIP_MEAN, std: Sequence[f
 def clip_pixels(images: Tensor, size: int, half_up: bool = False) -> Tensor:
     """uint8 (B, 3, H, W) -> normalised fp32 (B, 3, size, size): shorter side resized, middle cropped."""
     return normalise(centre_crop(resize_shortest(images, size), size, half_up))
+
+
+def flow_grpo_pixels(images: Tensor, size: int) -> Tensor:
+    """uint8 (B, 3, H, W) -> normalised fp32 (B, 3, size, size) as Flow-GRPO's CLIPScore has it: shorter side resized
+    bilinearly without rounding to levels, middle cropped at torchvision's margins.
+    """
+    height, width = images.shape[-2:]
+    short = min(height, width)
+    shape = (size * height // short, size * width // short)
+    values = images.float()
+    if short != size:
+        values = F.interpolate(values, shape, mode="bilinear", antialias=True, align_corners=False)
+    return normalise(centre_crop(values, size, half_up=True))
 
 
 def letterbox_pixels(images: Tensor, size: int) -> Tensor:

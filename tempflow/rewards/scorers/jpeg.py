@@ -1,6 +1,7 @@
 """How small, or how large, the picture is as a JPEG: rewards that need no network (DDPO, arXiv 2305.13301).
 
-Score: the kilobytes (1000 bytes) at quality 95, over 500, negative for compressibility; Flow-GRPO's scaling.
+Score: the kilobytes (1000 bytes) at quality 95, over 500, negative for compressibility. Flow-GRPO's compressibility is
+the same; its incompressibility is the bare kilobytes, 500 times ours, which matters only in a weighted sum of rewards.
 """
 
 from __future__ import annotations

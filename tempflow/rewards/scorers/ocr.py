@@ -2,7 +2,10 @@
 
 Score, as Flow-GRPO's: 1 - min(distance, n) / n, with the edit distance between the text read (all lines, joined) and
 the wanted text of n characters, both in lower case without spaces; 1 if the wanted text stands anywhere in it. The
-wanted text is metadata["text"], or else the first quoted part of the prompt.
+wanted text is that after the prompt's first straight quote, to the next one or to the end, as Flow-GRPO's.
+
+Beyond theirs: metadata["text"] goes before any quotes, curly quotes count where there is no straight one, line breaks
+count as little as spaces, and a prompt that asks for nothing is an error rather than a division by 0.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from tempflow.prompts import Prompt
 from tempflow.rewards.parts.pixels import check_images
 from tempflow.rewards.parts.weights import require
 
-QUOTED = re.compile(r'"([^"]+)"|“([^”]+)”')
+QUOTED = re.compile(r'"([^"]*)')
+CURLY = re.compile(r"“([^”]+)”")
 
 
 class Ocr:
@@ -68,8 +72,8 @@ class Ocr:
 
 
 def squeezed(text: str) -> str:
-    """Lower case, no white space."""
-    return "".join(text.lower().split())
+    """Lower case, no spaces and line breaks; tabs and other blanks stay, as in Flow-GRPO."""
+    return "".join(text.lower().replace(" ", "").splitlines())
 
 
 def wanted_text(prompt: Prompt) -> str:
@@ -80,8 +84,8 @@ def wanted_text(prompt: Prompt) -> str:
     """
     text = prompt.metadata.get("text")
     if text is None:
-        match = QUOTED.search(prompt.text)
-        text = match and (match[1] or match[2])
-    if not isinstance(text, str) or not squeezed(text):
+        match = QUOTED.search(prompt.text) or CURLY.search(prompt.text)
+        text = match and match[1]
+    if not isinstance(text, str) or not text.strip():
         raise ValueError(f"prompt '{prompt.text}' asks for no text: give metadata \"text\", or quote it in the prompt")
     return text

@@ -9,6 +9,7 @@ import torch
 
 from tempflow.prompts import Prompt
 from tempflow.rewards.scorer import Scorer
+from tempflow.rewards.servers import wire
 from tempflow.rewards.servers.server import _work
 from tempflow.rewards.servers.wire import (
     Limits,
@@ -73,6 +74,36 @@ def test_a_refusal_says_why():
 def test_limits_are_kept(limits, words):
     with pytest.raises(Malformed, match=words):
         unpack_request(body(), limits)
+
+
+@pytest.mark.parametrize("limit", [{"images": 3}, {"side": 6}, {"prompt": 10}])
+def test_what_is_exactly_at_a_limit_is_taken(limit):
+    """Three images of at most six pixels with prompts of at most ten characters; one less is refused."""
+    assert len(unpack_request(body(), Limits(**limit)).prompts) == 3
+    with pytest.raises(Malformed):
+        unpack_request(body(), Limits(**{name: value - 1 for name, value in limit.items()}))
+
+
+def test_a_header_has_a_longest_length(monkeypatch):
+    whole = body()
+    length = int.from_bytes(whole[:8], "little")
+    monkeypatch.setattr(wire, "HEADER_BYTES", length)
+    assert unpack_request(whole, Limits()).id == "an-id"
+    monkeypatch.setattr(wire, "HEADER_BYTES", length - 1)
+    with pytest.raises(Malformed, match=f"header of {length} bytes"):
+        unpack_request(whole, Limits())
+
+
+def test_a_body_that_ends_with_its_header_is_malformed():
+    """Neither a header one byte longer than what follows it, nor one that leaves no image, is read beyond its end."""
+    head, _ = pack_request(REQUEST)
+    for longer in (0, 1):
+        spoilt = bytearray((len(head) - 8 + longer).to_bytes(8, "little") + head[8:])
+        with pytest.raises(Malformed, match="does not fit" if longer else "bytes"):
+            unpack_request(spoilt, Limits())
+    for short in (b"", b"1234567"):
+        with pytest.raises(Malformed, match="does not fit"):
+            unpack_request(bytearray(short), Limits())
 
 
 def header(change) -> bytearray:
