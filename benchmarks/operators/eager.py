@@ -70,10 +70,10 @@ def eager_flow_grpo(scheduler, velocity, timesteps, sample, noise_level, value):
 
 
 def eager_dance_grpo(velocity, latents, eta, sigmas, index, value):
-    """The steps of DanceGRPO's function: ODE mean, predicted data, score, drift, squared distance."""
+    """The steps of DanceGRPO's function: ODE mean, predicted data, score, drift, log-density."""
     sigma, step = sigmas[index], sigmas[index] - sigmas[index + 1]
     data = latents - sigma * velocity
     score = -(latents - data * (1 - sigma)) / sigma**2
     mean = latents - step * velocity + 0.5 * eta**2 * score * step
-    distance = -((value.detach().float() - mean.float()) ** 2) / (2 * (eta * torch.sqrt(step)) ** 2)
-    return value, data, distance.mean(dim=tuple(range(1, distance.dim())))
+    std = eta * torch.sqrt(step)
+    return value, data, log_density(value.detach().float(), mean.float(), std)

@@ -11,73 +11,76 @@ sampler's log-density is computed by the fused operator. Gradients reach `model_
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ops import transition_log_prob, transition_step
+from ..checks import check_number, expect
 from .coefficients import coefficients_preserving, flow_diffusion, reverse_sde
-
-LOG_SQRT_TWO_PI = 0.5 * math.log(2 * math.pi)
+from .steps import (
+    Sigmas,
+    broadcast,
+    checked_inputs,
+    draw,
+    exact_signature,
+    log_density,
+    mean_of,
+    sigmas_of,
+    squared_error,
+    to_rows,
+)  # fmt: skip
 
 
 class Kind(NamedTuple):
-    """One sampler: its tables, and what of the Gaussian log-density it reports."""
+    """One sampler: its tables, the levels it has, and what of the Gaussian log-density it reports."""
 
     coefficients: Callable
-    """(sigma, next sigma, second sigma of the schedule, level) to coef (R, 3) and the std_dev_t that is returned."""
+    """(sigmas, level) to coef (R, 3) and the std_dev_t that is returned."""
+    highest: float
+    """The largest level; above it the formulas have no std >= 0."""
     unit_density: bool
     """Report -(next - mean)^2 only, as Flow-CPS does, instead of the log-density."""
 
 
-def _sde(sigma: Tensor, sigma_next: Tensor, sigma_first: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
-    diffusion = flow_diffusion(sigma, sigma_first, noise_level)
-    return reverse_sde(sigma, sigma_next, diffusion), diffusion
+def _sde(sigmas: Sigmas, noise_level: float) -> tuple[Tensor, Tensor]:
+    diffusion = flow_diffusion(sigmas.now, sigmas.second, noise_level)
+    return reverse_sde(sigmas.now, sigmas.following, diffusion), diffusion
 
 
-def _cps(sigma: Tensor, sigma_next: Tensor, sigma_first: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
-    coef = coefficients_preserving(sigma, sigma_next, noise_level)
+def _cps(sigmas: Sigmas, noise_level: float) -> tuple[Tensor, Tensor]:
+    coef = coefficients_preserving(sigmas.now, sigmas.following, noise_level)
     return coef, coef[:, 2]
 
 
-KINDS = {"sde": Kind(_sde, unit_density=False), "cps": Kind(_cps, unit_density=True)}
+KINDS = {
+    "sde": Kind(_sde, highest=float("inf"), unit_density=False),
+    "cps": Kind(_cps, highest=2.0, unit_density=True),  # std = next sigma * sin(level pi / 2)
+}
 
 
-def draw_keys(rows: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    """(R, 2) noise keys: 62 random bits from the generator per row, offset 0."""
-    source = device if generator is None else generator.device
-    seed = torch.randint(0, 2**62, (rows,), dtype=torch.int64, device=source, generator=generator).to(device)
-    return torch.stack([seed, torch.zeros_like(seed)], dim=1)
+def step(kind: Kind, scheduler, model_output, timestep, sample, noise_level, prev_sample, generator):
+    """One step of a kind: prev_sample, log_prob (R,), mean, std_dev_t, sqrt_dt; see `sde_step_with_logprob`."""
+    check_number("noise_level", noise_level)
+    expect(0 <= noise_level <= kind.highest, "noise_level", noise_level, f"a number from 0 to {kind.highest}")
+    model_output, sample, prev_sample = checked_inputs(model_output, sample, prev_sample)
+    sigmas = sigmas_of(scheduler, timestep, sample.shape[0])
+    table, std = kind.coefficients(sigmas, noise_level)
+    coef = to_rows(table, sample)
+    mean = mean_of(sample, model_output, coef)
+    if prev_sample is None:
+        following, log_prob = draw(sample, model_output, coef, generator)
+    else:
+        following, log_prob = prev_sample.unsqueeze(1), None
+    if log_prob is None or kind.unit_density or mean.requires_grad:  # else the draw has told it already
+        density = squared_error if kind.unit_density else log_density
+        log_prob = density(following, sample, model_output, coef)
+    step_size = sigmas.now - sigmas.following
+    return following[:, 0], log_prob[:, 0], mean, broadcast(std, sample), broadcast(step_size.sqrt(), sample)
 
 
-def mean_of(sample: Tensor, model_output: Tensor, coef: Tensor) -> Tensor:
-    """The mean of the step (R, D...), differentiable in `model_output`."""
-    x_coef, v_coef, _ = (column.view(-1, *[1] * (sample.dim() - 1)) for column in coef.unbind(1))
-    return torch.addcmul(x_coef * sample, v_coef, model_output)
-
-
-def draw(sample: Tensor, model_output: Tensor, coef: Tensor, generator: torch.Generator | None):
-    """A next sample (R, D...) from fresh keys and its log-density (R,), both without gradient."""
-    with torch.no_grad():
-        key = draw_keys(sample.shape[0], sample.device, generator)
-        prev_sample, log_prob = transition_step(sample, model_output, coef, key)
-    return prev_sample.squeeze(1), log_prob.squeeze(1)
-
-
-def log_density(prev_sample: Tensor, sample: Tensor, model_output: Tensor, coef: Tensor) -> Tensor:
-    """(R,) mean log-density of prev_sample, differentiable in `model_output`; 0 where std = 0."""
-    return transition_log_prob(prev_sample.detach().unsqueeze(1), sample, model_output, coef).squeeze(1)
-
-
-def squared_error(prev_sample: Tensor, sample: Tensor, model_output: Tensor, coef: Tensor) -> Tensor:
-    """(R,) -(prev_sample - mean)^2, mean over elements: the log-density at std = 1 without its constant, doubled."""
-    unit = torch.stack([coef[:, 0], coef[:, 1], torch.ones_like(coef[:, 2])], dim=1)
-    return 2 * (log_density(prev_sample, sample, model_output, unit) + LOG_SQRT_TWO_PI)
-
-
+@exact_signature
 def sde_step_with_logprob(
     self,
     model_output: torch.FloatTensor,
@@ -93,32 +96,19 @@ def sde_step_with_logprob(
 
     Args:
         self: a scheduler with `sigmas` and `index_for_timestep` (FlowMatchEulerDiscreteScheduler of diffusers).
-        model_output, sample: (R, D...), any float dtype; computed in fp32. timestep: R of the scheduler's timesteps.
-        noise_level: a in [0, 1] or above for `sde`. prev_sample: (R, D...) to evaluate instead of drawing.
-        generator: source of the noise keys. sde_type: `sde` (Flow-GRPO) or `cps` (Flow-CPS).
+        model_output, sample: (R, D...), any float dtype; computed in fp32. timestep: one of the scheduler's timesteps
+            for all rows, or R of them.
+        noise_level: a >= 0, for `cps` up to 2. prev_sample: (R, D...) to evaluate instead of drawing.
+        generator: source of the noise keys, or a list of R. sde_type: `sde` (Flow-GRPO) or `cps` (Flow-CPS).
         return_sqrt_dt: append sqrt(sigma - next sigma) to the result.
     Returns:
-        (prev_sample, log_prob (R,), prev_sample_mean, std_dev_t (R, 1...)[, sqrt_dt (R, 1...)]), all fp32.
+        (prev_sample, log_prob (R,), prev_sample_mean, std_dev_t[, sqrt_dt]), all fp32; the last two are (R, 1...), or
+        (1, 1...) where one timestep was given.
     Raises:
-        ValueError: an unknown `sde_type`, or tensors that do not fit.
+        ValueError: an unknown `sde_type`, a level out of range, or tensors, timesteps or generators that do not fit.
+        TypeError: a keyword that the original does not have.
     """
     if sde_type not in KINDS:
         raise ValueError(f"sde_type: found {sde_type!r}, expected one of {', '.join(KINDS)}")
-    kind = KINDS[sde_type]
-    model_output, sample = model_output.float(), sample.float()
-    index = torch.tensor([self.index_for_timestep(t) for t in timestep])
-    sigmas = self.sigmas.detach().double().cpu()
-    sigma, sigma_next = sigmas[index], sigmas[index + 1]
-    coef, std = kind.coefficients(sigma, sigma_next, sigmas[1], noise_level)
-    coef, std, step = (table.float().to(sample.device) for table in (coef, std, sigma - sigma_next))
-    mean = mean_of(sample, model_output, coef)
-    if prev_sample is None:
-        prev_sample, log_prob = draw(sample, model_output, coef, generator)
-    else:
-        prev_sample, log_prob = prev_sample.float(), None
-    if log_prob is None or kind.unit_density or mean.requires_grad:  # else the draw has told it already
-        density = squared_error if kind.unit_density else log_density
-        log_prob = density(prev_sample, sample, model_output, coef)
-    shape = (-1, *[1] * (sample.dim() - 1))
-    result = prev_sample, log_prob, mean, std.view(shape)
-    return (*result, step.sqrt().view(shape)) if return_sqrt_dt else result
+    result = step(KINDS[sde_type], self, model_output, timestep, sample, noise_level, prev_sample, generator)
+    return result if return_sqrt_dt else result[:4]
