@@ -32,8 +32,8 @@ def read_prompts(path: str, setting: str) -> list[Prompt]:
     """
     file = _file(resolve(path), setting)
     if not file.is_file():
-        mend = "no such file; give a .txt or .jsonl file of prompts, or a folder of train and test files"
-        raise BadInput(setting, path, mend)
+        hint = "no such file; give a .txt or .jsonl file of prompts, or a folder of train and test files"
+        raise BadInput(setting, path, hint)
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (UnicodeDecodeError, OSError) as error:

@@ -43,8 +43,8 @@ def build(given: argparse.Namespace) -> ScorerServer:
     """
     token = read_token("--token-file", given.token_file)
     if token is None and not _is_loopback(given.host):
-        mend = "is open to other machines: give a token by --token-file or TEMPFLOW_SCORER_TOKEN, or use 127.0.0.1"
-        raise BadInput("--host", given.host, mend)
+        hint = "is open to other machines: give a token by --token-file or TEMPFLOW_SCORER_TOKEN, or use 127.0.0.1"
+        raise BadInput("--host", given.host, hint)
     for name in ("requests", "max_mib", "max_images", "max_prompt"):
         if getattr(given, name) <= 0:
             raise BadInput(f"--{name.replace('_', '-')}", getattr(given, name), "must be above 0")

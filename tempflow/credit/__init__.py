@@ -1,0 +1,1 @@
+"""What a branch's reward says about its decisions."""

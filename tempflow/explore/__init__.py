@@ -1,0 +1,1 @@
+"""Trunks, forks, decisions, tails."""

@@ -62,12 +62,12 @@ def check_device(name: str, device: str) -> None:
     """Refuses a device on which the optimizer `name`, whose library has been imported, cannot step."""
     kind = OPTIMIZERS[name]
     if kind.paged and device == "cpu":
-        mend = "pages move between GPU and host; on a CPU use learn.optimizer=adamw or adamw8bit"
-        raise BadInput("learn.optimizer", name, mend)
+        hint = "pages move between GPU and host; on a CPU use learn.optimizer=adamw or adamw8bit"
+        raise BadInput("learn.optimizer", name, hint)
     operator = "bitsandbytes::optimizer_update_8bit_blockwise"
     if kind.eight_bit and not torch._C._dispatch_has_kernel_for_dispatch_key(operator, device.upper()):
-        mend = f"the installed bitsandbytes has no 8-bit step for {device}; upgrade it or use learn.optimizer=adamw"
-        raise BadInput("learn.optimizer", name, mend)
+        hint = f"the installed bitsandbytes has no 8-bit step for {device}; upgrade it or use learn.optimizer=adamw"
+        raise BadInput("learn.optimizer", name, hint)
 
 
 def estimated_state_bytes(learn: LearnConfig, sizes: Iterable[int]) -> int:

@@ -131,13 +131,13 @@ class Stepper:
             return {**figures, "loss_scale": self.scale.scale.item(), "skipped_steps": len(norms) - len(finite)}
         if len(finite) < len(norms):
             rate = self.optimizer.param_groups[0]["lr"]
-            mend = "a gradient is not finite and its step was not taken; lower it and go on with run.resume=true"
-            raise Halted("learn.lr", rate, mend)
+            hint = "a gradient is not finite and its step was not taken; lower it and go on with run.resume=true"
+            raise Halted("learn.lr", rate, hint)
         return figures
 
     def _count_skipped(self, norms: list[float]) -> None:
         for norm in norms:
             self.skipped_in_a_row = 0 if norm - norm == 0 else self.skipped_in_a_row + 1
             if self.skipped_in_a_row >= PATIENCE:
-                mend = f"{PATIENCE} gradients in a row were not finite, and a smaller loss scale did not help; use bf16"
-                raise Halted("model.dtype", "fp16", mend)
+                hint = f"{PATIENCE} gradients in a row were not finite, and a smaller loss scale did not help; use bf16"
+                raise Halted("model.dtype", "fp16", hint)

@@ -77,8 +77,8 @@ def _find(model: ModelConfig) -> tuple[Path, dict[str, Any], type[Family]]:
     folder, index = read_index(model.path)
     family = FAMILIES.get(index["_class_name"])
     if family is None:
-        mend = f"holds a {index['_class_name']}; supported are {', '.join(FAMILIES)}"
-        raise BadInput("model.path", model.path, mend)
+        hint = f"holds a {index['_class_name']}; supported are {', '.join(FAMILIES)}"
+        raise BadInput("model.path", model.path, hint)
     return folder, index, family
 
 

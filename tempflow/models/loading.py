@@ -56,8 +56,8 @@ def _hub_index(path: str) -> Path:
     try:
         return Path(hf_hub_download(path, "model_index.json"))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        mend = "no such folder, and the hub did not give it (absent, gated, or no network); check path and login"
-        raise BadInput("model.path", path, mend) from error
+        hint = "no such folder, and the hub did not give it (absent, gated, or no network); check path and login"
+        raise BadInput("model.path", path, hint) from error
 
 
 def _source(path: str) -> str:

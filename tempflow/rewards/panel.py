@@ -73,8 +73,8 @@ class Panel:
         """
         for row, scorer in zip(rewards, self.scorers.values(), strict=True):
             if row.isnan().all():
-                mend = f"returned NaN for all {row.numel()} images; a reward of some of them must be a number"
-                raise BadInput(scorer.setting, scorer.name, mend)
+                hint = f"returned NaN for all {row.numel()} images; a reward of some of them must be a number"
+                raise BadInput(scorer.setting, scorer.name, hint)
 
 
 def load_panels(config: RewardConfig, rows: int, device: torch.device) -> tuple[Panel, Panel]:
@@ -96,8 +96,8 @@ def load_panels(config: RewardConfig, rows: int, device: torch.device) -> tuple[
         if name not in remote:
             return load_scorer(setting, name, rows, config.options.get(name), device)
         if name in config.options:
-            mend = "this scorer runs on a server; give its options there, by --option"
-            raise BadInput(f"reward.options.{name}", config.options[name], mend)
+            hint = "this scorer runs on a server; give its options there, by --option"
+            raise BadInput(f"reward.options.{name}", config.options[name], hint)
         return Scorer(setting, name, remote[name], sys.maxsize, config.requests)
 
     def panel(setting: str, names: Sequence[str], factors: Iterable[float]) -> Panel:
@@ -132,7 +132,7 @@ def _servers(config: RewardConfig, rows: int, rewards: Sequence[str]) -> dict[st
         if not server.well:
             print(f"tempflow: going on without {server.url} for now ({server.fault})", file=sys.stderr)
     if not served & set(rewards):
-        mend = f"serve {', '.join(sorted(served))}, not {', '.join(rewards)}; serve the reward, or remove the servers"
-        raise BadInput("reward.servers", config.servers, mend)
+        hint = f"serve {', '.join(sorted(served))}, not {', '.join(rewards)}; serve the reward, or remove the servers"
+        raise BadInput("reward.servers", config.servers, hint)
     batch = config.batch or rows
     return {name: partial(fleet.score, name, batch=batch) for name in served}

@@ -78,11 +78,11 @@ class Scorer:
         except BadInput:
             raise  # it says already what is wrong
         except (ValueError, TypeError) as error:
-            mend = f"the scorer refuses its input or answers with no numbers: {error}"
-            raise BadInput(self.setting, self.name, mend) from error
+            hint = f"the scorer refuses its input or answers with no numbers: {error}"
+            raise BadInput(self.setting, self.name, hint) from error
         if scores.shape != (len(images),):
-            mend = f"must return one number per image: expected ({len(images)},), found {tuple(scores.shape)}"
-            raise BadInput(self.setting, self.name, mend)
+            hint = f"must return one number per image: expected ({len(images)},), found {tuple(scores.shape)}"
+            raise BadInput(self.setting, self.name, hint)
         if torch.isinf(scores).any():
             text = prompts[int(torch.nonzero(torch.isinf(scores))[0, 0])].text
             raise BadInput(self.setting, self.name, f'returned an infinite value for "{text}"; give a finite one')
@@ -93,8 +93,8 @@ def check_options(options: Mapping[str, Any], used: Collection[str | None]) -> N
     """Refuses options of a scorer that the run does not use; most likely its name is misspelt."""
     for name in options:
         if name not in used:
-            mend = f"the run has no scorer of this name; it has {', '.join(filter(None, used))}"
-            raise BadInput("reward.options", name, mend)
+            hint = f"the run has no scorer of this name; it has {', '.join(filter(None, used))}"
+            raise BadInput("reward.options", name, hint)
 
 
 def load_scorer(
@@ -118,8 +118,8 @@ def load_scorer(
     if isinstance(found, type):
         found = _construct(found, name, dict(options or {}), device)
     elif options:
-        mend = "takes no options: it is no class; remove them"
-        raise BadInput(f"reward.options.{name}", dict(options), mend)
+        hint = "takes no options: it is no class; remove them"
+        raise BadInput(f"reward.options.{name}", dict(options), hint)
     return Scorer(setting, name, found, rows, getattr(found, "waits", 0))
 
 
@@ -147,8 +147,8 @@ def _construct(kind: type, name: str, options: dict[str, Any], device: torch.dev
     }
     for key, value in options.items():
         if key not in known:
-            mend = f"no such option of this scorer; its options: {', '.join(known) or 'none'}"
-            raise BadInput(f"reward.options.{name}.{key}", value, mend)
+            hint = f"no such option of this scorer; its options: {', '.join(known) or 'none'}"
+            raise BadInput(f"reward.options.{name}.{key}", value, hint)
     if "device" in known and device is not None:
         options.setdefault("device", device)
     for key, required in known.items():

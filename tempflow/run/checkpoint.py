@@ -89,8 +89,8 @@ def restore(folder: Path, stepper: Stepper) -> Progress:
             stepper.scale.load(state["loss_scale"])
         return Progress(**state["progress"])
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        mend = f"the checkpoint does not load ({error}); remove it to use an older one"
-        raise BadInput("run.resume", newest, mend) from error
+        hint = f"the checkpoint does not load ({error}); remove it to use an older one"
+        raise BadInput("run.resume", newest, hint) from error
 
 
 @torch.no_grad()

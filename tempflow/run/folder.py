@@ -34,13 +34,13 @@ def check_folder(config: Config) -> None:
         if config.run.resume:
             _check_same_run(config, folder)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            mend = "exists already; continue it with run.resume=true or choose another run.dir"
-            raise BadInput("run.dir", config.run.dir, mend)
+            hint = "exists already; continue it with run.resume=true or choose another run.dir"
+            raise BadInput("run.dir", config.run.dir, hint)
         elif not _can_be_made(folder):
             raise BadInput("run.dir", config.run.dir, "cannot be written; choose another folder")
     except OSError as error:
-        mend = f"cannot be used ({error.strerror}); choose another folder"
-        raise BadInput("run.dir", config.run.dir, mend) from error
+        hint = f"cannot be used ({error.strerror}); choose another folder"
+        raise BadInput("run.dir", config.run.dir, hint) from error
 
 
 def _can_be_made(folder: Path) -> bool:
@@ -79,5 +79,5 @@ def _check_same_run(config: Config, folder: Path) -> None:
         for field, value in values.items():
             name = f"{section}.{field}"
             if name not in MAY_CHANGE and value != before[section][field]:
-                mend = f"the run in {config.run.dir} was started with {before[section][field]}; a resumed run keeps it"
-                raise BadInput(name, value, mend)
+                hint = f"the run in {config.run.dir} was started with {before[section][field]}; a resumed run keeps it"
+                raise BadInput(name, value, hint)

@@ -1,0 +1,1 @@
+"""Fields, presets, help; nothing heavy is imported here."""

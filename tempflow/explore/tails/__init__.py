@@ -1,0 +1,1 @@
+"""How branches travel from a fork to an image."""

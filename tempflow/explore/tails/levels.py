@@ -73,8 +73,8 @@ def make_engines(
     try:
         return _tried(policy, tails, rows, levels[-1], schedule, text)
     except RuntimeError as error:
-        mend = f"does not work here ({_reason(error)}); use tails.level=auto or eager"
-        raise BadInput("tails.level", tails.level, mend) from error
+        hint = f"does not work here ({_reason(error)}); use tails.level=auto or eager"
+        raise BadInput("tails.level", tails.level, hint) from error
 
 
 def levels_of(policy: Policy, tails: TailConfig) -> tuple[str, ...]:

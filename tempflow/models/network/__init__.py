@@ -1,0 +1,1 @@
+"""The network under training, its adapters and copies."""

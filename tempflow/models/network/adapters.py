@@ -81,13 +81,13 @@ def load_adapters(module: nn.Module, pipeline_class: type[DiffusionPipeline], co
         raise BadInput("model.lora", config.lora, f"{what}; give a LoRA of this model")
     if weights.keys() != own.keys():
         example = min(weights.keys() ^ own.keys())
-        mend = f"set model.lora_targets to its layers ({example} is only in {'it' if example in weights else 'them'})"
-        raise BadInput("model.lora", config.lora, mend)
+        hint = f"set model.lora_targets to its layers ({example} is only in {'it' if example in weights else 'them'})"
+        raise BadInput("model.lora", config.lora, hint)
     for name, tensor in own.items():
         if weights[name].shape != tensor.shape:
             found, wanted = tuple(weights[name].shape), tuple(tensor.shape)
-            mend = f"{name} has shape {found}, not {wanted}; set model.lora_rank={min(found)}, or it is another model's"
-            raise BadInput("model.lora", config.lora, mend)
+            hint = f"{name} has shape {found}, not {wanted}; set model.lora_rank={min(found)}, or it is another model's"
+            raise BadInput("model.lora", config.lora, hint)
     if not next(module.parameters()).is_meta:  # a skeleton has nothing to fill
         alpha = metadata.get(f"{PREFIX}lora_alpha", config.lora_rank)  # as diffusers reads a file that does not say
         set_peft_model_state_dict(module, _scaled(weights, alpha / config.lora_alpha))

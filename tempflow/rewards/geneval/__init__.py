@@ -1,0 +1,1 @@
+"""GenEval: words, prompts, detection, scores."""

@@ -36,8 +36,8 @@ def require(scorer: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        mend = f"needs the package {package} ({error}); pip install 'tempflow[rewards]'"
-        raise BadInput("reward", scorer, mend) from error
+        hint = f"needs the package {package} ({error}); pip install 'tempflow[rewards]'"
+        raise BadInput("reward", scorer, hint) from error
 
 
 def dtype_of(scorer: str, value: str) -> torch.dtype:
@@ -67,8 +67,8 @@ def find(scorer: str, name: str, value: str | Path, load: Callable[[str], Loaded
         return load(str(path) if path.exists() else str(value))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        mend = f"cannot be loaded; give a local folder with the files, or a hub id that can be reached ({reason})"
-        raise BadInput(option(scorer, name), value, mend) from error
+        hint = f"cannot be loaded; give a local folder with the files, or a hub id that can be reached ({reason})"
+        raise BadInput(option(scorer, name), value, hint) from error
 
 
 def tokenizer_of(kind: Any, scorer: str, name: str, value: str | Path, words: int, spare: int = 0) -> Any:
@@ -78,9 +78,9 @@ def tokenizer_of(kind: Any, scorer: str, name: str, value: str | Path, words: in
     """
     tokenizer = find(scorer, name, value, kind.from_pretrained)
     if not words - spare <= len(tokenizer) <= words:
-        mend = (f"cannot be loaded, or is of another model: {len(tokenizer)} tokens found, {words} expected; "
+        hint = (f"cannot be loaded, or is of another model: {len(tokenizer)} tokens found, {words} expected; "
                 "give a local folder with the files, or a hub id that can be reached")  # fmt: skip
-        raise BadInput(option(scorer, name), value, mend)
+        raise BadInput(option(scorer, name), value, hint)
     return tokenizer
 
 
@@ -179,8 +179,8 @@ def pretrained(kind: Any, scorer: str, name: str, value: str | Path, dtype: torc
 
     model, info = find(scorer, name, value, load)
     if info["missing_keys"]:
-        mend = f"no weights of a {kind.__name__}: {sorted(info['missing_keys'])[0]} is missing"
-        raise BadInput(option(scorer, name), value, mend)
+        hint = f"no weights of a {kind.__name__}: {sorted(info['missing_keys'])[0]} is missing"
+        raise BadInput(option(scorer, name), value, hint)
     return frozen(model, dtype, device)
 
 

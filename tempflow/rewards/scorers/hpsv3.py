@@ -146,8 +146,8 @@ def load_judge(path: str | Path, config: Qwen2VLConfig, words: int, dtype: torch
     keys = ("backbone.language_model.embed_tokens.weight", "head.0.weight", "head.3.weight")
     rows, first, second = (len(needed("hpsv3", "path", path, tensors, key)) for key in keys)
     if rows < words:
-        mend = f"has {rows} token embeddings, fewer than the {words} tokens of base with {REWARD_TOKEN}"
-        raise BadInput(option("hpsv3", "path"), path, mend)
+        hint = f"has {rows} token embeddings, fewer than the {words} tokens of base with {REWARD_TOKEN}"
+        raise BadInput(option("hpsv3", "path"), path, hint)
     config.text_config.vocab_size = rows
     judge = Judge(config, (first, second), dtype)
     install(judge, tensors, option("hpsv3", "path"), path)
@@ -161,8 +161,8 @@ def own_template(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(option("hpsv3", "template"), path, f"not readable as a text file ({error})") from error
     if "{text_prompt}" not in text or text.count(REWARD_TOKEN) != 1:
-        mend = f"must hold {{text_prompt}}, and {REWARD_TOKEN} exactly once"
-        raise BadInput(option("hpsv3", "template"), path, mend)
+        hint = f"must hold {{text_prompt}}, and {REWARD_TOKEN} exactly once"
+        raise BadInput(option("hpsv3", "template"), path, hint)
     return text
 
 
@@ -171,16 +171,16 @@ def official_template() -> str:
 
     The package is not imported: it would need versions of other packages that exclude ours.
     """
-    mend = "the official instruction is not here; pip install --no-deps hpsv3, or give a text file"
+    hint = "the official instruction is not here; pip install --no-deps hpsv3, or give a text file"
     spec = importlib.util.find_spec("hpsv3")
     if spec is None or not spec.submodule_search_locations:
-        raise BadInput(option("hpsv3", "template"), DEFAULT_TEMPLATE, mend)
+        raise BadInput(option("hpsv3", "template"), DEFAULT_TEMPLATE, hint)
     file = Path(next(iter(spec.submodule_search_locations))) / "dataset" / "data_collator_qwen.py"
     try:
         texts = _constants(ast.parse(file.read_text(encoding="utf-8")))
         return texts["INSTRUCTION"] + texts["prompt_with_special_token"]
     except (OSError, SyntaxError, KeyError) as error:
-        raise BadInput(option("hpsv3", "template"), DEFAULT_TEMPLATE, f"{mend} ({error})") from error
+        raise BadInput(option("hpsv3", "template"), DEFAULT_TEMPLATE, f"{hint} ({error})") from error
 
 
 def _constants(tree: ast.Module) -> Mapping[str, str]:

@@ -121,8 +121,8 @@ class VlmJudge:
         with ThreadPoolExecutor(self.parallel) as pool:
             answers = list(pool.map(self._score, images, [prompt.text for prompt in prompts]))
         if answers and all(isinstance(answer, str) for answer in answers):
-            mend = f"no answer held a number from {self.low:g} to {self.high:g}; the first was {answers[0][:100]!r}"
-            raise BadInput(option("vlm_judge", "model"), self.model, mend)
+            hint = f"no answer held a number from {self.low:g} to {self.high:g}; the first was {answers[0][:100]!r}"
+            raise BadInput(option("vlm_judge", "model"), self.model, hint)
         for answer in answers:
             if isinstance(answer, str):
                 log.warning("vlm_judge: no number in %r after %d tries; NaN", answer[:100], self.tries)
@@ -150,8 +150,8 @@ class VlmJudge:
             if value is not None:
                 return (value - self.low) / (self.high - self.low)
         if answer is None:
-            mend = f"no answer in {self.tries} tries ({reason}); is the server running and the address right?"
-            raise BadInput(option("vlm_judge", "url"), self.url, mend)
+            hint = f"no answer in {self.tries} tries ({reason}); is the server running and the address right?"
+            raise BadInput(option("vlm_judge", "url"), self.url, hint)
         return answer
 
     def _ask(self, content: list[dict[str, Any]], turn: int) -> str:
@@ -166,10 +166,10 @@ class VlmJudge:
         if response.status_code == 429 or response.status_code >= 500:
             raise Busy(f"status {response.status_code}")
         if response.status_code != 200:
-            mend = f"the server refuses with status {response.status_code}: {' '.join(response.text.split())[:200]}"
-            raise BadInput(option("vlm_judge", "url"), self.url, mend)
+            hint = f"the server refuses with status {response.status_code}: {' '.join(response.text.split())[:200]}"
+            raise BadInput(option("vlm_judge", "url"), self.url, hint)
         try:
             return str(response.json()["choices"][0]["message"]["content"] or "")
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            mend = f"the answer is no chat completion: {' '.join(response.text.split())[:200]}"
-            raise BadInput(option("vlm_judge", "url"), self.url, mend) from error
+            hint = f"the answer is no chat completion: {' '.join(response.text.split())[:200]}"
+            raise BadInput(option("vlm_judge", "url"), self.url, hint) from error

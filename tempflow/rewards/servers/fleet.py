@@ -31,8 +31,8 @@ from tempflow.rewards.servers.wire import ANSWER_BYTES, SCORE_BYTES, Malformed, 
 try:
     import aiohttp
 except ImportError as error:
-    mend = "servers need aiohttp, which is not installed: pip install 'tempflow[rewards]'"
-    raise BadInput("reward.servers", None, mend) from error
+    hint = "servers need aiohttp, which is not installed: pip install 'tempflow[rewards]'"
+    raise BadInput("reward.servers", None, hint) from error
 
 Result = TypeVar("Result")
 PIECE = 2**20
@@ -135,8 +135,8 @@ class Fleet:
         while True:
             await asyncio.gather(*(self._ask(server) for server in self.servers if not server.well))
             if any(server.fault.startswith("401 ") for server in self.servers if not server.well):
-                mend = "a server refuses the token; give it by reward.token_file or TEMPFLOW_SCORER_TOKEN"
-                raise BadInput("reward.servers", self._names(), mend)
+                hint = "a server refuses the token; give it by reward.token_file or TEMPFLOW_SCORER_TOKEN"
+                raise BadInput("reward.servers", self._names(), hint)
             if any(server.well for server in self.servers):
                 return frozenset().union(*(server.scorers for server in self.servers))
             if time.monotonic() > until:
@@ -219,8 +219,8 @@ class Fleet:
             f"{server.url}: {f'serves no {scorer}' if server.well and scorer not in server.scorers else server.fault}"
             for server in self.servers
         )
-        mend = f"no answer within reward.patience={self.terms.patience:g} s ({faults}); is the server up?"
-        self.given_up = BadInput("reward.servers", self._names(), mend)
+        hint = f"no answer within reward.patience={self.terms.patience:g} s ({faults}); is the server up?"
+        self.given_up = BadInput("reward.servers", self._names(), hint)
         return self.given_up
 
     def _names(self) -> str:

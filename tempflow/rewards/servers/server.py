@@ -126,7 +126,7 @@ def _work(scorer: Scorer, job: Request) -> tuple[int, bytes]:
     try:
         return 200, pack_answer(job, scorer(job.images, job.prompts))
     except BadInput as error:
-        return 422, pack_refusal(job, error.mend)
+        return 422, pack_refusal(job, error.hint)
 
 
 async def _read(request: web.Request, body: memoryview) -> memoryview:
