@@ -1,1 +1,1 @@
-"""The doors: what  runs."""
+"""The doors: what `python -m tempflow.commands.NAME` runs."""

@@ -1,4 +1,4 @@
-"""Draws the report of a run anew: `python -m tempflow.commands.report runs/digits`."""
+"""Draws the report of a run again: `python -m tempflow.commands.report runs/digits`."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class PhaseClock:
             yield item
 
     def read(self) -> dict[str, float]:
-        """The seconds so far, rounded to a tenth of a millisecond; the clock starts anew."""
+        """The seconds so far, rounded to a tenth of a millisecond; the clock starts again."""
         spans, self.spans = self.spans, []
         seconds: dict[str, float] = {}
         for phase, start, end in spans:

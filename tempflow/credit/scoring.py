@@ -75,17 +75,17 @@ class ScoreQueue:
                 future.cancel()
 
     def _decode(self, latents: Tensor, ready: torch.cuda.Event | None) -> Tensor:
-        with self._beside(), self.clock("decode"):
+        with self._own_stream(), self.clock("decode"):
             if ready is not None:
                 ready.wait()
             return decode_branches(self.policy, latents, self.rows)
 
     def _score(self, images: Future, prompts: Sequence[Prompt]) -> Tensor:
         decoded = images.result()
-        with self._beside(), self.clock("reward"):
+        with self._own_stream(), self.clock("reward"):
             return self.reward(decoded, prompts)
 
-    def _beside(self) -> AbstractContextManager[Any]:
+    def _own_stream(self) -> AbstractContextManager[Any]:
         """The queue's own stream, where it has one."""
         return torch.cuda.stream(self.stream) if self.stream is not None else nullcontext()
 

@@ -57,7 +57,7 @@ def _langevin(sigma: Tensor, following: Tensor, diffusion: Tensor) -> Transition
 def flow_sde(sigmas: Tensor, level: float, following: Tensor | None = None) -> Transition:
     """Flow-GRPO's SDE, g = level * sqrt(s / (1 - s)); where s = 1 the second sigma of the schedule stands in for s.
 
-    Args (alike for every transition):
+    Args (of every transition):
         sigmas: (T+1,) float64, the whole schedule.
         following: (T,) float64, the sigma that each step goes to; by default the next one, further on a merged step.
     """

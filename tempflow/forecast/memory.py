@@ -1,7 +1,7 @@
 """What a run will hold in a GPU's memory, part by part, before any weight is loaded.
 
 Parts that stay: counted from the model's configuration and the settings, exactly. Parts that come and go: rehearsed
-operator by operator without data (`models/without_weights/`); phases do not meet, so the dearest one decides.
+operator by operator without data (`models/without_weights/`); phases do not meet, so the largest one decides.
 
     weights            frozen: model.dtype; trained: fp32, and with model.train=full they are the whole transformer
     merged copy        model.dtype, of the adapted layers (of everything with full training), where tails use one

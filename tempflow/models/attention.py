@@ -83,8 +83,8 @@ def _measured(policy: PipelinePolicy) -> str:
             if times[name] < FASTER * times["native"] and times[name] < times[best]:
                 best = name
     _switch(policy, best)
-    told = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in times.items())
-    return f"{best} (one row: {told})"
+    timings = ", ".join(f"{name} {1000 * seconds:.1f} ms" for name, seconds in times.items())
+    return f"{best} (one row: {timings})"
 
 
 def _problem(policy: PipelinePolicy, name: str, expected: set[str]) -> str:

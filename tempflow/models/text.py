@@ -103,7 +103,7 @@ class TextRows:
         try:
             return load_file(self._file(text))
         except (SafetensorError, OSError) as error:
-            print(f"tempflow: {self._file(text)} does not load ({error}); encoding its text anew", file=sys.stderr)
+            print(f"tempflow: {self._file(text)} does not load ({error}); encoding its text again", file=sys.stderr)
             return None
 
     def _write(self, text: str, row: Row) -> None:

@@ -96,7 +96,7 @@ class ExploreConfig:
     take: Count | None = None
     """How many of these steps are drawn; null takes all of them."""
     draw: Literal["iteration", "prompt", "slide"] = "iteration"
-    """Draw them anew each iteration, for each prompt by itself, or slide through them in order, one at a time."""
+    """Draw them again each iteration, for each prompt by itself, or slide through them in order, one at a time."""
     every: Count = 1
     """Iterations between two moves of sliding forks."""
     window: Count | Literal["rest"] = 1
@@ -167,7 +167,7 @@ class LearnConfig:
     inner_epochs: Count = 1
     """Passes over one iteration's branches, with the true importance ratio from the second update on."""
     compile: bool = changeable(False)
-    """Compile the repeated blocks for trunk and training, both alike."""
+    """Compile the repeated blocks in trunk and training."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
     """AdamW of torch, or of bitsandbytes: moments in 8 bits; paged, they move to the host when the GPU is full."""
     min_8bit_size: Count = 4096

@@ -1,4 +1,4 @@
-"""What fast tails do to the rewards: one iteration's branches carried both ways, exactly and as the run will.
+"""What fast tails do to the rewards: one iteration's branches followed both ways, exactly and as the run will.
 
     python -m tempflow.commands.tails [PRESET or FILE.yaml] [section.field=value ...]
 
@@ -63,10 +63,10 @@ def check_tails(trainer: Trainer) -> TailsCheck:
     for name, engine in (("exact", EagerEngine(policy, fast_engine.rows)), ("fast", fast_engine)):
         clock = PhaseClock(policy.device)
         with clock(name):
-            carried = _carried(engine, rollout, trainer)
+            finished = _finished(engine, rollout, trainer)
         seconds |= clock.read()
-        trainer.scores.submit(carried, of_trunks)
-        found[name] = carried.latents, trainer.scores.collect().view(groups)
+        trainer.scores.submit(finished, of_trunks)
+        found[name] = finished.latents, trainer.scores.collect().view(groups)
     fast_engine.work.read()
     trainer.clock.read()
     (exact_latents, exact), (fast_latents, fast) = found["exact"], found["fast"]
@@ -82,7 +82,7 @@ def check_tails(trainer: Trainer) -> TailsCheck:
     )
 
 
-def _carried(engine: TailEngine, rollout: Rollout, trainer: Trainer) -> FinishedBranches:
+def _finished(engine: TailEngine, rollout: Rollout, trainer: Trainer) -> FinishedBranches:
     """All branches at the end of their tails."""
     chunks = list(finish_branches([engine], rollout, trainer.schedule))
     trunks = [row for chunk in chunks for row in chunk.trunks]

@@ -43,7 +43,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.bodies.append(body)
             self.server.headers.append(dict(self.headers))
         reply = self.server.reply(body, turn) if self.path == "/v1/chat/completions" else 404
-        status, raw = (reply, b"told so") if isinstance(reply, int) else (200, reply)
+        status, raw = (reply, b"describe_layers so") if isinstance(reply, int) else (200, reply)
         if isinstance(raw, str):
             raw = json.dumps({"choices": [{"message": {"role": "assistant", "content": raw}}]}).encode()
         self.send_response(status)
@@ -128,7 +128,7 @@ def test_answers_without_a_number_are_asked_again_then_nan(serve, caplog):
 
 @pytest.mark.parametrize(("reply", "words"), [
     (lambda body, turn: 500, r"url=http.*: no answer in 2 tries \(Busy status 500\)"),
-    (lambda body, turn: 401, "the server refuses with status 401: told so"),
+    (lambda body, turn: 401, "the server refuses with status 401: describe_layers so"),
     (lambda body, turn: b"<html>", "the answer is no chat completion: <html>"),
     (lambda body, turn: b'{"choices": []}', "the answer is no chat completion"),
 ])  # fmt: skip

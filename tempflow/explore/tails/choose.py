@@ -43,7 +43,7 @@ def measure_rows(tails: TailConfig, policy: Policy, lengths: Sequence[int], text
 
 
 def choose_engines(tails: TailConfig, policy: Policy, schedule: NoiseSchedule, rows: int, text: str) -> Engines:
-    """Engines that have carried a branch each already, `rows` branches a call.
+    """Engines that have taken a branch to its end each already, `rows` branches a call.
 
     Raises:
         BadInput: a level that does not work here.

@@ -31,7 +31,7 @@ class TailWork:
         self.needed += needed
 
     def read(self) -> float:
-        """The part of the computed rows that nobody needed (branches that had not set out, padding); starts anew."""
+        """The part of the computed rows that nobody needed (branches that had not set out, padding); starts again."""
         waste = 1 - self.needed / self.computed if self.computed else 0.0
         self.computed = self.needed = 0
         return waste

@@ -71,7 +71,7 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str:
     return ""
 
 
-def told(eights: Iterable[str], kept: Iterable[str]) -> str:
+def describe_layers(eights: Iterable[str], kept: Iterable[str]) -> str:
     """What became of the linear layers inside blocks, in words: names without the number of their block."""
     eights, kept = list(eights), list(kept)
     names = sorted({".".join(part for part in name.split(".")[1:] if not part.isdigit()) for name in kept})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from tempflow.models.network.adapters import NAME, adapted_layers
-from tempflow.models.network.float8 import Float8Linear, takes_float8, told
+from tempflow.models.network.float8 import Float8Linear, takes_float8, describe_layers
 
 
 class MergedNetwork:
@@ -74,7 +74,7 @@ class MergedNetwork:
                 self.float8[name] = Float8Linear(part.weight, part.bias)
                 self._put(name, self.float8[name])
         self.refresh()
-        return told(self.float8, inside.keys() - self.float8.keys())
+        return describe_layers(self.float8, inside.keys() - self.float8.keys())
 
     def _in_a_block(self, name: str) -> bool:
         return isinstance(getattr(self.module, name.split(".")[0], None), nn.ModuleList)
