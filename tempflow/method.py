@@ -26,7 +26,7 @@ from tempflow.settings.fields import Config
 
 @dataclass(frozen=True)
 class Method:
-    """Example: TempFlow-GRPO at T = 10: forks at 0 .. 8, window 1, 4 noises x 6 siblings, seed groups, (10, 4) terms."""
+    """Example: TempFlow-GRPO at T = 10: forks at 0 .. 8, window 1, 4 noises x 6 siblings, seed groups, 10 x 4 terms."""
 
     rule: ForkRule
     noises: int

@@ -115,4 +115,22 @@ def test_files_and_functions_are_small(path):
 
 def test_median_function_is_short():
     lengths = sorted(f.end_lineno - f.lineno + 1 for path in SOURCES for f in functions(path))
-    assert lengths[len(lengths) // 2] <= 12
+    assert lengths[len(lengths) // 2] <= 10
+
+
+def test_functions_take_few_parameters():
+    """At most 7, but for the operators, whose arguments are the mathematics."""
+    for path in tempflow_files():
+        for function in functions(path):
+            given = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs]
+            count = len([argument for argument in given if argument.arg not in ("self", "cls")])
+            assert count <= 7, f"{path.relative_to(ROOT)}: {function.name}"
+
+
+def test_no_method_is_known_to_the_code():
+    """Methods are presets: the names of methods, and branches on them, stand nowhere in explore, credit and learn."""
+    names = {path.stem for path in (PACKAGE / "settings" / "presets" / "methods").glob("*.yaml")} - {"tempflow", "guard"}
+    for path in (file for file in tempflow_files() if room(file) in {"explore", "credit", "learn", "method", "train"}):
+        words = {node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+                 if isinstance(node, ast.Constant) and isinstance(node.value, str)}  # fmt: skip
+        assert not words & names, path.name

@@ -97,7 +97,7 @@ def make_objective(
     places, sde = list(trained), schedule.sde
     silent = [step for step in places if not sde.std[step] > 0]
     if silent:
-        hint = f"the transition has no std at step {silent[0]}, and objective.ratio={config.ratio} needs one; give noise"
+        hint = f"the transition has no std at step {silent[0]}, which objective.ratio={config.ratio} needs"
         raise BadInput("sample.noise_level", float(sde.std[silent[0]]), hint)
     chosen = Transition(*(column[places] for column in (sde.x_coef, sde.v_coef, sde.std)))
     square, product = RATIOS[config.ratio](chosen)

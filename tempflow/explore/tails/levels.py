@@ -53,7 +53,7 @@ class Engines:
 def make_engines(
     policy: Policy, tails: TailConfig, rows: int, schedule: NoiseSchedule, text: str
 ) -> Engines:
-    """The engines of the level asked for, or of the first of AUTO that works; each has taken one branch to its end by then.
+    """The engines of the level asked for, or of the first of AUTO that works; each has finished one branch by then.
 
     Args:
         schedule, text: what the trial uses.

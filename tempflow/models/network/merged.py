@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from tempflow.models.network.adapters import NAME, adapted_layers
-from tempflow.models.network.float8 import Float8Linear, takes_float8, describe_layers
+from tempflow.models.network.float8 import Float8Linear, describe_layers, takes_float8
 
 
 class MergedNetwork:
