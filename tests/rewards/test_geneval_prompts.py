@@ -6,9 +6,11 @@ from itertools import starmap
 
 import pytest
 
+from tempflow.commands.prompts import main
 from tempflow.common.errors import BadInput
 from tempflow.prompts import read_prompts
-from tempflow.rewards.geneval.prompts import CLASSES, MIXES, TASKS, choices, content, english, genevals, main
+from tempflow.rewards.geneval.prompts import MIXES, TASKS, choices, content
+from tempflow.rewards.geneval.words import CLASSES, english, genevals
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
 from tempflow.common.tensors import chunks
-from tempflow.rewards.geneval.prompts import CLASSES, COLOURS
+from tempflow.rewards.geneval.words import CLASSES, COLOURS
 from tempflow.rewards.parts.clip_model import load_clip, unit
 from tempflow.rewards.parts.pixels import IMAGENET_MEAN, IMAGENET_STD, clip_pixels, grey_out, normalise, resize
 from tempflow.rewards.parts.weights import pretrained

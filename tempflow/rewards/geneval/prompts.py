@@ -1,6 +1,6 @@
 """Prompts in the manner of GenEval (arXiv 2310.11513), with the metadata its scorers read.
 
-    python -m tempflow.rewards.geneval.prompts FOLDER --count 50000 --test 480 --exclude evaluation_metadata.jsonl
+    python -m tempflow.commands.prompts FOLDER --count 50000 --test 480 --exclude evaluation_metadata.jsonl
 
 writes `train_metadata.jsonl` and `test_metadata.jsonl` into the folder, which can be given as `prompts.train` and
 `prompts.test`. The same arguments give the same files. No prompt of the test file or of an excluded file is in the
@@ -16,10 +16,9 @@ changes 7 % of GenEval's 553 texts.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain, islice, pairwise, permutations, product
 from pathlib import Path
 from typing import Any
@@ -27,66 +26,13 @@ from typing import Any
 from tempflow.common.draws import PROMPTS, shuffled
 from tempflow.common.errors import BadInput
 from tempflow.common.files import write_atomically
-from tempflow.prompts import Prompt, read_prompts
-
-CLASSES = [
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
-    "tv", "laptop", "computer mouse", "tv remote", "computer keyboard", "cell phone", "microwave", "oven", "toaster",
-    "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
-]  # fmt: skip
-"""The 80 classes of COCO under the names that GenEval gives them."""
-
-COLOURS = ["red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"]
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-OPPOSITES = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
-NOUNS = {
-    "person": ("{}person", "{}people"),
-    "sheep": ("{}sheep", "{}sheep"),
-    "knife": ("{}knife", "{}knives"),
-    "skis": ("pair of {}skis", "pairs of {}skis"),
-    "scissors": ("pair of {}scissors", "pairs of {}scissors"),
-    "broccoli": ("head of {}broccoli", "heads of {}broccoli"),
-}
-"""English singular and plural where an s does not make it; {} is where a colour stands."""
+from tempflow.prompts import Prompt
+from tempflow.rewards.geneval.words import CLASSES, COLOURS, OPPOSITES, Phrase, genevals
 
 FLOW_GRPO = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
 """Proportions of Flow-GRPO's training prompts (arXiv 2505.05470): more of what the model before training fails at."""
 EVEN = dict.fromkeys(FLOW_GRPO, 1)
 MIXES = {"flow_grpo": FLOW_GRPO, "even": EVEN}
-
-
-Phrase = Callable[..., str]
-"""(class, colour, count) -> words; colour and count may be left out"""
-
-
-def genevals(name: str, colour: str = "", count: int = 1) -> str:
-    """`a red bus`, `a skis`, `two skises`: GenEval's rule."""
-    noun = f"{colour} {name}" if colour else name
-    if count > 1:
-        return f"{NUMBERS[count]} {noun}{'es' if name.endswith('s') else 's'}"
-    return _with_article(noun)
-
-
-def english(name: str, colour: str = "", count: int = 1) -> str:
-    """`a red bus`, `a pair of skis`, `two pairs of skis`."""
-    ending = "es" if name.endswith(("s", "sh", "ch", "x")) else "s"
-    one, many = NOUNS.get(name, ("{}" + name, "{}" + name + ending))
-    noun = (one if count == 1 else many).format(f"{colour} " if colour else "")
-    if count > 1:
-        return f"{NUMBERS[count]} {noun}"
-    return _with_article(noun)
-
-
-def _with_article(noun: str) -> str:
-    return f"an {noun}" if noun[0] in "aeiou" else f"a {noun}"
-
-
-WORDINGS = {"geneval": genevals, "english": english}
 
 
 def single_object(name: str, phrase: Phrase = genevals) -> dict[str, Any]:
@@ -220,49 +166,3 @@ def write(folder: Path, split: str, tasks: list[dict[str, Any]]) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(file, "".join(json.dumps(task) + "\n" for task in tasks).encode())
-
-
-def make(given: argparse.Namespace) -> None:
-    """Writes the files that the command line asks for.
-
-    Raises:
-        BadInput: wrong numbers, nothing to write, no prompt left, or a file that is there already.
-    """
-    for name in ("count", "test"):
-        if getattr(given, name) < 0:
-            raise BadInput(f"--{name}", getattr(given, name), "must not be below 0")
-    if not given.count and not given.test:
-        raise BadInput("--count", 0, "with --test=0 there is nothing to write")
-    phrase, outside = WORDINGS[given.wording], [identities(read_prompts(file, "--exclude")) for file in given.exclude]
-    taken: set[str] = set().union(*outside)
-    test = generate(given.test, EVEN, given.seed + 1, given.max_count, taken, phrase)
-    taken |= {name for task in test for name in (task["prompt"], content(task))}
-    train = generate(given.count, MIXES[given.mix], given.seed, given.max_count, taken, phrase)
-    for split, tasks in (("test", test), ("train", train)):
-        write(given.folder, split, tasks)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="tempflow.rewards.geneval.prompts", description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", type=Path, help="where train_metadata.jsonl and test_metadata.jsonl are written")
-    parser.add_argument("--count", type=int, default=50000, help="training prompts (default: %(default)s; 0: none)")
-    parser.add_argument("--test", type=int, default=480,
-                        help="held-out prompts, as many of each task (default: 480; 0: none)")  # fmt: skip
-    parser.add_argument("--mix", choices=MIXES, default="flow_grpo", help="proportions of the training prompts")
-    parser.add_argument("--max-count", type=int, choices=range(2, 11), default=4, help="largest number of objects")
-    parser.add_argument("--wording", choices=WORDINGS, default="geneval", help="two persons, or in English two people")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--exclude", action="append", default=[], help="file of prompts to keep out (repeatable)")
-    given = parser.parse_args(arguments)
-    try:
-        make(given)
-    except BadInput as error:
-        print(f"tempflow: {error}", file=sys.stderr)
-        return 2
-    print(f"{given.count} training and {given.test} held-out prompts in {given.folder}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
