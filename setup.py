@@ -65,5 +65,5 @@ setup(
         "rewards": REWARDS,
         "wandb": ["wandb"],
     },
-    entry_points={"console_scripts": ["tempflow-train=tempflow.train:main"]},
+    entry_points={"console_scripts": ["tempflow-train=tempflow.commands.train:main"]},
 )

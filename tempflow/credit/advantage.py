@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tempflow.common.errors import BadInput
+
 Axes = tuple[int, ...]
 
 GROUP_AXES = {"seed": (3,), "prompt": (2, 3), "batch": (1, 2, 3)}
@@ -91,9 +93,15 @@ def give_credit(rewards: Tensor, weights: Tensor, comparison: Comparison) -> Cre
             no opinion: such a branch gets no credit from this reward (from the sum of all, if that is normalised), and
             the mean and standard deviation of its group are those of its other members.
         weights: (M,).
+    Raises:
+        BadInput: there is not one number to compare.
     """
     before, after = MIXES[comparison.combine](weights)
-    parts = [_normalise(mixture, comparison) for tail in rewards for mixture in _mix(before, tail)]
+    mixed = [mixture for tail in rewards for mixture in _mix(before, tail)]
+    if all(mixture.isnan().all() for mixture in mixed):
+        hint = "no image has all of the rewards that it mixes; use reward.combine=advantages"
+        raise BadInput("reward.combine", comparison.combine, hint)
+    parts = [_normalise(mixture, comparison) for mixture in mixed]
     factors = after.repeat(len(rewards))
     summed = sum(factor * part for factor, (part, _) in zip(factors, parts, strict=True))
     differs = torch.stack([differs for _, differs in parts]).any(0)

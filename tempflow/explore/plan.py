@@ -125,8 +125,9 @@ def read_forks(explore: ExploreConfig, num_steps: int) -> ForkRule:
         take = len(pool)
     window = num_steps - 1 - pool[0] if explore.window == "rest" else explore.window
     rule = ForkRule(Forks(pool, take), window, _jumps(explore, pool, num_steps))
-    if isinstance(explore.forks, str):
-        rule = _fitting(rule, explore, num_steps)
+    if not isinstance(explore.forks, str) or re.fullmatch(r"first:\d+", explore.forks):
+        _check_end(rule, explore, num_steps)  # steps that were asked for by number
+    rule = _fitting(rule, num_steps)
     _check_end(rule, explore, num_steps)
     return replace(rule, forks=_drawing(rule.forks, explore))
 
@@ -163,11 +164,11 @@ def _jumps(explore: ExploreConfig, pool: tuple[int, ...], num_steps: int) -> tup
     return tuple(jump_of.get(step, 1) for step in range(num_steps))
 
 
-def _fitting(rule: ForkRule, explore: ExploreConfig, num_steps: int) -> ForkRule:
-    """A named pool holds only steps from which the window leaves a tail; `random:n` draws n of those."""
+def _fitting(rule: ForkRule, num_steps: int) -> ForkRule:
+    """The steps of the pool from which the window leaves a tail; all of it where none does."""
     pool = tuple(step for step in rule.forks.pool if rule.after(step) <= num_steps - 1)
-    take = min(rule.forks.take, len(pool)) if explore.forks.startswith(("all", "first")) else rule.forks.take
-    return replace(rule, forks=Forks(pool, take)) if pool else rule
+    whole = rule.forks.take == len(rule.forks.pool)
+    return replace(rule, forks=Forks(pool, len(pool) if whole else rule.forks.take)) if pool else rule
 
 
 def _check_end(rule: ForkRule, explore: ExploreConfig, num_steps: int) -> None:
@@ -181,7 +182,10 @@ def _check_end(rule: ForkRule, explore: ExploreConfig, num_steps: int) -> None:
 
 def _drawing(forks: Forks, explore: ExploreConfig) -> Forks:
     """The same pool with the number of forks and the way of drawing that settings ask for."""
-    take = 1 if explore.draw == "slide" else explore.take or forks.take
+    sliding = explore.draw == "slide"
+    if sliding and explore.take not in (None, 1):
+        raise BadInput("explore.take", explore.take, "sliding forks come one at a time; give 1 or another explore.draw")
+    take = 1 if sliding else explore.take or forks.take
     if not take <= len(forks.pool):
         field, value = ("explore.take", explore.take) if explore.take else ("explore.forks", explore.forks)
         raise BadInput(field, value, f"only {len(forks.pool)} steps may fork: {list(forks.pool)}")
