@@ -128,7 +128,7 @@ def read_forks(explore: ExploreConfig, num_steps: int) -> ForkRule:
     if isinstance(explore.forks, str):
         rule = _fitting(rule, explore, num_steps)
     _check_end(rule, explore, num_steps)
-    return replace(rule, forks=_drawing(rule.forks, explore))
+    return replace(rule, forks=_drawing(rule.forks, explore), jumps=_within(rule.jumps))
 
 
 def _listed(steps: Sequence[int], num_steps: int) -> tuple[int, ...]:
@@ -161,6 +161,11 @@ def _jumps(explore: ExploreConfig, pool: tuple[int, ...], num_steps: int) -> tup
         raise BadInput("explore.jump", explore.jump, hint)
     jump_of = dict(zip(pool, listed, strict=True))
     return tuple(jump_of.get(step, 1) for step in range(num_steps))
+
+
+def _within(jumps: Sequence[int]) -> tuple[int, ...]:
+    """Jumps that pass the last step, of steps that a named pool cannot hold, are 1: no window comes there."""
+    return tuple(jump if step + jump < len(jumps) else 1 for step, jump in enumerate(jumps))
 
 
 def _fitting(rule: ForkRule, explore: ExploreConfig, num_steps: int) -> ForkRule:
