@@ -129,7 +129,7 @@ def read_forks(explore: ExploreConfig, num_steps: int) -> ForkRule:
         _check_end(rule, explore, num_steps)  # steps that were asked for by number
     rule = _fitting(rule, num_steps)
     _check_end(rule, explore, num_steps)
-    return replace(rule, forks=_drawing(rule.forks, explore))
+    return replace(rule, forks=_drawing(rule.forks, explore), jumps=_within(rule.jumps))
 
 
 def _listed(steps: Sequence[int], num_steps: int) -> tuple[int, ...]:
@@ -148,7 +148,8 @@ def _named(explore: ExploreConfig, num_steps: int) -> tuple[tuple[int, ...], int
         raise BadInput("explore.forks", spec, f"give {FORMS}")
     if spec == "all":
         return every, len(every)
-    count = max(1, math.floor(num_steps * int(match[2]) / 100)) if match[3] else int(match[2])
+    share = min(max(1, math.floor(num_steps * int(match[2]) / 100)), len(every))
+    count = share if match[3] else int(match[2])
     if not 1 <= count <= len(every):
         raise BadInput("explore.forks", spec, f"n must lie in 1 .. {len(every)} when sample.steps={num_steps}")
     return (every[:count], count) if match[1] == "first" else (every, count)
@@ -162,6 +163,11 @@ def _jumps(explore: ExploreConfig, pool: tuple[int, ...], num_steps: int) -> tup
         raise BadInput("explore.jump", explore.jump, hint)
     jump_of = dict(zip(pool, listed, strict=True))
     return tuple(jump_of.get(step, 1) for step in range(num_steps))
+
+
+def _within(jumps: Sequence[int]) -> tuple[int, ...]:
+    """Jumps that pass the last step, of steps that a named pool cannot hold, are 1: no window comes there."""
+    return tuple(jump if step + jump < len(jumps) else 1 for step, jump in enumerate(jumps))
 
 
 def _fitting(rule: ForkRule, num_steps: int) -> ForkRule:

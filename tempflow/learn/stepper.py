@@ -90,7 +90,10 @@ class Stepper:
             self.idle()
             return
         ranks.average_gradients(self.parameters.values())
-        self.step()
+        if any(parameter.grad is not None for parameter in self.parameters.values()):
+            self.step()
+        else:  # groups tell something, but every weight here is 0
+            self.idle()
 
     def step(self) -> None:
         """Clips the gradients, steps unless their norm is not finite, and drops them."""

@@ -1,101 +1,152 @@
-"""Chunks of branches against the straightforward nested loops, and what forks and siblings share."""
+"""Chunks of branches against straightforward nested loops over single images, bit by bit."""
+
+import itertools
 
 import pytest
 import torch
+from rollouts import TEXTS, explored, finished, forked
 from tempflow_kernels import normal_like
 
 from tempflow.common.draws import Draw
-from tempflow.common.errors import BadInput
 from tempflow.credit.scoring import decode_branches
-from tempflow.explore.plan import BranchPlan
-from tempflow.explore.rollout import sample_branches, sample_trunk
+from tempflow.explore.rollout import finish_branches, sibling_keys, stochastic_step
 from tempflow.explore.tails.engine import EagerEngine
-from tempflow.forecast.cost import BranchCost
-from tempflow.learn.batches import updates
-from tempflow.settings.fields import LearnConfig
+from tempflow.explore.tails.solver import TailSolver
+from tempflow.forecast.cost import Shape, iteration_cost
 
-TEXTS = ("one", "three", "eleven")
+FORKS = {
+    "every step": {"forks": "all"},
+    "a list": {"forks": [0, 3, 8]},
+    "the first": {"forks": "first:2"},
+    "the last": {"forks": [8]},
+    "windows": {"forks": [0, 4, 7], "window": 2},
+    "windows at every step": {"forks": "all", "window": 3},
+    "windows of one sibling": {"forks": [1, 5], "window": 3, "siblings": 1},
+    "chains": {"forks": [0], "window": "rest", "siblings": 1},
+    "forks of each prompt": {"forks": "random:3", "draw": "prompt"},
+    "windows of each prompt": {"forks": "first:5", "take": 2, "draw": "prompt", "window": 3},
+    "a sliding window": {"draw": "slide", "every": 2, "window": 4},
+    "a sliding fork": {"forks": [2, 5, 7], "draw": "slide"},
+    "merged steps": {"forks": [0, 2, 5], "jump": [1, 2, 3]},
+    "merged steps in windows": {"forks": [0, 1, 3], "jump": [3, 2, 2], "window": 2},
+    "merged steps of each prompt": {"forks": [0, 2, 4], "jump": [1, 2, 4], "take": 2, "draw": "prompt"},
+}
 
 
-def explore(policy, schedule, plan, trunk_rows=4, tail_rows=5, seeds=2, texts=TEXTS):
-    draw = Draw.grid(7, 3, range(len(texts)), seeds)
-    conditioning = policy.encode(texts).repeat(seeds)
-    trunk = sample_trunk(policy, conditioning, schedule, plan, draw, trunk_rows)
-    chunks = list(sample_branches(EagerEngine(policy, tail_rows), trunk, schedule))
-    assert [row for chunk in chunks for row in chunk.trunks] == trunks_in_order(plan, len(texts) * seeds)
-    finished = torch.cat([chunk.latents for chunk in chunks])
-    return trunk, finished.view(len(plan.steps), len(texts) * seeds, plan.siblings, *policy.latent_shape)
+def one_image(policy, schedule, draw, conditioning, row, sibling, plan, fork, stride):
+    """One image at batch size 1: the ODE to the fork, its stochastic steps, the ODE in strides to the end."""
+    sigmas, sde, x, step = schedule.sigmas, schedule.sde, draw.initial_noise(policy.latent_shape)[row : row + 1], 0
 
+    def velocity():
+        return policy.velocity(x, sigmas[step].float().view(1), conditioning)
 
-def trunks_in_order(plan, rows):
-    return [row for _ in plan.steps for row in range(rows) for _ in range(plan.siblings)]
+    while step < fork:
+        x = x - (sigmas[step] - sigmas[step + 1]).float() * velocity()
+        step += 1
+    for _ in range(plan.window):
+        noise = normal_like(x.expand(len(draw.slots), *x.shape[1:]), draw.step_keys(step), plan.siblings)[row, sibling]
+        x = sde.x_coef[step].float() * x + sde.v_coef[step].float() * velocity() + sde.std[step].float() * noise
+        step += int(schedule.jumps[step])
+    while step < schedule.num_steps:
+        following = min(step + stride, schedule.num_steps)
+        x = x - (sigmas[step] - sigmas[following]).float() * velocity()
+        step = following
+    return x[0]
 
 
 @torch.no_grad()
-def nested_loops(policy, schedule, plan, seeds=2, texts=TEXTS):
-    """Trunk by trunk, fork by fork, sibling by sibling, at batch size 1, with the coefficients written out."""
-    sigmas, results = schedule.sigmas, []
-    draw = Draw.grid(7, 3, range(len(texts)), seeds)
-    noises = draw.initial_noise(policy.latent_shape)
-    for fork in plan.steps:
-        for row in range(len(noises)):
-            conditioning = policy.encode([texts[row // seeds]])
-            for sibling in range(plan.siblings):
-                x = noises[row : row + 1]
-                for step in range(schedule.num_steps):
-                    velocity = policy.velocity(x, sigmas[step].float().view(1), conditioning)
-                    if step == fork:
-                        noise = normal_like(noises, draw.step_keys(step), plan.siblings)[row, sibling]
-                        sde = schedule.sde
-                        x = sde.x_coef[step].float() * x + sde.v_coef[step].float() * velocity
-                        x = x + sde.std[step].float() * noise
-                    else:
-                        x = x - (sigmas[step] - sigmas[step + 1]).float() * velocity
-                results.append(x[0])
-    return torch.stack(results).view(len(plan.steps), len(noises), plan.siblings, *policy.latent_shape)
+def nested_loops(policy, schedule, plan, strides=(1,), texts=TEXTS):
+    """Tail by tail, fork by fork, trunk by trunk, sibling by sibling: (V, S, R, K, D...)."""
+    draw, images = Draw.grid(7, 3, range(len(texts)), plan.noises), []
+    rows = len(texts) * plan.noises
+    for stride, fork, row, sibling in itertools.product(strides, range(plan.forks), range(rows), range(plan.siblings)):
+        prompt = row // plan.noises
+        conditioning, at = policy.encode([texts[prompt]]), int(plan.steps[fork, prompt])
+        images.append(one_image(policy, schedule, draw, conditioning, row, sibling, plan, at, stride))
+    return torch.stack(images).view(len(strides), plan.forks, rows, plan.siblings, *policy.latent_shape)
 
 
-@pytest.mark.parametrize("steps", ["all", [0, 3, 8], "first:2", [8]])
-def test_chunks_equal_nested_loops(toy, schedule, steps):
-    plan = BranchPlan.parse(steps, 10, 3)
-    _, branches = explore(toy, schedule, plan)
-    assert torch.equal(branches, nested_loops(toy, schedule, plan))
+@pytest.mark.parametrize("strides", [(1,), (1, 2)], ids=["one tail", "two tails"])
+@pytest.mark.parametrize("name", FORKS)
+def test_chunks_equal_nested_loops(toy, name, strides):
+    schedule, plan, _ = forked(**FORKS[name])
+    found = finished(toy, schedule, plan, tails=[TailSolver(stride=stride) for stride in strides])
+    assert torch.equal(found, nested_loops(toy, schedule, plan, strides))
 
 
-def test_chunks_equal_nested_loops_on_the_sd3_pipeline(digits_policy, schedule):
-    plan = BranchPlan.parse([1, 6], 10, 2)
+def test_chunks_equal_nested_loops_on_the_sd3_pipeline(digits_policy):
+    schedule, plan, _ = forked(forks=[1, 6], siblings=2, window=2)
     texts = ("a two at the top left", "three fours")
-    _, branches = explore(digits_policy, schedule, plan, texts=texts)
+    branches = finished(digits_policy, schedule, plan, texts=texts)
     expected = nested_loops(digits_policy, schedule, plan, texts=texts)
     assert (branches - expected).abs().max() < 1e-4  # rounding of other batch shapes, carried through ten steps
     assert branches.std() > 0.3
 
 
-def test_chunk_sizes_do_not_matter(toy, schedule):
-    plan = BranchPlan.parse("all", 10, 4)
-    reference = explore(toy, schedule, plan, 6, 1000)[1]
-    for trunk_rows, tail_rows in ((1, 1), (2, 7), (4, 24)):
-        assert torch.equal(explore(toy, schedule, plan, trunk_rows, tail_rows)[1], reference)
+@pytest.mark.parametrize("name", ["every step", "windows", "windows of each prompt", "merged steps"])
+def test_chunk_sizes_do_not_matter(toy, name):
+    schedule, plan, _ = forked(**FORKS[name])
+    reference = finished(toy, schedule, plan, rows=6, tail_rows=1000)
+    for rows, tail_rows in ((1, 1), (2, 7), (4, 24)):
+        assert torch.equal(finished(toy, schedule, plan, rows=rows, tail_rows=tail_rows), reference)
 
 
-def test_network_calls_are_those_of_the_plan(toy, schedule):
+def test_network_calls_are_those_of_the_plan(toy):
     """Tails advance in chunks of one size; the printed cost is what is spent."""
-    plan = BranchPlan.parse("all", 10, 4)
-    explore(toy, schedule, plan, trunk_rows=2, tail_rows=24)
-    cost = BranchCost.of(plan, 6, 6, 18)
+    schedule, plan, rule = forked(forks="all", siblings=4)
+    finished(toy, schedule, plan, rows=2, tail_rows=24)
+    cost = iteration_cost(rule, schedule, (TailSolver(),), Shape(6, 4, 6, 18))
     assert sum(toy.calls) == cost.trunk_rows + cost.tail_rows == 6 * 9 + 6 * 4 * 45
-    assert set(toy.calls) == {2, 24}
+    assert set(toy.calls) == {2, 24} and cost.window_rows == 0
     assert cost.images == 6 * 9 * 4 and cost.learn_rows == 6 * 9
 
 
-def test_siblings_share_the_trunk_state_and_differ_by_one_step(toy, schedule):
-    plan = BranchPlan.parse([4], 10, 5)
-    trunk, branches = explore(toy, schedule, plan)
-    assert len(branches[0, 0].flatten(1).unique(dim=0)) == 5
-    assert trunk.latents.shape == trunk.velocity.shape == (1, 6, 2, 3)
-    conditioning = toy.encode(TEXTS).repeat(2)
-    velocity = toy.velocity(trunk.latents[0], schedule.sigma_rows(4, 6), conditioning)
-    assert torch.equal(velocity, trunk.velocity[0])
+def test_network_calls_of_windows_are_those_of_the_plan(toy):
+    """The first decision of a window costs nothing beyond the trunk, each later one a row per sibling."""
+    schedule, plan, rule = forked(forks=[0, 4], window=3, siblings=4)
+    rollout = explored(toy, schedule, plan)
+    cost = iteration_cost(rule, schedule, (TailSolver(), TailSolver(stride=2)), Shape(6, 4, 6, 18))
+    assert sum(toy.calls) == cost.trunk_rows + cost.window_rows == 6 * 5 + 2 * 2 * 24
+    assert cost.learn_rows == sum(len(decision.steps) for decision in rollout.decisions) == 2 * (6 + 24 + 24)
+    toy.calls.clear()
+    engines = [EagerEngine(toy, 7), EagerEngine(toy, 7, TailSolver(stride=2))]
+    images = sum(len(chunk.latents) for chunk in finish_branches(engines, rollout, schedule))
+    assert sum(toy.calls) == cost.tail_rows == 24 * (7 + 3 + 4 + 2) and images == cost.images == 96
+
+
+def test_siblings_share_the_trunk_state_and_differ_by_one_step(toy):
+    schedule, plan, _ = forked(forks=[4], siblings=5)
+    rollout = explored(toy, schedule, plan)
+    (decision,) = rollout.decisions
+    assert rollout.branches.shape == (1, 6, 5, 2, 3)
+    assert len(rollout.branches[0, 0].flatten(1).unique(dim=0)) == 5
+    assert decision.latents.shape == decision.velocity.shape == (6, 2, 3)
+    velocity = toy.velocity(decision.latents, schedule.sigma_rows(decision.steps), toy.encode(TEXTS).repeat(2))
+    assert torch.equal(velocity, decision.velocity)
+
+
+def test_decisions_of_a_window_follow_one_another(toy):
+    """Each begins where the one before it led, has the velocity there, and only the first is shared by siblings."""
+    schedule, plan, _ = forked(forks=[1, 3], jump=[2, 2], window=3, siblings=4)
+    rollout = explored(toy, schedule, plan)
+    assert [decision.fork for decision in rollout.decisions] == [0, 0, 0, 1, 1, 1]
+    steps = [decision.steps.unique().tolist() for decision in rollout.decisions]
+    assert steps == [[1], [3], [5], [3], [5], [6]] and rollout.first_steps.unique(dim=1).tolist() == [[6], [7]]
+    assert [(len(d.steps), d.siblings) for d in rollout.decisions[:3]] == [(6, 4), (24, 1), (24, 1)]
+    shift = toy.encode(TEXTS).repeat(8)
+    for before, after in itertools.pairwise(rollout.decisions[:3]):
+        assert torch.equal(stochastic_step(before, schedule), after.latents)
+        velocity = toy.velocity(after.latents, schedule.sigma_rows(after.steps), shift)
+        assert torch.equal(velocity, after.velocity)
+    assert torch.equal(stochastic_step(rollout.decisions[2], schedule), rollout.branches[0].flatten(0, 1))
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 4), (3, 3)])
+def test_keys_of_siblings_draw_the_noise_of_a_draw_of_siblings(shape):
+    keys = Draw.grid(7, 3, range(3), 2).step_keys(4)
+    together = normal_like(torch.empty(6, *shape), keys, 5)
+    alone = normal_like(torch.empty(30, *shape), sibling_keys(keys, 5, together[0, 0].numel()), 1)
+    assert torch.equal(alone.view(together.shape), together)
 
 
 def test_draw_of_a_prompt_does_not_depend_on_its_rank(toy):
@@ -108,64 +159,32 @@ def test_draw_of_a_prompt_does_not_depend_on_its_rank(toy):
     assert not torch.equal(everyone.step_keys(2), everyone.step_keys(3))
 
 
-def test_updates_hold_every_fork_once_with_all_siblings(toy, schedule):
-    plan = BranchPlan.parse([0, 2, 5], 10, 4)
-    trunk, _ = explore(toy, schedule, plan)
-    advantages, weights = torch.randn(3, 6, 4), torch.rand(3, 6)
-    batches = list(updates(trunk, advantages, weights, LearnConfig(rows=2, updates=3)))
-    assert [len(update) for update in batches] == [3, 3, 3]
-    assert all(sum(batch.share for batch in update) == pytest.approx(1) for update in batches)
-    seen = torch.cat([batch.advantages for update in batches for batch in update])
-    assert seen.shape == (18, 4)
-    assert torch.equal(seen.sort(0).values, advantages.view(18, 4).sort(0).values)
-    batch = batches[1][2]
-    assert batch.step == 5 and torch.equal(batch.latents, trunk.latents[2, 2:4])
-    assert torch.equal(batch.keys, trunk.keys[2, 2:4]) and torch.equal(batch.weights, weights[2, 2:4])
-
-
-def test_masked_batches_are_left_out_unless_kl_needs_them(toy, schedule):
-    trunk, _ = explore(toy, schedule, BranchPlan.parse([0, 2, 5], 10, 4))
-    advantages, weights = torch.randn(3, 6, 4), torch.ones(3, 6)
-    weights[1, 2:4] = 0
-    (batches,) = updates(trunk, advantages, weights, LearnConfig(rows=2))
-    assert len(batches) == 8 and batches[0].share == 1 / 9
-    assert len(next(updates(trunk, advantages, weights, LearnConfig(rows=2, kl=0.1)))) == 9
-
-
-def test_inner_epochs_repeat_the_updates(toy, schedule):
-    trunk, _ = explore(toy, schedule, BranchPlan.parse([0, 2, 5], 10, 4))
-    learn = LearnConfig(rows=3, updates=2, inner_epochs=3)
-    assert len(list(updates(trunk, torch.randn(3, 6, 4), torch.ones(3, 6), learn))) == 6
+def test_branches_travel_in_the_order_in_which_they_set_out(toy):
+    """Longest tails first, so that those of a chunk end together; each says where it belongs."""
+    schedule, plan, _ = forked(forks=[0, 3, 8], take=2, draw="prompt")
+    rollout = explored(toy, schedule, plan)
+    chunks = list(finish_branches([EagerEngine(toy, 5), EagerEngine(toy, 5)], rollout, schedule))
+    places = torch.cat([chunk.places for chunk in chunks])
+    count = rollout.first_steps.numel() * plan.siblings
+    assert sorted(places.tolist()) == list(range(2 * count))
+    setting_out = rollout.first_steps.flatten().repeat_interleave(plan.siblings)[places[:count]]
+    assert setting_out.tolist() == sorted(setting_out.tolist()) and len(setting_out.unique()) == 3
+    trunks = [row for chunk in chunks for row in chunk.trunks]
+    assert trunks == [place // plan.siblings % 6 for place in places.tolist()]
 
 
 def test_decode_keeps_the_layout(toy):
+    torch.manual_seed(4)
     latents = torch.randn(2, 3, 4, 2, 3)
     images = decode_branches(toy, latents, 5)
     assert images.shape == (2, 3, 4, 3, 2, 3) and images.dtype == torch.uint8
     assert torch.equal(images[1, 2, 3], toy.decode(latents[1, 2, 3:])[0])
 
 
-def test_random_plans_draw_a_fresh_subset_each_iteration():
-    plan = BranchPlan.parse("random:3", 10, 6)
-    drawn = [plan.drawn(42, iteration).steps for iteration in range(300)]
-    assert all(len(steps) == 3 and list(steps) == sorted(set(steps)) for steps in drawn)
-    counts = [sum(step in steps for steps in drawn) for step in range(9)]
-    assert min(counts) > 60 and max(counts) < 140
-    assert drawn == [plan.drawn(42, iteration).steps for iteration in range(300)]
-    assert drawn != [plan.drawn(43, iteration).steps for iteration in range(300)]
-    assert plan.drawn(42, 0).pool == tuple(range(9))
-
-
-@pytest.mark.parametrize("steps", [[9], [-1], [0, 12], [], "first:0", "random:10", "last:2", "0,1"])
-def test_forks_outside_the_schedule_are_refused(steps):
-    with pytest.raises(BadInput) as caught:
-        BranchPlan.parse(steps, 10, 6)
-    assert caught.value.field == "explore.forks"
-
-
 def test_cost_of_the_paper_setting():
     """T = 10, K = 6, every step: 9 trunk and 270 tail evaluations and 54 images per initial noise."""
-    plan = BranchPlan.parse("all", 10, 6)
-    cost = BranchCost.of(plan, 1, 16 * 64 * 64, 3 * 512 * 512)
+    schedule, _, rule = forked(forks="all", siblings=6)
+    cost = iteration_cost(rule, schedule, (TailSolver(),), Shape(1, 6, 16 * 64 * 64, 3 * 512 * 512))
     assert (cost.trunk_rows, cost.tail_rows, cost.learn_rows, cost.images) == (9, 270, 9, 54)
-    assert "54 images" in cost.describe(plan, 2) and "576 in all" in cost.describe(plan, 2)
+    assert "54 images" in cost.describe(2) and "576 in all" in cost.describe(2)
+    assert "288 in all" in cost.describe(1) and "windows" not in cost.describe(1)
