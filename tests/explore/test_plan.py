@@ -90,7 +90,7 @@ def test_forks_outside_the_schedule_are_refused(forks):
         ({"forks": "all", "window": 10}, "explore.window"),
         ({"forks": [0, 7], "jump": [1, 3]}, "explore.jump"),
         ({"forks": [8], "jump": 2}, "explore.jump"),
-        ({"forks": [0, 4], "jump": [3, 3], "window": 2}, "explore.window"),
+        ({"forks": [3, 6], "jump": [3, 3], "window": 2}, "explore.window"),
         ({"forks": [0, 4], "jump": [1, 2, 3]}, "explore.jump"),
         ({"forks": "all", "jump": [1, 2]}, "explore.jump"),
         ({"forks": [0, 4], "take": 3}, "explore.take"),
