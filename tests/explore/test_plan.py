@@ -1,5 +1,7 @@
 """Where trajectories fork: the forms of explore.forks, what is drawn when, and what is refused."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -90,7 +92,7 @@ def test_forks_outside_the_schedule_are_refused(forks):
         ({"forks": "all", "window": 10}, "explore.window"),
         ({"forks": [0, 7], "jump": [1, 3]}, "explore.jump"),
         ({"forks": [8], "jump": 2}, "explore.jump"),
-        ({"forks": [0, 4], "jump": [3, 3], "window": 2}, "explore.window"),
+        ({"forks": [3, 6], "jump": [3, 3], "window": 2}, "explore.window"),
         ({"forks": [0, 4], "jump": [1, 2, 3]}, "explore.jump"),
         ({"forks": "all", "jump": [1, 2]}, "explore.jump"),
         ({"forks": [0, 4], "take": 3}, "explore.take"),
@@ -124,7 +126,7 @@ def test_neighbouring_iterations_draw_apart():
     """3 of 9 come up the same twice running once in 84 times."""
     forks = rule_of(forks="random:3").forks
     drawn = [forks.drawn(42, turn) for turn in range(300)]
-    assert sum(first == second for first, second in zip(drawn, drawn[1:], strict=False)) < 15
+    assert sum(first == second for first, second in pairwise(drawn)) < 15
     assert sum(first == second for first, second in zip(drawn[::2], drawn[1::2], strict=True)) < 10
 
 

@@ -7,7 +7,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from tempflow.common.errors import BadInput
-from tempflow.explore.schedule import TRANSITIONS, build_schedule, cps, dance_sde, flow_sde, ode
+from tempflow.explore.schedule import TRANSITIONS, build_schedule, cps, dance_sde, flash_sde, flow_sde, ode
 
 
 def sd3_sigmas(steps: int) -> torch.Tensor:
@@ -50,46 +50,69 @@ def test_sd35_table_of_the_paper_code():
     assert weights.mean().item() == pytest.approx(1, abs=1e-12)
 
 
-def test_weights_of_a_subset_keep_the_mean_of_the_trained_steps():
+def test_weights_of_a_subset_have_mean_one_too():
     schedule = build_schedule(sd3_sigmas(10), "flow_sde", 0.7)
-    everything = schedule.noise_weights(range(9))
-    assert torch.equal(schedule.noise_weights([1, 5], range(9)), everything[[1, 5]])
-    assert schedule.noise_weights([1, 5]).mean().item() == pytest.approx(1, abs=1e-12)
+    std = schedule.sde.std[[1, 5]]
+    assert torch.allclose(schedule.noise_weights([1, 5]), 2 * std / std.sum(), rtol=1e-14)
 
 
 def random_sigmas(steps: int = 7) -> torch.Tensor:
-    inner = torch.rand(steps - 1, dtype=torch.float64).sort(descending=True).values * 0.98 + 0.01
+    seed = torch.Generator().manual_seed(steps)
+    inner = torch.rand(steps - 1, dtype=torch.float64, generator=seed).sort(descending=True).values * 0.98 + 0.01
     return torch.cat((torch.ones(1), inner, torch.zeros(1)))
 
 
-def test_steps_are_the_published_ones():
-    """Mean and standard deviation as each paper writes them, at random points."""
-    sigmas, x, v = random_sigmas(), torch.randn(1, dtype=torch.float64), torch.randn(1, dtype=torch.float64)
-    s, following = sigmas[:-1], sigmas[1:]
-    dt = following - s
-
-    def mean(transition):
-        return transition.x_coef * x + transition.v_coef * v
-
-    assert torch.allclose(mean(ode(sigmas)), x + dt * v, rtol=0, atol=1e-14)
-
-    flow, level = flow_sde(sigmas, 0.7), 0.7
-    g = level * torch.sqrt(s / (1 - torch.where(s == 1, sigmas[1], s)))
-    published = x * (1 + g**2 / (2 * s) * dt) + v * (1 + g**2 * (1 - s) / (2 * s)) * dt
-    assert torch.allclose(mean(flow), published, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(flow.std, g * torch.sqrt(-dt), rtol=1e-12)
-
-    eta, dance = 0.3, dance_sde(sigmas, 0.3)
-    data = x - s * v
+def published(kind: str, level: float, s, following, second, x, v):
+    """Mean and std of one step as each paper writes it. second: the schedule's second sigma."""
+    dt, data, noise = following - s, x - s * v, x + (1 - s) * v
+    if kind == "cps":
+        std = following * math.sin(level * math.pi / 2)
+        kept = following * math.cos(level * math.pi / 2)  # sqrt(s'^2 - std^2) >= 0
+        return (1 - following) * data + abs(kept) * noise, abs(std)
+    g = {"flow_sde": level * math.sqrt(s / (1 - (second if s == 1 else s))), "dance_sde": level,
+         "flash_sde": level * s * second}[kind]  # fmt: skip
     score = -(x - (1 - s) * data) / s**2
-    assert torch.allclose(mean(dance), x + (v - 0.5 * eta**2 * score) * dt, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(dance.std, eta * torch.sqrt(-dt), rtol=1e-12)
+    return x + (v - 0.5 * g**2 * score) * dt, g * math.sqrt(-dt)
 
-    kept, data, noise = cps(sigmas, 0.8), x - s * v, x + (1 - s) * v
-    std = following * math.sin(0.8 * math.pi / 2)
-    published = (1 - following) * data + torch.sqrt(following**2 - std**2) * noise
-    assert torch.allclose(mean(kept), published, rtol=1e-12, atol=1e-12)
-    assert torch.allclose(kept.std, std, rtol=1e-12)
+
+LEVELS = [("flow_sde", 0.7), ("dance_sde", 0.3), ("flash_sde", 1.0), ("flash_sde", 0.4), ("cps", 0.8), ("cps", 1.0),
+          ("cps", 1.3), ("cps", 1.9)]  # fmt: skip
+JUMPS = {"single steps": None, "merged steps": [1, 3, 1, 2, 3, 2, 1]}
+
+
+@pytest.mark.parametrize("jumps", JUMPS)
+@pytest.mark.parametrize(("kind", "level"), LEVELS)
+def test_steps_are_the_published_ones(kind, level, jumps):
+    """At random points in float64; a merged step is one of the same formula that goes further."""
+    sigmas, (x, v) = random_sigmas(), (0.83, -1.27)
+    schedule = build_schedule(sigmas, kind, level, JUMPS[jumps])
+    for step, reach in enumerate(JUMPS[jumps] or [1] * 7):
+        s, following = sigmas[step].item(), sigmas[step + reach].item()
+        mean, std = published(kind, level, s, following, sigmas[1].item(), x, v)
+        found = schedule.sde.x_coef[step] * x + schedule.sde.v_coef[step] * v
+        assert found.item() == pytest.approx(mean, rel=1e-12, abs=1e-12)
+        assert schedule.sde.std[step].item() == pytest.approx(std, rel=1e-12, abs=1e-15)
+        assert schedule.step_sizes()[step].item() == pytest.approx(s - following, rel=1e-14)
+    assert torch.equal(schedule.ode.v_coef, sigmas[1:] - sigmas[:-1]) and not schedule.ode.std.any()
+    assert torch.equal(schedule.ode.x_coef, torch.ones(7))
+
+
+def test_transitions_by_themselves_take_single_steps():
+    sigmas = random_sigmas()
+    for name, transition in (("flow_sde", flow_sde), ("dance_sde", dance_sde), ("flash_sde", flash_sde), ("cps", cps)):
+        alone, within = transition(sigmas, 0.6), build_schedule(sigmas, name, 0.6).sde
+        assert torch.equal(alone.v_coef, within.v_coef) and torch.equal(alone.std, within.std)
+    assert torch.equal(ode(sigmas).v_coef, build_schedule(sigmas, "cps", 0.6).ode.v_coef)
+
+
+def test_cps_replaces_all_noise_at_level_one():
+    """There the step forgets the predicted noise; on both sides of it the same share of noise is kept."""
+    sigmas, sizes = random_sigmas(), []
+    whole = cps(sigmas, 1.0)
+    assert torch.allclose(whole.std, sigmas[1:]) and torch.allclose(whole.x_coef, 1 - sigmas[1:])
+    for level in (0.7, 1.3):
+        sizes.append(cps(sigmas, level))
+    assert torch.allclose(sizes[0].std, sizes[1].std) and torch.allclose(sizes[0].v_coef, sizes[1].v_coef)
 
 
 @pytest.mark.parametrize("kind", TRANSITIONS)
@@ -109,10 +132,13 @@ def test_stochastic_steps_keep_the_marginals_of_the_flow(kind):
 
 
 def test_coef_rows_are_what_operators_take(schedule):
-    coef = schedule.sde.coef(2, 5)
+    steps = torch.tensor([0, 2, 2, 8, 5])
+    coef = schedule.sde.coef(steps)
     assert coef.shape == (5, 3) and coef.dtype == torch.float32 and coef.is_contiguous()
-    expected = [schedule.sde.x_coef[2], schedule.sde.v_coef[2], schedule.sde.std[2]]
-    assert coef[4].tolist() == pytest.approx([value.item() for value in expected], rel=1e-7)
+    for row, step in zip(coef.tolist(), steps.tolist(), strict=True):
+        expected = [schedule.sde.x_coef[step], schedule.sde.v_coef[step], schedule.sde.std[step]]
+        assert row == pytest.approx([value.item() for value in expected], rel=1e-7)
+    assert torch.equal(schedule.sigma_rows(steps), schedule.sigmas[steps].float())
 
 
 @pytest.mark.parametrize(
@@ -120,7 +146,11 @@ def test_coef_rows_are_what_operators_take(schedule):
     [
         (((1, 0.5, 0), "langevin", 0.7), "sample.transition"),
         (((1, 0.5, 0), "flow_sde", 0.0), "sample.noise_level"),
-        (((1, 0.5, 0), "cps", 1.5), "sample.noise_level"),
+        (((1, 0.5, 0), "flow_sde", -0.1), "sample.noise_level"),
+        (((1, 0.5, 0), "cps", 2.0), "sample.noise_level"),
+        (((1, 0.5, 0), "cps", 2.5), "sample.noise_level"),
+        (((1.2, 0.5, 0), "flow_sde", 0.7), "sample.steps"),
+        (((1, 0.5, 0.5, 0), "flow_sde", 0.7), "sample.steps"),
         (((1, 0.5, 0.6, 0), "flow_sde", 0.7), "sample.steps"),
         (((1, 0.5, 0.1), "flow_sde", 0.7), "sample.steps"),
     ],

@@ -1,55 +1,196 @@
-"""The training step: first ratio exactly 1, weights, masks, inner epochs, KL, moving average."""
+"""The training step's own backward: gradients against the released computation, first ratio exactly 1, figures."""
+
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tempflow_kernels import BranchLossStats, branch_loss, gaussian_terms
+from rollouts import explored, forked
+from tempflow_kernels import BranchLossStats, normal_like
 
-from tempflow.common.draws import Draw
-from tempflow.explore.plan import BranchPlan
-from tempflow.explore.rollout import sample_trunk
-from tempflow.learn.average import MovingAverage
+from tempflow.credit.advantage import Credit
 from tempflow.learn.batches import updates
-from tempflow.learn.optimizers import make_optimizer, set_learning_rate
+from tempflow.learn.objective import make_objective
 from tempflow.learn.statistics import LossRecord, loss_figures
-from tempflow.settings.fields import LearnConfig
+from tempflow.settings.fields import LearnConfig, ObjectiveConfig
+from tempflow.train import backward
 
 TEXTS = ("a two at the top left", "three fours", "a one above a nine")
 
 
-def first_update(policy, schedule, rows=3, seeds=2, siblings=4, move=None):
-    """Stats of the first optimizer step's batches, after `move` has changed the parameters."""
-    plan = BranchPlan.parse([0, 4, 8], 10, siblings)
-    draw = Draw.grid(0, 0, range(len(TEXTS)), seeds)
-    conditioning = policy.encode(TEXTS).repeat(seeds)
-    trunk = sample_trunk(policy, conditioning, schedule, plan, draw, rows)
-    if move:
-        move(policy.trainable())
-    count = len(TEXTS) * seeds
-    weights = schedule.noise_weights(plan.steps).float()[:, None].expand(3, count)
-    (batches,) = updates(trunk, torch.randn(3, count, siblings), weights, LearnConfig(rows=rows))
-    record = LossRecord()
-    for batch in batches:
-        size = len(batch.latents)
-        velocity = policy.velocity(batch.latents, schedule.sigma_rows(batch.step, size), batch.conditioning)
-        terms = gaussian_terms(schedule.sde.coef(batch.step, size), batch.weights)
-        loss, stats = branch_loss(
-            velocity, batch.velocity_old, batch.advantages, terms, key=batch.keys, clip_range=(1e-4, 1e-4)
-        )
-        (loss * batch.share).backward()
-        record.add(stats, 0)
-    return loss_figures(record.totals())
+class Case:
+    """6 trunks of 4 siblings, explored; half of the groups tell nothing."""
+
+    def __init__(self, policy, objective=None, idle="keep", texts=TEXTS, **explore):
+        torch.manual_seed(2)
+        self.policy, self.idle, self.config = policy, idle, ObjectiveConfig(**objective or {})
+        self.schedule, self.plan, rule = forked(**{"forks": [0, 4, 8], "siblings": 4} | explore)
+        self.trained = rule.trained()
+        self.rollout = explored(policy, self.schedule, self.plan, 3, texts)
+        self.advantages = torch.randn(self.plan.forks, 6, self.plan.siblings)
+        self.informative = torch.arange(6 * self.plan.forks).view(-1, 6) % 2 == 0
+        self.advantages *= self.informative[:, :, None]
+
+    def learn(self, rows=3):
+        """The figures of one optimizer step; its gradient is left on the parameters."""
+        objective = make_objective(self.config, self.schedule, self.trained, self.idle)
+        trainer = SimpleNamespace(policy=self.policy, schedule=self.schedule,
+                                  method=SimpleNamespace(objective=objective),
+                                  stepper=SimpleNamespace(backward=lambda loss: loss.backward()))  # fmt: skip
+        credit = Credit(self.advantages, self.informative, 18, 9)
+        (update,) = updates(self.rollout, credit, objective, LearnConfig(rows=rows), range(6))
+        record = LossRecord()
+        for batch in update.batches:
+            record.add(backward(trainer, batch), 0)
+        return loss_figures(record.totals())
+
+    def released_loss(self):
+        """Every decision of every branch by itself in float64, as the papers write it."""
+        losses, counted = [], 0
+        for decision in self.rollout.decisions:
+            per_trunk = len(decision.steps) // 6
+            noise = normal_like(decision.latents.double(), decision.keys, decision.siblings)
+            for row in range(len(decision.steps)):
+                known = bool(self.informative[decision.fork, row // per_trunk])
+                own = self.advantages[decision.fork, row // per_trunk]
+                for sibling in range(decision.siblings):
+                    advantage = own[sibling if per_trunk == 1 else row % per_trunk].double()
+                    losses.append(self._one(decision, row, noise[row, sibling], advantage, known))
+                    counted += known or self.idle == "keep"
+        return sum(losses) / counted
+
+    def _one(self, decision, row, noise, advantage, known):
+        sde, step = self.schedule.sde, int(decision.steps[row])
+        x, old, std = decision.latents[row].double(), decision.velocity[row].double(), sde.std[step]
+        arguments = (decision.latents[row : row + 1].double(), self.schedule.sigmas[step].view(1),
+                     decision.conditioning.rows(slice(row, row + 1)))  # fmt: skip
+        mean = sde.x_coef[step] * x + sde.v_coef[step] * self.policy.velocity(*arguments)[0]
+        mean_old = sde.x_coef[step] * x + sde.v_coef[step] * old
+        with torch.no_grad(), self.policy.reference():
+            mean_ref = sde.x_coef[step] * x + sde.v_coef[step] * self.policy.velocity(*arguments)[0]
+        ratio = self._log_ratio(mean_old + std * noise, mean, mean_old, std).exp()
+        gain = self._weight(step) * advantage * known
+        clipped = ratio.clamp(1 - self.config.clip, 1 + self.config.clip)
+        divisor = 2 * std**2 / (self.schedule.step_sizes()[step] if self.config.kl_divisor == "diffusion" else 1)
+        kl = ((mean - mean_ref) ** 2 / divisor).mean()
+        return torch.maximum(-gain * ratio, -gain * clipped) + self.config.kl * kl * (known or self.idle == "keep")
+
+    def _log_ratio(self, reached, mean, mean_old, std):
+        change = (reached - mean_old) ** 2 - (reached - mean) ** 2
+        return {"gaussian": change / (2 * std**2), "undivided": change,
+                "guard": (change + (mean - mean_old) ** 2) / (2 * std)}[self.config.ratio].mean()  # fmt: skip
+
+    def _weight(self, step):
+        if self.config.weighting == "uniform":
+            return 1.0
+        return self.schedule.sde.std[step] / self.schedule.sde.std[self.trained].mean()
 
 
-def test_first_ratio_is_exactly_one_on_the_sd3_pipeline(digits_policy, schedule):
-    """Learning repeats the trunk's own network call, so nothing has drifted: not 1e-7, 0."""
-    summary = first_update(digits_policy, schedule)
+@torch.no_grad()
+def move(toy, size=0.02):
+    """A policy that has learnt something since it sampled, and a reference that is neither."""
+    first = toy.scale.detach() - 0.1, toy.bias.detach() * 1.5
+
+    @contextmanager
+    def reference():
+        toy.own = first
+        yield
+        toy.own = (toy.scale, toy.bias)
+
+    toy.reference = reference
+    toy.scale.add_(torch.tensor([size, -size, size]))
+    toy.bias.mul_(1 - size)
+
+
+METHODS = {
+    "tempflow": ({}, {}),
+    "uniform weights": ({"weighting": "uniform"}, {}),
+    "a wide clip": ({"clip": 10.0}, {}),
+    "kl over 2 std^2": ({"kl": 0.7, "clip": 10.0}, {}),
+    "kl over 2 g^2": ({"kl": 0.7, "kl_divisor": "diffusion", "clip": 10.0}, {}),
+    "guard": ({"ratio": "guard", "clip": 1e-3, "kl": 0.3}, {}),
+    "undivided": ({"ratio": "undivided", "clip": 1e-3, "kl": 0.3}, {}),
+    "windows": ({"kl": 0.3, "clip": 1e-2}, {"forks": [0, 3, 6], "window": 3}),
+    "chains": ({"kl": 0.3, "clip": 1e-2}, {"forks": [0], "window": "rest", "siblings": 1}),
+    "forks of each prompt": ({"kl": 0.3, "clip": 1e-3}, {"forks": [0, 2, 5], "take": 2, "draw": "prompt"}),
+    "drawn forks": ({}, {"forks": "random:3"}),
+    "merged steps": ({"kl": 0.3, "kl_divisor": "diffusion"}, {"forks": [0, 3, 5], "jump": [1, 2, 3]}),
+}
+
+
+@pytest.mark.parametrize("idle", ["keep", "drop"])
+@pytest.mark.parametrize("name", METHODS)
+def test_gradients_are_those_of_the_released_computation(toy, name, idle):
+    """Of a policy that has moved: weights, both clips, ratios, KL and its divisor, masks, windows, shares."""
+    objective, explore = METHODS[name]
+    case = Case(toy, {"clip": 5e-3} | objective, idle, **explore)
+    move(toy)
+    figures = case.learn()
+    found = torch.cat([parameter.grad.flatten() for parameter in (toy.scale, toy.bias)])
+    gradients = torch.autograd.grad(case.released_loss(), (toy.scale, toy.bias))
+    expected = torch.cat([gradient.flatten() for gradient in gradients])
+    assert (found - expected).norm() < 1e-4 * expected.norm() and expected.norm() > 1e-6
+    assert (figures["clip_fraction"] > 0) == (case.config.clip < 1)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_ratios_are_clipped_on_both_sides(toy, sign):
+    """Where all advantages have one sign, gradients of ratios that went too far that way are gone: the others stay."""
+    case = Case(toy, {"clip": 1e-7, "weighting": "uniform"})
+    case.advantages, case.informative[:] = torch.full_like(case.advantages, sign), True
+    move(toy)
+    figures = case.learn()
+    assert figures["clip_fraction"] > 0.9
+    gradients = torch.autograd.grad(case.released_loss(), (toy.scale, toy.bias))
+    for parameter, gradient in zip((toy.scale, toy.bias), gradients, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-3)
+
+
+def test_several_processes_average_to_one(toy):
+    """Dropped groups: the mean over the informative ones of all processes, however few one of them has."""
+    case = Case(toy, {"kl": 0.4, "clip": 10.0}, "drop")
+    case.informative[:] = False
+    case.informative[:, 0] = True
+    case.informative[1, 4] = True
+    move(toy)
+    objective = make_objective(case.config, case.schedule, case.trained, "drop")
+    shares = []
+    for own in (range(3), range(3, 6)):  # each has half of the trunks; here both hold all of the rollout
+        part = type(case.rollout)(tuple(_half(d, own) for d in case.rollout.decisions), case.rollout.branches[:, own],
+                                  case.rollout.first_steps[:, own], case.rollout.conditioning)  # fmt: skip
+        credit = Credit(case.advantages, case.informative, 18, 14)
+        (update,) = updates(part, credit, objective, LearnConfig(rows=3), own)
+        trainer = SimpleNamespace(policy=toy, schedule=case.schedule, method=SimpleNamespace(objective=objective),
+                                  stepper=SimpleNamespace(backward=lambda loss: (loss / 2).backward()))  # fmt: skip
+        for batch in update.batches:
+            backward(trainer, batch)
+        shares.append(len(update.batches))
+    assert shares == [3, 1]
+    gradients = torch.autograd.grad(case.released_loss(), (toy.scale, toy.bias))
+    for parameter, gradient in zip((toy.scale, toy.bias), gradients, strict=True):
+        assert torch.allclose(parameter.grad, gradient, rtol=1e-4)
+
+
+def _half(decision, own):
+    here = slice(own.start, own.stop)
+    return type(decision)(decision.fork, decision.steps[here], decision.latents[here], decision.velocity[here],
+                          decision.keys[here], decision.siblings, decision.conditioning.rows(here))  # fmt: skip
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_first_ratio_is_exactly_one_on_the_sd3_pipeline(digits_policy, window):
+    """Learning repeats the sampling policy's own network calls, so nothing has drifted: not 1e-7, 0."""
+    case = Case(digits_policy, {"clip": 1e-4}, forks=[0, 4, 7], window=window)
+    summary = case.learn()
     assert summary["first_log_ratio_max"] == 0.0 and summary["log_ratio_max"] == 0.0
     assert summary["ratio_mean"] == 1.0 and summary["clip_fraction"] == 0.0
     assert any(parameter.grad.abs().sum() > 0 for parameter in digits_policy.trainable().values())
 
 
-def test_a_moved_policy_has_another_ratio(digits_policy, schedule, disturb):
-    summary = first_update(digits_policy, schedule, move=lambda parameters: disturb(parameters, 0.01))
+def test_a_moved_policy_has_another_ratio(digits_policy, disturb):
+    case = Case(digits_policy, {"clip": 1e-4})
+    disturb(digits_policy.trainable(), 0.01)
+    summary = case.learn()
     assert summary["log_ratio_max"] > 1e-5 and summary["clip_fraction"] > 0
 
 
@@ -91,45 +232,3 @@ def test_gradients_reach_exactly_the_adapters(digits_policy):
     velocity = digits_policy.velocity(torch.randn(2, 4, 8, 8), torch.full((2,), 0.5), digits_policy.encode(TEXTS[:2]))
     velocity.square().sum().backward()
     assert {name for name, parameter in parameters.items() if parameter.grad is not None} == trained
-
-
-def test_moving_average_follows_its_schedule():
-    parameters = {"w": torch.nn.Parameter(torch.zeros(3))}
-    average = MovingAverage(parameters, limit=0.9, every=2)
-    parameters["w"].data.fill_(1.0)
-    average.update()
-    assert not average.average["w"].any()
-    average.update()
-    expected = 1 - (1 + 1) / (10 + 1)
-    assert torch.allclose(average.average["w"], torch.full((3,), expected))
-    with average.applied():
-        assert torch.allclose(parameters["w"], torch.full((3,), expected))
-    assert torch.equal(parameters["w"].data, torch.ones(3))
-
-
-def test_moving_average_turned_off_is_the_parameters_themselves():
-    parameters = {"w": torch.nn.Parameter(torch.zeros(3))}
-    average = MovingAverage(parameters, limit=0.0, every=8)
-    parameters["w"].data.fill_(2.0)
-    average.update()
-    assert torch.equal(average.average["w"], torch.full((3,), 2.0))
-
-
-def test_learning_rate_is_a_function_of_the_iteration():
-    optimizer = make_optimizer(LearnConfig(), [torch.nn.Parameter(torch.ones(1))])
-    seen = []
-    for schedule in ("constant", "linear"):
-        learn = LearnConfig(lr=0.5, lr_schedule=schedule, iterations=4)
-        for iteration in range(4):
-            set_learning_rate(optimizer, learn, iteration)
-            seen.append(optimizer.param_groups[0]["lr"])
-    assert seen == [0.5, 0.5, 0.5, 0.5, 0.5, 0.375, 0.25, 0.125]
-
-
-def test_optimizer_takes_its_settings_from_the_configuration():
-    parameter = torch.nn.Parameter(torch.ones(2))
-    optimizer = make_optimizer(LearnConfig(lr=0.1, weight_decay=0.5, betas=(0.8, 0.9)), [parameter])
-    parameter.grad = torch.zeros(2)
-    optimizer.step()
-    assert parameter.data.tolist() == pytest.approx([0.95, 0.95])
-    assert optimizer.param_groups[0]["betas"] == (0.8, 0.9)

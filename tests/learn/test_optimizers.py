@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 
-from tempflow.common.errors import BadInput
+from tempflow.common.errors import BadInput, Halted
 from tempflow.learn.average import MovingAverage
 from tempflow.learn.optimizers import (
     OPTIMIZERS,
@@ -100,7 +100,7 @@ def test_no_step_is_taken_where_the_norm_is_not_finite(name, bad):
         parameter.grad = torch.full_like(parameter, bad)
     moved.step()
     assert_equal(everything(moved), before)
-    with pytest.raises(BadInput, match="not finite") as caught:
+    with pytest.raises(Halted) as caught:
         moved.read()
     assert caught.value.field == "learn.lr"
     steps(moved, 2, count=1)
@@ -148,13 +148,15 @@ def test_a_paged_state_returns_to_pages(monkeypatch):
 def test_wrong_optimizers_are_refused_in_one_line(monkeypatch):
     parameters = [Parameter(torch.ones(2))]
     if importlib.util.find_spec("bitsandbytes") is not None:
-        with pytest.raises(BadInput, match="on a CPU use"):
-            make_optimizer(LearnConfig(optimizer="paged_adamw8bit"), parameters)
-        with pytest.raises(BadInput, match="no 8-bit step for mps"):
-            check_device("adamw8bit", "mps")
+        for refused in (lambda: make_optimizer(LearnConfig(optimizer="paged_adamw8bit"), parameters),
+                        lambda: check_device("adamw8bit", "mps")):  # fmt: skip
+            with pytest.raises(BadInput) as caught:
+                refused()
+            assert caught.value.field == "learn.optimizer" and "\n" not in str(caught.value)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(BadInput, match=r"pip install 'tempflow\[gpu\]'"):
+    with pytest.raises(BadInput, match=r"pip install 'tempflow\[gpu\]'") as caught:
         make_optimizer(LearnConfig(optimizer="adamw8bit"), parameters)
+    assert caught.value.field == "learn.optimizer"
 
 
 def test_every_optimizer_of_the_settings_exists():
@@ -216,7 +218,7 @@ def test_endless_overflow_ends_the_run():
     steps(moved, 1, count=PATIENCE - 1, size=float("nan"))
     moved.read()
     steps(moved, 1, count=1, size=float("nan"))
-    with pytest.raises(BadInput, match="bf16") as caught:
+    with pytest.raises(Halted) as caught:
         moved.read()
     assert caught.value.field == "model.dtype"
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tempflow.explore.schedule import build_schedule
-from tempflow.explore.tails.solver import COLUMNS, EXACT, IDLE, KEEP_V, KEEP_X, MEMORY, SIGMA, TailSolver
+from tempflow.explore.tails.solver import COLUMNS, EXACT, IDLE, KEEP_V, KEEP_X, MEMORY, SIGMA, TailSolver, tail_solvers
+from tempflow.settings.fields import TailConfig
 
 SOLVERS = ("euler", "dpmpp_2m", "adams_2")
 
@@ -51,6 +52,8 @@ def test_stride_and_dropped_steps(schedule):
     assert TailSolver(drop_below=0.01).visited(schedule, 6) == [sigmas[step] for step in (6, 7, 8)] + [0]
     assert TailSolver(drop_below=0.5).visited(schedule, 8) == [sigmas[8], 0]  # a tail takes its first step
     assert TailSolver(drop_below=0.01).visited(schedule, 9) == [sigmas[9], 0]
+    exactly = TailSolver(drop_below=sigmas[7])  # a sigma at the limit is not below it
+    assert exactly.visited(schedule, 6) == [sigmas[step] for step in (6, 7)] + [0]
     for solver in (TailSolver(stride=3), TailSolver(stride=2, drop_below=0.3), TailSolver("adams_2", 2, 0.6)):
         lengths = solver.table(schedule).lengths
         assert list(lengths) == sorted(lengths, reverse=True) and min(lengths) == 1
@@ -65,6 +68,12 @@ def test_tails_of_a_chunk_end_together(schedule):
     assert torch.equal(stages[:, 0, SIGMA], sigmas[[3, 5, 7, 9]])
     assert torch.equal(stages[2:, 2, SIGMA], sigmas[[6, 8]]) and stages[:2, 2].tolist() == [list(IDLE)] * 2
     assert stages[-1, 3, :2].tolist() == [1, -sigmas[9].item()]
+
+
+def test_a_list_of_strides_is_several_solvers():
+    one, several = TailConfig(solver="adams_2", stride=2, drop_below=0.1), TailConfig(stride=[1, 2, 4])
+    assert tail_solvers(one) == (TailSolver("adams_2", 2, 0.1),)
+    assert tail_solvers(several) == (EXACT, TailSolver(stride=2), TailSolver(stride=4))
 
 
 @pytest.mark.parametrize("name", SOLVERS)

@@ -5,50 +5,54 @@ from contextlib import nullcontext
 import pytest
 import tiny_pipelines
 import torch
+from rollouts import TEXTS, at_their_places, explored, forked
 from torch import nn
 
-from tempflow.common.draws import Draw
-from tempflow.explore.plan import BranchPlan
-from tempflow.explore.rollout import sample_branches, sample_trunk
 from tempflow.explore.schedule import build_schedule
 from tempflow.explore.tails.compiled import CompiledBlocks
 from tempflow.explore.tails.engine import EagerEngine
 from tempflow.explore.tails.recorded import BufferStore, Direct, StaticEngine
 from tempflow.explore.tails.solver import EXACT, TailSolver
 
-TEXTS = ("one", "three", "eleven")
 DIGITS = ("a two at the top left", "three fours")
 SOLVERS = (EXACT, TailSolver("dpmpp_2m"), TailSolver("adams_2", stride=2), TailSolver(drop_below=0.3))
+IDS = [solver.describe() for solver in SOLVERS]
 
 
-def trunk_of(policy, schedule, plan, texts=TEXTS):
-    draw = Draw.grid(7, 3, range(len(texts)), 2)
-    return sample_trunk(policy, policy.encode(texts).repeat(2), schedule, plan, draw, 3)
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(5)
 
 
-def images(engine, trunk, schedule):
-    return torch.cat([chunk.latents for chunk in sample_branches(engine, trunk, schedule)])
+def branches_of(policy, texts=TEXTS, **explore):
+    """The branches of some forks, which are to be finished."""
+    schedule, plan, _ = forked(**explore)
+    return explored(policy, schedule, plan, 3, texts)
+
+
+def images(engine, rollout, schedule):
+    return at_their_places([engine], rollout, schedule)
 
 
 def static(policy, rows, recorder, solver=EXACT, numerics=nullcontext):
     return StaticEngine(BufferStore(policy, rows, recorder, numerics), solver)
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=TailSolver.describe)
+@pytest.mark.parametrize("solver", SOLVERS, ids=IDS)
 @pytest.mark.parametrize("rows", [1, 7, 24, 54, 100])
 def test_recorded_calls_equal_plain_ones(toy, schedule, strict_recorder, solver, rows):
     """Chunks that straddle forks, short last chunks, chunks larger than everything: to the last bit."""
-    trunk = trunk_of(toy, schedule, BranchPlan.parse([0, 3, 8], 10, 4))
-    expected = images(EagerEngine(toy, 5, solver), trunk, schedule)
+    rollout = branches_of(toy, forks=[0, 3, 8], siblings=4)
+    expected = images(EagerEngine(toy, 5, solver), rollout, schedule)
     toy.calls.clear()
-    found = images(static(toy, rows, strict_recorder, solver), trunk, schedule)
+    found = images(static(toy, rows, strict_recorder, solver), rollout, schedule)
     assert torch.equal(found, expected)
     assert set(toy.calls) == {rows} and strict_recorder.recorded == 1
     assert len(toy.calls) == strict_recorder.replayed + 2
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("solver", SOLVERS, ids=TailSolver.describe)
+@pytest.mark.parametrize("solver", SOLVERS, ids=IDS)
 def test_engines_follow_their_tables(toy, schedule, strict_recorder, solver):
     """Against the rows of the table taken one by one, for each branch alone."""
     firsts, noise, conditioning = [1, 4, 4, 9], torch.randn(4, 2, 3), toy.encode([*TEXTS, "twenty"])
@@ -76,6 +80,19 @@ def test_one_recording_serves_training_and_evaluation(toy, schedule, strict_reco
     assert strict_recorder.recorded == 1
 
 
+def test_a_store_serves_solvers_with_and_without_memory(toy, schedule, strict_recorder):
+    """Euler first, whose buffers keep nothing; a solver of second order after it has its memory all the same."""
+    store, conditioning = BufferStore(toy, 6, strict_recorder, nullcontext), toy.encode(TEXTS)
+    for solver in (EXACT, TailSolver("dpmpp_2m"), TailSolver("adams_2"), EXACT):
+        latents = torch.randn(3, 2, 3)
+        expected, plain = latents.clone(), latents.clone()
+        StaticEngine(store, solver).finish(latents, [2, 2, 5], conditioning, schedule)
+        EagerEngine(toy, 6, solver).finish(expected, [2, 2, 5], conditioning, schedule)
+        EagerEngine(toy, 6).finish(plain, [2, 2, 5], conditioning, schedule)
+        assert torch.equal(latents, expected) and torch.equal(latents, plain) == (solver == EXACT)
+    assert strict_recorder.recorded == 2
+
+
 def _schedule_of(policy, steps):
     return build_schedule(policy.sigmas(steps), "flow_sde", 0.7)
 
@@ -95,7 +112,7 @@ def test_other_rows_of_the_buffers_do_not_matter(toy, schedule, strict_recorder)
     """What an earlier chunk left in rows that a short chunk does not fill changes nothing, even if it is not finite."""
     engine = static(toy, 5, strict_recorder, TailSolver("adams_2"))
     engine.finish(torch.full((5, 2, 3), float("inf")), [2] * 5, toy.encode(["a" * 99] * 5), schedule)
-    short, alone = torch.randn(2, 2, 3), None
+    short = torch.randn(2, 2, 3)
     alone = short.clone()
     engine.finish(short, [2, 2], toy.encode(TEXTS[:2]), schedule)
     static(toy, 2, strict_recorder, TailSolver("adams_2")).finish(alone, [2, 2], toy.encode(TEXTS[:2]), schedule)
@@ -118,12 +135,12 @@ def test_the_recorder_of_these_tests_notices_what_a_graph_would_miss(strict_reco
 
 def test_levels_agree_on_the_sd3_pipeline(digits_policy, schedule, strict_recorder):
     """Plain, merged and recorded calls: rounding only. The stated error of every level in fp32."""
-    trunk = trunk_of(digits_policy, schedule, BranchPlan.parse([1, 6], 10, 2), DIGITS)
-    expected = images(EagerEngine(digits_policy, 8), trunk, schedule)
+    rollout = branches_of(digits_policy, DIGITS, forks=[1, 6], siblings=2)
+    expected = images(EagerEngine(digits_policy, 8), rollout, schedule)
     merged = EagerEngine(digits_policy, 8, EXACT, digits_policy.merged)
     recorded = static(digits_policy, 6, strict_recorder, EXACT, digits_policy.merged)
     for engine in (merged, recorded):
-        assert (images(engine, trunk, schedule) - expected).abs().max() < 2e-4
+        assert (images(engine, rollout, schedule) - expected).abs().max() < 2e-4
     assert expected.std() > 0.3
 
 
@@ -197,7 +214,7 @@ def test_compiled_tails_equal_plain_ones(toy, schedule):
         sigma,
         conditioning,
     )
-    trunk = trunk_of(toy, schedule, BranchPlan.parse([2, 7], 10, 3))
-    expected = images(EagerEngine(toy, 9), trunk, schedule)
-    found = images(static(toy, 16, Direct(), EXACT, CompiledBlocks(list(blocks))), trunk, schedule)
+    rollout = branches_of(toy, forks=[2, 7], siblings=3)
+    expected = images(EagerEngine(toy, 9), rollout, schedule)
+    found = images(static(toy, 16, Direct(), EXACT, CompiledBlocks(list(blocks))), rollout, schedule)
     assert (found - expected).abs().max() < 1e-5 and not torch.equal(found, torch.zeros_like(found))

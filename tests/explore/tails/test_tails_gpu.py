@@ -4,12 +4,11 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from rollouts import at_their_places, explored, forked
 
 from tempflow.common.clock import PhaseClock
-from tempflow.common.draws import Draw
 from tempflow.credit.scoring import ScoreQueue
-from tempflow.explore.plan import BranchPlan
-from tempflow.explore.rollout import sample_branches, sample_trunk
+from tempflow.explore.rollout import finish_branches
 from tempflow.explore.schedule import build_schedule
 from tempflow.explore.tails.chunks import choose_rows, free_memory, measure
 from tempflow.explore.tails.engine import EagerEngine
@@ -29,6 +28,7 @@ pytestmark = [
 ]
 TEXTS = ("a two at the top left", "three fours", "a one above a nine")
 DEVICE = torch.device("cuda", 0)
+SOLVERS = (EXACT, TailSolver("dpmpp_2m", 2), TailSolver("adams_2"))
 
 
 @pytest.fixture
@@ -40,14 +40,14 @@ def policy(disturb):
 
 
 @pytest.fixture
-def trunk(policy, schedule):
-    draw = Draw.grid(7, 3, range(len(TEXTS)), 2)
-    plan = BranchPlan.parse([1, 5, 8], 10, 4)
-    return sample_trunk(policy, policy.encode(TEXTS).repeat(2), schedule, plan, draw, 3)
+def rollout(policy):
+    """Branches of three windows of two steps."""
+    schedule, plan, _ = forked(forks=[1, 4, 7], window=2, siblings=4)
+    return explored(policy, schedule, plan, 3, TEXTS)
 
 
-def images(engine, trunk, schedule):
-    return torch.cat([chunk.latents for chunk in sample_branches(engine, trunk, schedule)])
+def images(engine, rollout, schedule):
+    return at_their_places([engine], rollout, schedule)
 
 
 def graphed(policy, rows=16, solver=EXACT, numerics=nullcontext):
@@ -64,13 +64,13 @@ def no_synchronisation():
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("solver", [EXACT, TailSolver("dpmpp_2m", 2), TailSolver("adams_2")], ids=TailSolver.describe)
-def test_graphs_equal_plain_calls(policy, trunk, schedule, solver):
+@pytest.mark.parametrize("solver", SOLVERS, ids=[solver.describe() for solver in SOLVERS])
+def test_graphs_equal_plain_calls(policy, rollout, schedule, solver):
     """Chunks that straddle forks and a short last one; plain calls of the same shapes to rounding."""
-    found = images(graphed(policy, 16, solver), trunk, schedule)
-    direct = images(StaticEngine(BufferStore(policy, 16, Direct(), nullcontext), solver), trunk, schedule)
+    found = images(graphed(policy, 16, solver), rollout, schedule)
+    direct = images(StaticEngine(BufferStore(policy, 16, Direct(), nullcontext), solver), rollout, schedule)
     assert (found - direct).abs().max() < 1e-5
-    assert (found - images(EagerEngine(policy, 16, solver), trunk, schedule)).abs().max() < 2e-2
+    assert (found - images(EagerEngine(policy, 16, solver), rollout, schedule)).abs().max() < 2e-2
     assert found.std() > 0.3
 
 
@@ -86,27 +86,28 @@ def test_one_graph_serves_every_step_and_both_schedules(policy, schedule):
     assert len(engine.store.known) == 1
 
 
-def test_tails_wait_for_nothing(policy, trunk, schedule):
+def test_tails_wait_for_nothing(policy, rollout, schedule):
     """From the first step of the first chunk to the last of the last, once recorded."""
     engine = graphed(policy)
-    first = images(engine, trunk, schedule)
+    first = images(engine, rollout, schedule)
     conditioning, latents = policy.encode(TEXTS), torch.randn(3, *policy.latent_shape, device=DEVICE)
     with no_synchronisation():
         engine.finish(latents, [2, 2, 4], conditioning, schedule)
-        again = list(sample_branches(engine, trunk, schedule))
-    assert torch.equal(torch.cat([chunk.latents for chunk in again]), first)
+        again = list(finish_branches([engine], rollout, schedule))
+    places = torch.cat([chunk.places for chunk in again])
+    assert torch.equal(torch.cat([chunk.latents for chunk in again]), first.flatten(0, 3)[places.to(DEVICE)])
 
 
-def test_graphs_see_refreshed_and_trained_weights(policy, trunk, schedule, disturb):
+def test_graphs_see_refreshed_and_trained_weights(policy, rollout, schedule, disturb):
     merged, own = graphed(policy, numerics=policy.merged), graphed(policy)
-    stale = images(merged, trunk, schedule)
-    images(own, trunk, schedule)
+    stale = images(merged, rollout, schedule)
+    images(own, rollout, schedule)
     disturb(policy.trainable(), 0.05)
-    assert torch.equal(images(merged, trunk, schedule), stale)
+    assert torch.equal(images(merged, rollout, schedule), stale)
     policy.refresh_merged()
-    expected = images(EagerEngine(policy, 16), trunk, schedule)
+    expected = images(EagerEngine(policy, 16), rollout, schedule)
     for engine in (merged, own):
-        assert (images(engine, trunk, schedule) - expected).abs().max() < 2e-2
+        assert (images(engine, rollout, schedule) - expected).abs().max() < 2e-2
     assert (expected - stale).abs().max() > 5e-2
 
 
@@ -127,7 +128,7 @@ def test_graphs_share_a_pool_without_harm(policy, schedule):
     assert (seen["short"] - expected).abs().max() < 2e-2
 
 
-def test_decoding_beside_graphs_gives_the_same_rewards(policy, trunk, schedule):
+def test_decoding_beside_graphs_gives_the_same_rewards(policy, rollout, schedule):
     """The queue reads latents of one chunk while graphs make the next."""
 
     def brightness(images, prompts):
@@ -136,20 +137,20 @@ def test_decoding_beside_graphs_gives_the_same_rewards(policy, trunk, schedule):
     engine, rewards = graphed(policy, 8), []
     for overlap in (True, False):
         scores = ScoreQueue(policy, Scorer("reward.name", "mine", brightness, 8), 8, PhaseClock(DEVICE), overlap)
-        for chunk in sample_branches(engine, trunk, schedule):
-            scores.submit(chunk.latents, [Prompt("x")] * len(chunk.trunks))
+        for chunk in finish_branches([engine], rollout, schedule):
+            scores.submit(chunk, [Prompt("x")] * 6)
         rewards.append(scores.collect())
         assert set(scores.clock.read()) == {"decode", "reward"}
     assert (rewards[0] - rewards[1]).abs().max() < 0.5 and rewards[0].std() > 0.5
 
 
 @pytest.mark.parametrize("level", ["eager", "graph", "compile", "compiled_graph"])
-def test_every_level_works(policy, trunk, schedule, level):
-    engines = make_engines(policy, TailConfig(level=level), 16, schedule, TEXTS[0], speak=True)
-    expected = images(EagerEngine(policy, 16), trunk, schedule)
+def test_every_level_works(policy, rollout, schedule, level):
+    engines = make_engines(policy, TailConfig(level=level), 16, schedule, TEXTS[0])
+    expected = images(EagerEngine(policy, 16), rollout, schedule)
     assert engines.level == level
-    for engine in (engines.explore, engines.evaluate):
-        assert (images(engine, trunk, schedule) - expected).abs().max() < 2e-2
+    for engine in (*engines.explore, engines.evaluate):
+        assert (images(engine, rollout, schedule) - expected).abs().max() < 2e-2
 
 
 def test_chunks_are_measured(policy):
