@@ -13,11 +13,10 @@ import copy
 import gc
 import io
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -29,16 +28,16 @@ from rollouts.official import official_step
 from rollouts.variants import Variant, settings_of
 from torch import Tensor
 
-import tempflow.run.assembly
 from tempflow.digits.scorers import DigitsReward
-from tempflow.explore.tails.engine import TailWork
+from tempflow.explore.schedule import NoiseSchedule
+from tempflow.explore.tails.engine import TailEngine, TailWork
 from tempflow.models.load import load_policy
-from tempflow.policy import Policy
+from tempflow.policy import Conditioning, Policy
 from tempflow.rewards.panel import Panel
 from tempflow.rewards.scorer import Scorer
 from tempflow.run.assembly import set_up
-from tempflow.run.trainer import Run
-from tempflow.settings.fields import Config, RewardConfig
+from tempflow.run.trainer import Trainer
+from tempflow.settings.fields import Config
 from tempflow.settings.reading import read_values, validate
 from tempflow.train import train_step
 
@@ -63,15 +62,26 @@ class Recording:
         return getattr(self.queue, name)
 
 
-@dataclass
-class TotalWork(TailWork):
-    """Counts network rows of tails, and never anew."""
+class Counting:
+    """A tail engine that counts the network rows it computes, and never anew."""
 
-    total: int = 0
+    def __init__(self, engine: TailEngine):
+        self.engine, self.total = engine, 0
 
-    def add(self, computed: int, needed: int) -> None:
-        super().add(computed, needed)
-        self.total += computed
+    @property
+    def rows(self) -> int:
+        return self.engine.rows
+
+    @property
+    def work(self) -> TailWork:
+        return self.engine.work
+
+    def finish(
+        self, latents: Tensor, first_steps: Sequence[int], conditioning: Conditioning, schedule: NoiseSchedule
+    ) -> None:
+        before = self.work.computed
+        self.engine.finish(latents, first_steps, conditioning, schedule)
+        self.total += self.work.computed - before
 
 
 @dataclass
@@ -79,7 +89,7 @@ class Case:
     """A variant ready to run."""
 
     variant: Variant
-    run: Run
+    trainer: Trainer
     judge: Callable | None
     """scorer of PIL images, for the released algorithm"""
     start: dict[str, Tensor]
@@ -88,6 +98,11 @@ class Case:
     """torch's compiled call of the image decoder, which variants share, where this variant compiles it"""
     copies: int | None = None
     """rows of a training micro-batch of the released algorithm"""
+
+    @property
+    def rollouts(self) -> int:
+        """Branches of an iteration."""
+        return self.trainer.method.branches(self.trainer.config.explore.prompts)
 
 
 @dataclass(frozen=True)
@@ -149,23 +164,15 @@ class Bench:
         self.runs += 1
         policy = self.policy(config)
         function, judge = self.scorers(variant)
-
-        def panels(config: RewardConfig, rows: int, device: torch.device) -> tuple[Panel, Panel]:
-            reward = Scorer("reward.name", self.name, function, rows)
-            return Panel({self.name: reward}, torch.ones(1)), Panel({}, torch.ones(0))
-
-        with (
-            contextlib.redirect_stderr(io.StringIO()),
-            patch.object(tempflow.run.assembly, "load_policy", lambda *_, **__: policy),
-            patch.object(tempflow.run.assembly, "load_panels", panels),
-        ):
-            run, _ = set_up(config)
-        run = replace(run, scores=Recording(run.scores))
-        object.__setattr__(run.engine, "work", TotalWork())
+        reward = Panel({self.name: Scorer("reward.name", self.name, function, config.reward.rows)}, torch.ones(1))
+        with contextlib.redirect_stderr(io.StringIO()):
+            trainer, _, _ = set_up(config, policy, (reward, Panel({}, torch.ones(0))))
+        counting = tuple(Counting(engine) for engine in trainer.tails)
+        trainer = replace(trainer, scores=Recording(trainer.scores), tails=counting)
         decoder = policy.pipeline.vae.decoder._compiled_call_impl if config.tails.compile_vae else None
         judge = judge if variant.official else None
-        copies = run.plan.siblings if judge else None
-        return Case(variant, run, judge, self.starts[repr(config.model)], decoder, copies)
+        copies = trainer.method.siblings if judge else None
+        return Case(variant, trainer, judge, self.starts[repr(config.model)], decoder, copies)
 
     def policy(self, config: Config) -> Policy:
         """The policy of a configuration's `model` section; in fp8 it has a merged copy of its own."""
@@ -246,45 +253,45 @@ def bytes_of(images: list) -> Tensor:
 
 def iterate(case: Case, iteration: int) -> Iteration:
     """One timed iteration from the case's starting point."""
-    run = case.run
+    trainer, device = case.trainer, case.trainer.policy.device
     _reset(case)
-    before = run.engine.work.total
-    run.clock.read()
-    peak = MemoryPeak(run.policy.device)
-    synchronise(run.policy.device)
+    before = sum(engine.total for engine in trainer.tails)
+    trainer.clock.read()
+    peak = MemoryPeak(device)
+    synchronise(device)
     began, began_cpu = time.perf_counter(), time.process_time()
     if case.judge:
-        figures = official_step(run, iteration, case.judge, case.copies)
+        rewards, judged, grad_norm = official_step(trainer, iteration, case.judge, case.copies)
     else:
-        figures = train_step(run, iteration)
-        figures["rewards"] = run.scores.rewards.view(len(run.plan.steps), -1, run.plan.siblings)
-    synchronise(run.policy.device)
+        grad_norm = train_step(trainer, iteration).grad_norm
+        rewards = trainer.scores.rewards.view(trainer.method.rule.forks.take, -1, trainer.method.siblings)
+    synchronise(device)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
-    phases = run.clock.read()
+    phases = trainer.clock.read()
     if case.judge:
-        phases["reward"] = round(figures["reward_seconds"], 4)
-    rows = None if case.judge else run.engine.work.total - before
-    return Iteration(seconds, cpu_seconds, phases, figures["rewards"].cpu(), figures["grad_norm"], peak.gib(), rows)
+        phases["reward"] = round(judged, 4)
+    rows = None if case.judge else sum(engine.total for engine in trainer.tails) - before
+    return Iteration(seconds, cpu_seconds, phases, rewards.cpu(), grad_norm, peak.gib(), rows)
 
 
 @torch.no_grad()
 def _reset(case: Case) -> None:
     """Parameters and optimizer as at the start."""
     gc.collect()
-    for name, parameter in case.run.policy.trainable().items():
+    for name, parameter in case.trainer.policy.trainable().items():
         parameter.copy_(case.start[name])
         parameter.grad = None
-    case.run.stepper.optimizer.state.clear()
-    case.run.policy.pipeline.vae.decoder._compiled_call_impl = case.decoder
+    case.trainer.stepper.optimizer.state.clear()
+    case.trainer.policy.pipeline.vae.decoder._compiled_call_impl = case.decoder
 
 
 def warm_up(case: Case) -> float:
     """Seconds of an iteration that forks at the last steps alone: all shapes of a full one, few network rows."""
-    plan, branch = case.run.plan, case.run.config.branch
-    branches = explore.prompts * explore.noises * plan.siblings
-    last = plan.pool[-forks_to_warm_up(branches, case.run.engine.rows, len(plan.pool)) :]
-    short = replace(case, run=replace(case.run, plan=replace(plan, steps=last, pool=last)))
-    return iterate(short, 0).seconds
+    trainer, method, forks = case.trainer, case.trainer.method, case.trainer.method.rule.forks
+    branches = trainer.config.explore.prompts * method.noises * method.siblings
+    last = forks.pool[-forks_to_warm_up(branches, trainer.tails[0].rows, len(forks.pool)) :]
+    rule = replace(method.rule, forks=replace(forks, pool=last, take=len(last)))
+    return iterate(replace(case, trainer=replace(trainer, method=replace(method, rule=rule))), 0).seconds
 
 
 def forks_to_warm_up(branches: int, rows: int, forks: int) -> int:

@@ -125,9 +125,9 @@ class Comparison:
 
     def dropped(self, case: Case) -> bool:
         """Gives up a large `official` after its first iteration, where its weights would leave no room for the rest."""
-        if case.variant.name != "official" or self.bench.has_room(case.run.policy):
+        if case.variant.name != "official" or self.bench.has_room(case.trainer.policy):
             return False
-        self.bench.forget(case.run.policy)
+        self.bench.forget(case.trainer.policy)
         say("official: one iteration only, then out of memory's way")
         return True
 

@@ -9,7 +9,8 @@ from machine.flops import ROW_COSTS, RowCost
 from rollouts.bench import Bench, Case, Iteration
 from torch import Tensor
 
-from tempflow.forecast.cost import BranchCost
+from tempflow.explore.tails.solver import tail_solvers
+from tempflow.forecast.cost import Shape, iteration_cost
 
 
 @dataclass(frozen=True)
@@ -30,26 +31,26 @@ class NetworkRows:
 
 def network_rows(case: Case, measured: Iteration) -> NetworkRows:
     """Rows by phase; the released algorithm learns from K copies of every fork."""
-    run = case.run
-    trunks = run.config.branch.prompts * run.config.branch.seeds
-    cost = BranchCost.of(run.plan, trunks, 1, 1)
-    halves, copies = run.policy.network_rows, run.plan.siblings if case.judge else 1
-    learn = halves * cost.learn_rows * copies * run.config.learn.inner_epochs
+    trainer, config, method = case.trainer, case.trainer.config, case.trainer.method
+    shape = Shape(config.explore.prompts * method.noises, method.siblings, 1, 1, config.learn.inner_epochs)
+    cost = iteration_cost(method.rule, trainer.schedule, tail_solvers(config.tails), shape)
+    halves, copies = trainer.policy.network_rows, method.siblings if case.judge else 1
+    learn = halves * cost.learn_rows * copies
     tails = cost.tail_rows if measured.tail_rows is None else measured.tail_rows
-    return NetworkRows(halves * cost.trunk_rows, halves * tails, learn, learn if run.config.learn.kl else 0)
+    return NetworkRows(halves * cost.trunk_rows, halves * tails, learn, learn if config.objective.kl else 0)
 
 
 def row_cost(bench: Bench, case: Case) -> RowCost:
     """FLOPs of one network row of the case's transformer."""
-    transformer = case.run.policy.pipeline.transformer
+    transformer = case.trainer.policy.pipeline.transformer
     return ROW_COSTS[type(transformer).__name__](transformer.config, *bench.row_tokens())
 
 
 def figures(bench: Bench, case: Case, measured: Iteration, exact: Iteration | None, peak: float) -> dict[str, Any]:
     """One row of results. `exact` is the same iteration by plain computation; `peak` in FLOP/s."""
-    run, cost = case.run, row_cost(bench, case)
-    rows, adapters = network_rows(case, measured), run.config.model.train == "lora"
-    rollouts, total = run.rollouts_per_iteration, rows.flops(cost, adapters)
+    cost = row_cost(bench, case)
+    rows, adapters = network_rows(case, measured), case.trainer.config.model.train == "lora"
+    rollouts, total = case.rollouts, rows.flops(cost, adapters)
     tail_seconds = measured.phases["tails"]
     row = {
         "seconds": round(measured.seconds, 4),
@@ -73,7 +74,7 @@ def beside(case: Case) -> list[str]:
     """Phases whose seconds ran beside others; what they held up is the phase `wait`."""
     if case.judge:
         return ["reward"]
-    return ["decode", "reward"] if case.run.scores.overlap else []
+    return ["decode", "reward"] if case.trainer.scores.overlap else []
 
 
 def agreement(rewards: Tensor, exact: Tensor) -> dict[str, float]:

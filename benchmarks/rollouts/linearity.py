@@ -1,4 +1,4 @@
-"""How the time of an iteration grows with prompts, seeds and siblings:
+"""How the time of an iteration grows with prompts, noises and siblings:
 
     python benchmarks/rollouts/linearity.py [--architecture digits] [--rounds 3] [--out FOLDER]
 
@@ -27,8 +27,8 @@ from rollouts.architectures import ARCHITECTURES
 from rollouts.bench import Bench, iterate, warm_up
 from rollouts.variants import EXACT_END, VARIANTS
 
-BASE = {"prompts": 2, "seeds": 2, "siblings": 6}
-SIZES = {"prompts": (1, 2, 4), "seeds": (1, 2, 4), "siblings": (3, 6, 12)}
+BASE = {"prompts": 2, "noises": 2, "siblings": 6}
+SIZES = {"prompts": (1, 2, 4), "noises": (1, 2, 4), "siblings": (3, 6, 12)}
 CHUNKS = {"tails.rows": 24, "reward.rows": 24, "learn.rows": 2, "tails.level": "eager"}
 """small enough that every size but the smallest fills them; eager, since what is measured is growth"""
 
@@ -43,7 +43,7 @@ def measure(bench: Bench, rounds: int, sizes: dict[str, tuple[int, ...]], file: 
     common, cases, rows = bench.overrides, {}, []
     with bench.texts(), file.open("w", encoding="utf-8") as out:
         for quantity, size in points(sizes):
-            values = {f"branch.{name}": value for name, value in (BASE | {quantity: size}).items()}
+            values = {f"explore.{name}": value for name, value in (BASE | {quantity: size}).items()}
             bench.overrides = CHUNKS | common | values
             for variant in variants:
                 cases[quantity, size, variant.name] = bench.case(variant)
@@ -52,7 +52,7 @@ def measure(bench: Bench, rounds: int, sizes: dict[str, tuple[int, ...]], file: 
         for number in range(rounds):
             for (quantity, size, name), case in cases.items():
                 row = {"variant": label(name), "quantity": quantity, "size": size, "round": number,
-                       "rollouts": case.run.rollouts_per_iteration,
+                       "rollouts": case.rollouts,
                        "seconds": round(iterate(case, number).seconds, 4)}  # fmt: skip
                 rows.append(row | {"architecture": bench.name} | environment(bench.device))
                 out.write(json.dumps(rows[-1]) + "\n")

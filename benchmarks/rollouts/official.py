@@ -25,16 +25,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image
 from tempflow_kernels import normal_like
 from torch import Tensor
 
+from tempflow.explore.schedule import ode_step
+from tempflow.learn.objective import WEIGHT
 from tempflow.policy import Conditioning
 from tempflow.prompts import Prompt
-from tempflow.run.trainer import Run
+from tempflow.run.trainer import Trainer
 
 SCORING_THREADS = 8
 STD_EPSILON = 1e-4
@@ -60,81 +61,91 @@ class Samples:
     """R rows"""
 
 
-def official_step(run: Run, iteration: int, judge: Judge, copies: int) -> dict[str, Any]:
-    """One iteration of the released algorithm with the settings of `run`; returns rewards and gradient norm.
+def official_step(trainer: Trainer, iteration: int, judge: Judge, copies: int) -> tuple[Tensor, float, float]:
+    """One iteration of the released algorithm: its rewards (S, R, K), the seconds of all scoring threads together, and
+    the norm of its gradient.
 
     Args:
         copies: rows of a micro-batch in training; K in the released code.
     """
-    samples = explore(run, iteration, judge)
-    advantages = seed_advantages(samples.rewards, run.config.learn.advantage_clip)
-    with run.clock("learn"):
-        for _ in learn(run, samples, advantages, copies):
-            run.optimizer_step(idle=False)
-        figures = run.stepper.read()
-    return {"rewards": samples.rewards, "reward_seconds": samples.reward_seconds, **figures}
+    samples = explore(trainer, iteration, judge)
+    advantages = seed_advantages(samples.rewards, trainer.config.credit.clip)
+    with trainer.clock("learn"):
+        for _ in learn(trainer, samples, advantages, copies):
+            trainer.stepper.update(trainer.ranks, idle=False)
+        grad_norm = trainer.stepper.read()["grad_norm"]
+    return samples.rewards, samples.reward_seconds, grad_norm
 
 
 @torch.no_grad()
-def explore(run: Run, iteration: int, judge: Judge) -> Samples:
+def explore(trainer: Trainer, iteration: int, judge: Judge) -> Samples:
     """Every initial noise in turn: trunk, and at each fork the tails of its siblings."""
-    prompts, draw = run.prompts_of(iteration)
-    policy, siblings = run.policy, run.plan.siblings
+    of_iteration, draw = trainer.feed.at(iteration)
+    policy, siblings, steps = trainer.policy, trainer.method.siblings, forks_of(trainer)
+    prompts = [prompt for prompt in of_iteration for _ in range(trainer.method.noises)]
     conditioning = policy.encode([prompt.text for prompt in prompts])
     initial = draw.initial_noise(policy.latent_shape, policy.device)
-    keys = torch.stack([draw.step_keys(step) for step in run.plan.steps]).to(policy.device)
+    keys = torch.stack([draw.step_keys(step) for step in steps]).to(policy.device)
     forks, scores = [], []
     with ThreadPoolExecutor(SCORING_THREADS) as pool:
         for row, prompt in enumerate(prompts):
             place = slice(row, row + 1)
-            states, images = one_noise(run, initial[place], keys[:, place], conditioning.rows(place))
+            states, images = one_noise(trainer, initial[place], keys[:, place], conditioning.rows(place))
             forks.append(states)
             scores += [pool.submit(timed, judge, batch, [prompt] * siblings) for batch in images]
-        with run.clock("wait"):
+        with trainer.clock("wait"):
             rewards, seconds = collect(scores)
             rewards = rewards.view(len(prompts), -1, siblings).transpose(0, 1)
     stacked = [torch.stack(parts, dim=1) for parts in zip(*forks, strict=True)]
     return Samples(*stacked, rewards, seconds, conditioning)
 
 
-def one_noise(run: Run, state: Tensor, keys: Tensor, prompt: Conditioning) -> tuple[tuple, list[list[Image.Image]]]:
+def forks_of(trainer: Trainer) -> tuple[int, ...]:
+    """The steps that fork, the same in every iteration."""
+    return trainer.method.rule.forks.pool
+
+
+def one_noise(
+    trainer: Trainer, state: Tensor, keys: Tensor, prompt: Conditioning
+) -> tuple[tuple, list[list[Image.Image]]]:
     """The trunk of one initial noise (1, D...) and all its branches: fork states, and K images per fork."""
-    policy, schedule, plan = run.policy, run.schedule, run.plan
-    copies = prompt.repeat(plan.siblings)
+    siblings, steps = trainer.method.siblings, forks_of(trainer)
+    copies = prompt.repeat(siblings)
     latents, next_latents, log_probs, images = [], [], [], []
-    for step in range(plan.steps[-1] + 1):
-        with run.clock("trunk"):
-            velocity = policy.velocity(state, schedule.sigma_rows(step, 1, policy.device), prompt)
-        if step in plan.steps:
-            noise = normal_like(state, keys[plan.steps.index(step)], plan.siblings)[0]
-            mean, std = sde_mean(run, step, state, velocity)
+    for step in range(steps[-1] + 1):
+        with trainer.clock("trunk"):
+            velocity = velocity_at(trainer, step, state, prompt)
+        if step in steps:
+            noise = normal_like(state, keys[steps.index(step)], siblings)[0]
+            mean, std = sde_mean(trainer, step, state, velocity)
             branches = mean + std * noise
             latents.append(state[0])
             next_latents.append(branches)
             log_probs.append(log_prob(branches, mean, std))
-            images.append(finish(run, branches, step + 1, copies))
-        state = ode_step(run, step, state, velocity)
+            images.append(finish(trainer, branches, step + 1, copies))
+        state = ode_step(state, velocity, trainer.schedule, step)
     return (torch.stack(latents), torch.stack(next_latents), torch.stack(log_probs)), images
 
 
-def finish(run: Run, latents: Tensor, first_step: int, prompts: Conditioning) -> list[Image.Image]:
+def velocity_at(trainer: Trainer, step: int, latents: Tensor, prompts: Conditioning) -> Tensor:
+    """The policy's velocity of rows that are all at one step."""
+    sigma = trainer.schedule.sigma_rows(torch.full((len(latents),), step), trainer.policy.device)
+    return trainer.policy.velocity(latents, sigma, prompts)
+
+
+def finish(trainer: Trainer, latents: Tensor, first_step: int, prompts: Conditioning) -> list[Image.Image]:
     """The ODE tail of K branches, decoded to PIL images."""
-    with run.clock("tails"):
-        for step in range(first_step, run.schedule.num_steps):
-            sigma = run.schedule.sigma_rows(step, len(latents), run.policy.device)
-            latents = ode_step(run, step, latents, run.policy.velocity(latents, sigma, prompts))
-    with run.clock("decode"):
-        pixels = run.policy.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
+    with trainer.clock("tails"):
+        for step in range(first_step, trainer.schedule.num_steps):
+            latents = ode_step(latents, velocity_at(trainer, step, latents, prompts), trainer.schedule, step)
+    with trainer.clock("decode"):
+        pixels = trainer.policy.decode(latents).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(image) for image in pixels]
 
 
-def ode_step(run: Run, step: int, latents: Tensor, velocity: Tensor) -> Tensor:
-    return latents - run.schedule.step_size(step) * velocity
-
-
-def sde_mean(run: Run, step: int, latents: Tensor, velocity: Tensor) -> tuple[Tensor, float]:
+def sde_mean(trainer: Trainer, step: int, latents: Tensor, velocity: Tensor) -> tuple[Tensor, float]:
     """Mean and standard deviation of the stochastic step."""
-    sde = run.schedule.sde
+    sde = trainer.schedule.sde
     return sde.x_coef[step].item() * latents + sde.v_coef[step].item() * velocity, sde.std[step].item()
 
 
@@ -162,37 +173,34 @@ def seed_advantages(rewards: Tensor, clip: float) -> Tensor:
     return (centred / (rewards.std(2, keepdim=True, correction=0) + STD_EPSILON)).clamp(-clip, clip)
 
 
-def learn(run: Run, samples: Samples, advantages: Tensor, copies: int) -> Iterator[None]:
+def learn(trainer: Trainer, samples: Samples, advantages: Tensor, copies: int) -> Iterator[None]:
     """Accumulates the gradient of each optimizer step and yields when it is complete."""
-    count = samples.latents.shape[1] * run.plan.siblings
-    weights = run.step_weights(run.plan).tolist()
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(run.config.run.seed))
+    count, steps = samples.latents.shape[1] * trainer.method.siblings, forks_of(trainer)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(trainer.config.run.seed))
     micro_batches = order.split(copies)
-    per_update = len(micro_batches) // run.config.learn.updates
+    per_update = len(micro_batches) // trainer.config.learn.updates
     for number, branches in enumerate(micro_batches, 1):
-        for fork, step in enumerate(run.plan.steps):
-            loss = copied_loss(run, samples, advantages, fork, step, branches, weights[fork])
-            (loss / (per_update * len(run.plan.steps))).backward()
+        for fork in range(len(steps)):
+            loss = copied_loss(trainer, samples, advantages, fork, branches)
+            (loss / (per_update * len(steps))).backward()
         if number % per_update == 0:
             yield
 
 
-def copied_loss(
-    run: Run, samples: Samples, advantages: Tensor, fork: int, step: int, branches: Tensor, weight: float
-) -> Tensor:
+def copied_loss(trainer: Trainer, samples: Samples, advantages: Tensor, fork: int, branches: Tensor) -> Tensor:
     """Loss of a micro-batch of copies: each row is one sibling, numbered within (R, K)."""
-    policy, settings, device = run.policy, run.config.learn, run.policy.device
-    rows, places = (branches // run.plan.siblings).to(device), branches.to(device)
+    policy, objective, step = trainer.policy, trainer.method.objective, forks_of(trainer)[fork]
+    places = branches.to(policy.device)
+    rows = places // trainer.method.siblings
     latents, prompts = samples.latents[fork][rows], samples.conditioning.rows(rows)
     next_latents, before = samples.next_latents[fork].flatten(0, 1)[places], samples.log_probs[fork].flatten()[places]
-    sigma = run.schedule.sigma_rows(step, len(rows), device)
-    mean, std = sde_mean(run, step, latents, policy.velocity(latents, sigma, prompts))
+    mean, std = sde_mean(trainer, step, latents, velocity_at(trainer, step, latents, prompts))
     ratio = torch.exp(log_prob(next_latents, mean, std) - before)
-    gain = weight * advantages[fork].flatten()[branches].to(device)
-    clipped = ratio.clamp(1 - settings.clip_range, 1 + settings.clip_range)
+    gain = objective.terms[step, WEIGHT].item() * advantages[fork].flatten()[branches].to(policy.device)
+    clipped = ratio.clamp(1 - objective.clip, 1 + objective.clip)
     loss = torch.maximum(-gain * ratio, -gain * clipped).mean()
-    if settings.kl:
+    if objective.kl:
         with torch.no_grad(), policy.reference():
-            mean_ref, _ = sde_mean(run, step, latents, policy.velocity(latents, sigma, prompts))
-        loss = loss + settings.kl * ((mean - mean_ref) ** 2).mean() / (2 * std**2)
+            mean_ref, _ = sde_mean(trainer, step, latents, velocity_at(trainer, step, latents, prompts))
+        loss = loss + objective.kl * ((mean - mean_ref) ** 2).mean() / (2 * std**2)
     return loss

@@ -115,7 +115,7 @@ def profiled(bench: Bench, variant_name: str) -> str:
     head = (
         f"`{variant.name}`, {bench.name} on {about['device']}, torch {about['torch']}, commit {about['commit']}, "
         f"{about['date']}: {plain.seconds:.2f} s an iteration ({result.seconds:.2f} s under the profiler) of "
-        f"{case.run.rollouts_per_iteration} branch rollouts; seconds by phase, unprofiled: {phases}."
+        f"{case.rollouts} branch rollouts; seconds by phase, unprofiled: {phases}."
     )
     return table(costs(measured, bench.on_gpu), result.seconds, head)
 

@@ -40,9 +40,14 @@ from tempflow.settings.checks import check_consistency
 from tempflow.settings.fields import Config
 
 
-def set_up(config: Config) -> tuple[Trainer, Journal, Progress]:
+def set_up(
+    config: Config, policy: Policy | None = None, panels: tuple[Panel, Panel] | None = None
+) -> tuple[Trainer, Journal, Progress]:
     """The parts of a run, its record, and how far it has come already. Prints the plan.
 
+    Args:
+        policy: by default the one that `config.model` describes.
+        panels: rewards and gold; by default those that `config.reward` names.
     Raises:
         BadInput: anything in the settings that cannot work; no file has been changed then.
     """
@@ -51,9 +56,9 @@ def set_up(config: Config) -> tuple[Trainer, Journal, Progress]:
     check_folder(config)
     prompts, held_out = read_prompts(config.prompts.train, "prompts.train"), _held_out(config)
     method, schedule = show_plan(config, ranks)
-    rewards, gold = _panels(config, ranks, prompts, held_out)
+    rewards, gold = _accepted(panels or load_panels(config.reward, config.reward.rows, ranks.device), prompts, held_out)
     torch.manual_seed(config.run.seed)  # here: the adapters' first values must not depend on what scorers drew
-    policy = load_policy(config.model, config.sample, ranks.device, keep_reference=config.objective.kl > 0)
+    policy = policy or load_policy(config.model, config.sample, ranks.device, keep_reference=config.objective.kl > 0)
     say(f"attention: {policy.attention}")
     stepper, folder = _stepper(config, policy), Path(config.run.dir).expanduser()
     progress = checkpoint.restore(folder / "checkpoints", stepper)
@@ -97,14 +102,14 @@ def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[Metho
     return method, schedule
 
 
-def _panels(config: Config, ranks: Ranks, prompts: list[Prompt], held_out: list[Prompt]) -> tuple[Panel, Panel]:
-    """Rewards and gold, which have accepted the prompts."""
-    rewards, gold = load_panels(config.reward, config.reward.rows, ranks.device)
+def _accepted(panels: tuple[Panel, Panel], prompts: list[Prompt], held_out: list[Prompt]) -> tuple[Panel, Panel]:
+    """Rewards and gold, told of, which have accepted the prompts."""
+    rewards, gold = panels
     say(rewards.describe("rewards"))
     say(gold.describe("gold"))
     rewards.check(prompts + held_out)
     gold.check(held_out)
-    return rewards, gold
+    return panels
 
 
 def _engines(

@@ -1,4 +1,4 @@
-"""The folder of a run: opened only when nothing of an earlier run can be lost; and checks across settings."""
+"""The folder of a run: opened only when nothing of an earlier run can be lost."""
 
 from __future__ import annotations
 
@@ -12,15 +12,7 @@ from tempflow.common.errors import BadInput
 from tempflow.common.files import write_atomically
 from tempflow.parallel.ranks import Ranks
 from tempflow.settings.fields import Config
-from tempflow.settings.reading import read_values, to_yaml, validate
-
-MAY_CHANGE = {
-    "run.resume", "run.dir", "run.save_every", "run.keep_checkpoints", "run.trackers", "run.plan_only", "run.device",
-    "learn.iterations", "learn.compile", "eval.every", "tails.rows", "reward.rows", "reward.overlap",
-    "tails.level", "tails.check", "tails.compile_vae", "reward.hacking_drop", "reward.hacking_stop", "reward.servers",
-    "reward.batch", "reward.requests", "reward.timeout", "reward.patience", "reward.token_file",
-}  # fmt: skip
-"""Settings that may differ when a run is resumed: none of them changes what was learnt so far."""
+from tempflow.settings.reading import changeable_fields, read_values, to_yaml, validate
 
 
 def check_folder(config: Config) -> None:
@@ -74,10 +66,10 @@ def _check_same_run(config: Config, folder: Path) -> None:
         raise BadInput("run.resume", "true", f"there is no run in {config.run.dir} (no config.yaml)")
     if not any((folder / "checkpoints").glob("step_*")):
         return
-    before = asdict(validate(read_values(str(saved))))
+    before, changeable = asdict(validate(read_values(str(saved)))), changeable_fields()
     for section, values in asdict(config).items():
         for field, value in values.items():
             name = f"{section}.{field}"
-            if name not in MAY_CHANGE and value != before[section][field]:
+            if name not in changeable and value != before[section][field]:
                 hint = f"the run in {config.run.dir} was started with {before[section][field]}; a resumed run keeps it"
                 raise BadInput(name, value, hint)

@@ -1,5 +1,6 @@
 """The rollouts benchmark: its baseline learns what ours learns; FLOPs are those torch counts; its sums are right."""
 
+from dataclasses import replace
 
 import diffusers
 import pytest
@@ -25,27 +26,34 @@ def bench(tmp_path_factory) -> Bench:
     return Bench("digits", torch.device("cpu"), tmp_path_factory.mktemp("bench"), SMALL)
 
 
-def gradients(case) -> dict[str, torch.Tensor]:
-    """What an iteration hands to its optimizer."""
-    seen = {}
+class Keeping:
+    """A stepper that keeps the gradient it is given, and moves nothing."""
 
-    def keep(idle: bool) -> None:
-        seen.update({name: value.grad.clone() for name, value in case.run.policy.trainable().items()})
-        for value in case.run.policy.trainable().values():
-            value.grad = None
-        case.run.stepper.idle()
+    def __init__(self, stepper):
+        self.stepper, self.seen = stepper, {}
 
-    object.__setattr__(case.run, "optimizer_step", keep)
-    case.rewards = iterate(case, 0).rewards
-    return seen
+    def update(self, ranks, idle: bool) -> None:
+        for name, value in self.stepper.parameters.items():
+            self.seen[name], value.grad = value.grad.clone(), None
+        self.stepper.idle()
+
+    def __getattr__(self, name: str):
+        return getattr(self.stepper, name)
+
+
+def gradients(case) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """The rewards of an iteration, and what it hands to its optimizer."""
+    keeping = Keeping(case.trainer.stepper)
+    measured = iterate(replace(case, trainer=replace(case.trainer, stepper=keeping)), 0)
+    return measured.rewards, keeping.seen
 
 
 def test_the_baseline_has_the_same_rewards_and_gradient(bench):
     """The released algorithm's copies, loops and PIL images against chunks and shared rows: equal up to rounding."""
     ours, released = bench.case(BY_NAME[REFERENCE]), bench.case(BY_NAME["official"])
-    found, expected = gradients(ours), gradients(released)
-    assert ours.rewards.shape == (3, 4, 3) and ours.rewards.std() > 0
-    assert (ours.rewards - released.rewards).abs().max() < 5e-3  # a pixel may round the other way
+    (rewards, found), (released_rewards, expected) = gradients(ours), gradients(released)
+    assert rewards.shape == (3, 4, 3) and rewards.std() > 0
+    assert (rewards - released_rewards).abs().max() < 5e-3  # a pixel may round the other way
     size = torch.cat([value.flatten() for value in expected.values()]).norm()
     difference = torch.cat([(found[name] - expected[name]).flatten() for name in expected]).norm()
     assert size > 1e-4 and difference < 2e-2 * size
@@ -56,10 +64,10 @@ def test_the_baseline_learns_the_same_from_the_same_rewards(bench, monkeypatch):
     rewards = torch.randn(3, 4, 3, generator=torch.Generator().manual_seed(3))
     ours, released = bench.case(BY_NAME[REFERENCE]), bench.case(BY_NAME["official"])
     monkeypatch.setattr(official, "collect", lambda scores: (rewards.transpose(0, 1).flatten(), 0.0))
-    given = rewards.view(1, -1)
-    monkeypatch.setattr(ours.run.scores, "collect", lambda: setattr(ours.run.scores, "rewards", given) or given)
-    found, expected = gradients(ours), gradients(released)
-    assert torch.equal(ours.rewards, released.rewards)
+    scores, given = ours.trainer.scores, rewards.view(1, -1)
+    monkeypatch.setattr(scores, "collect", lambda: setattr(scores, "rewards", given) or given)
+    (of_ours, found), (of_released, expected) = gradients(ours), gradients(released)
+    assert torch.equal(of_ours, rewards) and torch.equal(of_released, rewards)
     size = max(value.abs().max() for value in expected.values())
     for name, value in expected.items():
         assert (found[name] - value).abs().max() < 2e-4 * size, name

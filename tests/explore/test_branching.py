@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from rollouts import TEXTS, explored, finished, forked
+from rollout_cases import TEXTS, explored, finished, forked
 from tempflow_kernels import normal_like
 
 from tempflow.common.draws import Draw

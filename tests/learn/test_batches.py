@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from rollouts import explored, forked
+from rollout_cases import explored, forked
 
 from tempflow.credit.advantage import Credit
 from tempflow.learn.batches import cuts, updates

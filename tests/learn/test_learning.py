@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rollouts import explored, forked
+from rollout_cases import explored, forked
 from tempflow_kernels import BranchLossStats, normal_like
 
 from tempflow.credit.advantage import Credit

@@ -8,15 +8,26 @@ import torch
 
 from tempflow.common.clock import PhaseClock
 from tempflow.common.errors import BadInput
-from tempflow.records.rows import MetricsWriter, read_metrics
+from tempflow.records.rows import EvaluationRow, IterationRow, MetricsWriter, StartRow, read_metrics
 from tempflow.records.trackers import check_trackers, flat_numbers
+
+
+def iteration(step: int, reward: float, **more) -> IterationRow:
+    """The line of an iteration."""
+    figures = {"reward_means": {"digits": reward}, "reward_std_per_step": [0.1, None], "rewards_missing": 0,
+               "groups_masked": 1, "tail_waste": 0.0, "grad_norm": 0.5, "optimizer_bytes": 8}  # fmt: skip
+    return IterationRow(step=step, reward_mean=reward, **figures | more)
+
+
+def evaluation(step: int, gold: float | None, **more) -> EvaluationRow:
+    return EvaluationRow(step=step, seconds=float(step), scores={"gold": gold}, scores_missing=0, **more)
 
 
 def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "reward_mean": step / 10}) + "\n" for step in range(6)))
     writer = MetricsWriter(tmp_path, [], "run", last_step=3)
-    writer.write({"step": 4, "reward_mean": 9.0})
+    writer.write(iteration(4, 9.0))
     assert [(row["step"], row["reward_mean"]) for row in read_metrics(path)] == [
         (0, 0.0), (1, 0.1), (2, 0.2), (3, 0.3), (4, 9.0),
     ]  # fmt: skip
@@ -26,6 +37,24 @@ def test_a_new_run_starts_with_an_empty_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
     MetricsWriter(tmp_path, [], "run", last_step=None)
     assert read_metrics(tmp_path / "metrics.jsonl") == []
+
+
+def test_the_lines_of_a_step_become_one_row(tmp_path):
+    """Start and evaluation 0; iteration 1 with its evaluation; iteration 2 alone."""
+    writer = MetricsWriter(tmp_path, [], "run", last_step=None)
+    writer.write(StartRow(sigmas=[1.0, 0.0], noise_weights=[1.0], picture_prompts=["a seven"], tail_rows=4))
+    writer.write(evaluation(0, 0.25, phase_seconds={"evaluate": 1.5}))
+    writer.write(iteration(1, 0.5, phase_seconds={"tails": 2.5}, kl=None))
+    writer.write(evaluation(1, None, gold_fall={"gold": 0.5}, phase_seconds={"evaluate": 3.5}))
+    writer.write(iteration(2, 0.75))
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 0, 1, 1, 2]
+    start, first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert start["gold"] == 0.25 and start["tail_rows"] == 4 and start["phase_seconds"] == {"evaluate": 1.5}
+    assert "gold_fall" not in start and "scores" not in start
+    assert first["reward_mean"] == 0.5 and first["gold"] is None and first["gold_fall"] == {"gold": 0.5}
+    assert first["phase_seconds"] == {"tails": 2.5, "evaluate": 3.5} and "kl" not in first
+    assert second["reward_mean"] == 0.75 and "gold" not in second
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):
@@ -48,7 +77,7 @@ def test_tensorboard_receives_the_curves(tmp_path):
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     writer = MetricsWriter(tmp_path, ["tensorboard"], "run", last_step=None)
     for step in range(3):
-        writer.write({"step": step, "reward_mean": step / 4})
+        writer.write(iteration(step, step / 4))
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("reward_mean")] == [(0, 0.0), (1, 0.25), (2, 0.5)]

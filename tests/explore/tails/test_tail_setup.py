@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from rollouts import forked
+from rollout_cases import forked
 
 from tempflow.commands import tails as tails_command
 from tempflow.common.errors import BadInput

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import tiny_pipelines
 import torch
-from rollouts import TEXTS, at_their_places, explored, forked
+from rollout_cases import TEXTS, at_their_places, explored, forked
 from torch import nn
 
 from tempflow.explore.schedule import build_schedule

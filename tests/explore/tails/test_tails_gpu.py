@@ -4,7 +4,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from rollouts import at_their_places, explored, forked
+from rollout_cases import at_their_places, explored, forked
 
 from tempflow.common.clock import PhaseClock
 from tempflow.credit.scoring import ScoreQueue
