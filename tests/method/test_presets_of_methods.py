@@ -61,6 +61,7 @@ def test_a_preset_is_its_paper(stack):
     for iteration in ITERATIONS.get(stack[0], (0, 1)):
         both.iterate(iteration)
     both.errors.check()
+    assert len(both.last) == both.trainer.method.branches(both.trainer.config.explore.prompts)
     assert all(row.first_log_ratio_max == 0.0 for row in both.rows)
     assert max(abs(value) for value, _ in both.oracle.log_ratios) > 1e-4
 
@@ -145,7 +146,10 @@ def test_tails_have_as_many_steps_as_the_released_ones():
     assert [coarse[fork + 1] for fork in range(8)] == [8, 7, 7, 6, 6, 5, 5, 4]
     assert [fine[fork + 1] for fork in range(8)] == [15 - fork for fork in range(8)]
     config, method, schedule = method_of(shifted(25), "mixgrpo_flash")
-    assert tail_solvers(config.tails)[0].table(schedule).lengths[method.rule.after(0)] == 7
+    solver = tail_solvers(config.tails)[0]
+    assert solver.table(schedule).lengths[method.rule.after(0)] == 7
+    evenly = [0.84 * left / 7 for left in range(7, -1, -1)]  # released: 8 points of unshifted time, then shifted
+    assert solver.visited(schedule, 4) == pytest.approx([3 * t / (1 + 2 * t) for t in evenly])
 
 
 def test_mixgrpo_slides_one_step_every_25_iterations_and_begins_anew():

@@ -4,6 +4,7 @@ import math
 
 import pytest
 from oracle import Facts
+from oracle_formulas import mean_and_std
 from step_comparison import pair
 from toy_trainer import choosy, curve, indifferent, shifted, small, tilt
 
@@ -98,9 +99,9 @@ CASES = {
     ),
     "undivided CPS with KL, listed weights": case(
         "sample.transition=cps sample.noise_level=0.8 explore.noises=3 explore.siblings=2 explore.forks=[1] "
-        "explore.window=2 objective.ratio=undivided objective.weighting=[0.5,2,1,3] objective.clip=0.002 "
+        "explore.window=rest objective.ratio=undivided objective.weighting=[0.5,2,1,3] objective.clip=0.002 "
         "objective.kl=0.05 learn.inner_epochs=3 credit.group=prompt learn.rows=3",
-        kind="cps", level=0.8, noises=3, siblings=2, pool=(1,), window=2, ratio="undivided",
+        kind="cps", level=0.8, noises=3, siblings=2, pool=(1,), window=3, ratio="undivided",
         weighting=(0.5, 2, 1, 3), clip=0.002, kl=0.05, inner_epochs=3, group="prompt",
     ),
     "Dance-SDE, second-order tails": case(
@@ -187,3 +188,23 @@ def test_the_figures_are_those_of_the_oracle():
         sum(weights[0] * branch.rewards[0][0] for branch in both.last) / len(both.last), rel=1e-5
     )
     assert row.groups_masked == 0 and row.rewards_missing == 0 and row.step == 1
+
+
+def test_the_spread_of_rewards_at_each_step_is_that_among_siblings():
+    settings = ["explore.noises=2", "explore.siblings=3", "explore.forks=[0,2]", "tails.stride=[1,2]"]
+    facts = Facts(SIGMAS, run_seed=3, noises=2, siblings=3, pool=(0, 2), strides=(1, 2), **OPTIMIZER)
+    both = pair(small(*IN_SETTINGS, *settings, "objective.weighting=uniform"), facts, *TWO)
+    both.run(1).check()
+    spreads = {0: [], 1: []}
+    for first in both.last[::3]:
+        family = [b for b in both.last if (b.fork, b.prompt, b.noise) == (first.fork, first.prompt, first.noise)]
+        for tail in range(2):
+            sums = [b.rewards[tail][0] + 0.5 * b.rewards[tail][1] for b in family]
+            spreads[first.fork].append(mean_and_std(sums, unbiased=False)[1])
+    expected = [sum(spreads[fork]) / len(spreads[fork]) for fork in (0, 1)]
+    found = both.rows[0].reward_std_per_step
+    assert len(found) == 4 and found[1] is None and found[3] is None
+    assert [found[0], found[2]] == pytest.approx(expected, abs=1e-5)
+    means = [sum(b.rewards[t][s] for b in both.last for t in range(2)) / (2 * len(both.last)) for s in range(2)]
+    assert list(both.rows[0].reward_means.values()) == pytest.approx(means, rel=1e-5)
+    assert both.rows[0].reward_mean == pytest.approx(means[0] + 0.5 * means[1], rel=1e-5)

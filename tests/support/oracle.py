@@ -59,6 +59,7 @@ class Facts:
     ema_decay: float = 0.9
     ema_every: int = 1
     run_seed: int = 0
+    processes: int = 1
 
     def target(self, step: int) -> int:
         return step + self.jumps.get(step, 1)
@@ -203,11 +204,13 @@ class Oracle:
         """All optimizer steps of an iteration; the gradient of each before clipping, None where nothing was learnt."""
         facts = self.facts
         trunks = max(branch.prompt for branch in branches) * facts.noises + facts.noises
-        share = trunks // facts.updates
+        per_process = trunks // facts.processes
+        share = per_process // facts.updates
         gradients = []
         for _ in range(facts.inner_epochs):
-            for first in range(0, trunks, share):
-                taken = [b for b in branches if first <= b.prompt * facts.noises + b.noise < first + share]
+            for first in range(0, per_process, share):
+                places = [(b.prompt * facts.noises + b.noise) % per_process for b in branches]
+                taken = [b for b, at in zip(branches, places, strict=True) if first <= at < first + share]
                 for group in self._forks_of_a_step(taken):
                     gradients.append(self._update(group, iteration))
         return gradients

@@ -190,9 +190,12 @@ class RecordingQueue(ScoreQueue):
         super().submit(branches, prompts)
 
 
-def make_trainer(config: Config, panel: Panel, schedule=shifted) -> tuple[Trainer, Record]:
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def make_trainer(config: Config, panel: Panel, ranks: Ranks = ALONE) -> tuple[Trainer, Record]:
     """All parts of a run on one process but its folder."""
-    policy, learn, ranks, record = BytesPolicy(schedule), config.learn, Ranks(0, 1, torch.device("cpu")), Record()
+    policy, learn, record = BytesPolicy(shifted), config.learn, Record()
     method, noise_schedule = read_method(config, policy.sigmas(config.sample.steps))
     parameters = policy.trainable()
     average = MovingAverage(parameters, learn.ema_decay, learn.ema_every)
