@@ -56,6 +56,7 @@ setup(
             "bitsandbytes>=0.50",
             "pytest>=8",
             "pytest-benchmark>=5",
+            "pytest-timeout>=2.3",
             "scikit-learn>=1.5",
             "triton>=3.6; platform_system == 'Linux'",
             *REWARDS,

@@ -129,7 +129,8 @@ def test_functions_take_few_parameters():
 
 def test_no_method_is_known_to_the_code():
     """Methods are presets: the names of methods, and branches on them, stand nowhere in explore, credit and learn."""
-    names = {path.stem for path in (PACKAGE / "settings" / "presets" / "methods").glob("*.yaml")} - {"tempflow", "guard"}
+    presets = (PACKAGE / "settings" / "presets" / "methods").glob("*.yaml")
+    names = {path.stem for path in presets} - {"tempflow", "guard"}
     for path in (file for file in tempflow_files() if room(file) in {"explore", "credit", "learn", "method", "train"}):
         words = {node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
                  if isinstance(node, ast.Constant) and isinstance(node.value, str)}  # fmt: skip

@@ -51,7 +51,7 @@ def test_forms_of_forks(explore, pool, take):
     [
         ({"forks": "all", "window": 4}, EVERY[:6], 6),
         ({"forks": "all", "window": "rest"}, (0,), 1),
-        ({"forks": "first:8", "window": 3}, EVERY[:7], 7),
+        ({"forks": "first:7", "window": 3}, EVERY[:7], 7),
         ({"forks": "random:3", "window": 4}, EVERY[:6], 3),
         ({"forks": "all", "jump": 3}, EVERY[:7], 7),
         ({"forks": "all", "jump": 2, "window": 2}, EVERY[:6], 6),

@@ -1,6 +1,7 @@
 """Two processes, here threads that meet, learn what one would: against the same oracle."""
 
 from dataclasses import dataclass
+from itertools import chain
 from threading import Barrier, Thread
 
 import pytest
@@ -114,7 +115,7 @@ def test_two_processes_learn_what_one_would(name):
     for iteration in range(2):
         forks = trainers[0].method.plan(3, iteration, 4).steps.T.tolist()
         halves = [[prompt.text for prompt in trainer.feed.at(iteration)[0]] for trainer in trainers]
-        branches = oracle.sample(iteration, sum(halves, []), forks, torch.Size(SHAPE))
+        branches = oracle.sample(iteration, [*chain.from_iterable(halves)], forks, torch.Size(SHAPE))
         oracle.judge(branches, judges, weights)
         steps += oracle.learn(iteration, branches)
     for trainer, record in zip(trainers, records, strict=True):

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from tempflow.records.rows import read_metrics
 from tempflow.train import main
 
-SMALL = ["digits", "explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]", "sample.steps=5",
+SMALL = ["digits", "explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]",
+         "sample.steps=5",
          "learn.lr=3e-4", "learn.lr_schedule=constant", "learn.rows=2", "eval.prompts=6", "eval.steps=4",
          "eval.pictures=3", "eval.every=2", "learn.ema_every=1", "learn.iterations=4", "run.save_every=2"]  # fmt: skip
 
@@ -125,7 +126,7 @@ WRONG_INPUT = [
     (["explore.siblings=1"], "explore.siblings", "at least 2"),
     (["explore.forks=[0,4]"], "explore.forks", "0 .. 3"),
     (["model.path={folder}/other"], "model.path", "supported are StableDiffusion3Pipeline"),
-    (["credit.group=prompt", "explore.noises=1", "explore.siblings=1", "learn.rows=1"], "explore.siblings", "at least 2"),
+    (["credit.group=prompt", "explore.noises=1", "explore.siblings=1", "learn.rows=1"], "explore.noises", "at least 2"),
     (["sample.transition=cps", "objective.kl_divisor=diffusion"], "objective.kl_divisor", "std"),
     (["run.dir={folder}/empty.txt"], "run.dir", "exists already"),
     (["run.dir={folder}/" + 300 * "x"], "run.dir", "cannot be used"),
