@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from tempflow_kernels import normal_like
 
 from tempflow.common.draws import EVALUATION, FORKS, NOISE, PROMPTS, Draw, shuffled
 
@@ -40,8 +41,19 @@ def test_each_part_of_the_identity_changes_the_noise(field):
 
 def test_initial_noise_and_sibling_noise_never_share_a_key():
     draws = [Draw.grid(5, iteration, range(20), 3) for iteration in (0, 1, 2, EVALUATION)]
-    keys = torch.cat([draw._keys(moment)[:, 0] for draw in draws for moment in range(11)])
-    assert len(keys.unique()) == len(keys) == 4 * 11 * 60
+    keys = torch.cat([draw.step_keys(step)[:, 0] for draw in draws for step in range(10)])
+    assert len(keys.unique()) == len(keys) == 4 * 10 * 60
+    for draw in draws:
+        initial = draw.initial_noise((4, 3))
+        for step in range(10):  # of one draw, the first sibling's noise is what the key gives
+            siblings = normal_like(torch.empty(60, 4, 3), draw.step_keys(step), 2)
+            assert not (siblings == initial[:, None]).any()
+
+
+def test_rows_may_be_at_steps_of_their_own():
+    draw, steps = Draw.grid(5, 1, range(2), 2), torch.tensor([0, 3, 3, 7])
+    found = draw.step_keys(steps)
+    assert all(torch.equal(found[row], draw.step_keys(step)[row]) for row, step in enumerate(steps.tolist()))
 
 
 def test_initial_noise_is_standard_normal():

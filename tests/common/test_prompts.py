@@ -1,9 +1,10 @@
 """Prompt files, and the order in which iterations use them."""
 
 import pytest
+import torch
 
 from tempflow.common.errors import BadInput
-from tempflow.explore.feed import iteration_prompts
+from tempflow.explore.feed import Feed, iteration_prompts
 from tempflow.prompts import Prompt, read_prompts
 
 
@@ -21,6 +22,7 @@ def test_text_and_jsonl(tmp_path):
         ("empty.txt", b"\n \n", "no prompt"),
         ("empty.jsonl", b"", "no prompt"),
         ("bad.jsonl", b'{"prompt": "x"}\n{"text": "y"}', ":2"),
+        ("bad.jsonl", b'{"prompt": "x"}\n\n\n{"text": "y"}', ":4"),
         ("bad.jsonl", b"not json", ":1"),
         ("bad.jsonl", b'["prompt"]', ":1"),
         ("bad.txt", b"\xff\xfe\x00", "UTF-8"),
@@ -36,8 +38,9 @@ def test_bad_files_name_the_field_and_the_place(tmp_path, name, content, words):
 
 
 def test_missing_file():
-    with pytest.raises(BadInput, match="no such file"):
+    with pytest.raises(BadInput) as caught:
         read_prompts("nowhere.txt", "prompts.train")
+    assert (caught.value.field, str(caught.value.value)) == ("prompts.train", "nowhere.txt")
 
 
 def test_every_prompt_is_used_once_before_any_comes_again():
@@ -53,3 +56,13 @@ def test_more_prompts_than_the_file_holds():
     prompts = [Prompt("a"), Prompt("b")]
     texts = [prompt.text for prompt in iteration_prompts(prompts, 5, 0, 0)]
     assert len(texts) == 5 and texts.count("a") in (2, 3)
+
+
+def test_a_feed_gives_each_process_its_prompts_and_their_noises():
+    """4 prompts, 3 noises, the second of two processes."""
+    prompts = [Prompt(str(number)) for number in range(12)]
+    everyone, draw = Feed(prompts, 4, 3, range(4), 5).at(7)
+    own, part = Feed(prompts, 4, 3, range(2, 4), 5).at(7)
+    assert everyone == iteration_prompts(prompts, 4, 5, 7) and own == everyone[2:]
+    assert part.slots.tolist() == [2, 2, 2, 3, 3, 3] and part.seeds.tolist() == [0, 1, 2, 0, 1, 2]
+    assert torch.equal(part.step_keys(1), draw.step_keys(1)[6:]) and (part.run_seed, part.iteration) == (5, 7)
