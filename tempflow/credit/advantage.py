@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tempflow.common.errors import BadInput
+
 Axes = tuple[int, ...]
 
 GROUP_AXES = {"seed": (3,), "prompt": (2, 3), "batch": (1, 2, 3)}
@@ -91,9 +93,15 @@ def give_credit(rewards: Tensor, weights: Tensor, comparison: Comparison) -> Cre
             no opinion: such a branch gets no credit from this reward (from the sum of all, if that is normalised), and
             the mean and standard deviation of its group are those of its other members.
         weights: (M,).
+    Raises:
+        BadInput: no branch has all the rewards whose sum is normalised.
     """
     before, after = MIXES[comparison.combine](weights)
-    parts = [_normalise(mixture, comparison) for tail in rewards for mixture in _mix(before, tail)]
+    mixtures = [_mix(before, tail) for tail in rewards]
+    if all(mixture.isnan().all() for mixture in mixtures):
+        mend = "no image has all of these rewards, so there is no sum of them; use reward.combine=advantages"
+        raise BadInput("reward.combine", comparison.combine, mend)
+    parts = [_normalise(mixture, comparison) for mixed in mixtures for mixture in mixed]
     factors = after.repeat(len(rewards))
     summed = sum(factor * part for factor, (part, _) in zip(factors, parts, strict=True))
     differs = torch.stack([differs for _, differs in parts]).any(0)

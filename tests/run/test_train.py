@@ -14,13 +14,17 @@ from safetensors.torch import load_file
 from tempflow.records.rows import read_metrics
 from tempflow.train import main
 
-SMALL = ["digits", "explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]", "sample.steps=5",
-         "learn.lr=3e-4", "learn.lr_schedule=constant", "learn.rows=2", "eval.prompts=6", "eval.steps=4",
-         "eval.pictures=3", "eval.every=2", "learn.ema_every=1", "learn.iterations=4", "run.save_every=2"]  # fmt: skip
+SMALL = ["digits", "explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]",
+         "sample.steps=5", "learn.lr=3e-4", "learn.lr_schedule=constant", "learn.rows=2", "eval.prompts=6",
+         "eval.steps=4", "eval.pictures=3", "eval.every=2", "learn.ema_every=1", "learn.iterations=4",
+         "run.save_every=2"]  # fmt: skip
 
 
-def train(folder: Path, *overrides: str) -> int:
-    return main([*SMALL, f"run.dir={folder}", *overrides])
+def train(folder: Path, *arguments: str) -> int:
+    """A small run; names of further presets come before settings."""
+    names = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    return main([SMALL[0], *names, *SMALL[1:], f"run.dir={folder}", *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,8 @@ def test_full_training_and_other_settings_run(tmp_path):
 def test_plan_only_prints_and_writes_nothing(tmp_path, capsys):
     assert train(tmp_path / "none", "run.plan_only=true") == 0
     printed = capsys.readouterr().err
-    assert "4 trunks x 2 forks x 3 siblings = 24 images" in printed and "advantages among 3 branches" in printed
+    assert "4 trunks x 2 forks x 3 siblings, 24 images to decode" in printed
+    assert "advantages among 3 branches" in printed
     assert not (tmp_path / "none").exists()
 
 
@@ -125,7 +130,19 @@ WRONG_INPUT = [
     (["explore.siblings=1"], "explore.siblings", "at least 2"),
     (["explore.forks=[0,4]"], "explore.forks", "0 .. 3"),
     (["model.path={folder}/other"], "model.path", "supported are StableDiffusion3Pipeline"),
-    (["credit.group=prompt", "explore.noises=1", "explore.siblings=1", "learn.rows=1"], "explore.siblings", "at least 2"),
+    (["credit.group=prompt", "explore.noises=1", "explore.siblings=1", "learn.rows=1"], "explore.noises", "at least 2"),
+    (["explore.siblings=1", "explore.noises=2"], "explore.siblings", "at least 2"),
+    (["flow_grpo", "explore.siblings=1", "explore.noises=1"], "explore.noises", "at least 2"),
+    (["explore.window=2"], "explore.window", "from the fork at step 3"),
+    (["explore.forks=[3]", "explore.jump=2"], "explore.jump", "from the fork at step 3"),
+    (["explore.forks=random:4", "explore.window=2"], "explore.forks", "only 3 steps may fork"),
+    (["flux1_dev"], "preset", "two models"),
+    (["mixgrpo", "g2rpo"], "preset", "two methods"),
+    (["mixgrp"], "preset", "nearest: mixgrpo"),
+    (["branch.seeds=4"], "branch.seeds", "explore.noises"),
+    (["sample.transition=cps", "objective.ratio=guard", "sample.noise_level=2"], "sample.noise_level", "below 2"),
+    (["credit.group=batch", "explore.draw=prompt"], "credit.group", "mix"),
+    (["objective.weighting=[1.0]"], "objective.weighting", "give 4 numbers"),
     (["sample.transition=cps", "objective.kl_divisor=diffusion"], "objective.kl_divisor", "std"),
     (["run.dir={folder}/empty.txt"], "run.dir", "exists already"),
     (["run.dir={folder}/" + 300 * "x"], "run.dir", "cannot be used"),
@@ -152,7 +169,9 @@ def test_wrong_input_is_one_clear_line_and_exit_code_2(tmp_path, monkeypatch, ca
     printed = capsys.readouterr().err
     (line,) = [line for line in printed.splitlines() if line.startswith(f"tempflow: {field}=")]
     assert words in line and "Traceback" not in printed
-    assert "metrics.jsonl" not in {path.name for path in (tmp_path / "run").glob("*") if path.stat().st_size}
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) <= 1 and not any("gold" in row or "reward_mean" in row for row in rows)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_an_existing_run_is_never_overwritten(finished, capsys):
