@@ -96,7 +96,8 @@ def test_the_averaged_parameters_are_evaluated_and_saved(tmp_path, monkeypatch):
         return evaluate(self)
 
     monkeypatch.setattr(Evaluator, "evaluate", watching)
-    assert main([*SMALL, f"run.dir={tmp_path / 'run'}", "run.trackers=[]", "learn.iterations=2"]) == 0
+    assert main([*SMALL, f"run.dir={tmp_path / 'run'}", "run.trackers=[]", "learn.iterations=2",
+                 "model.lora_alpha=32"]) == 0  # fmt: skip
     last = tmp_path / "run" / "checkpoints" / "step_000002"
     average, trained = load_file(last / "average.safetensors"), load_file(last / "parameters.safetensors")
     assert len(seen) == 2 and all(torch.equal(seen[1][name], value) for name, value in average.items())
