@@ -94,14 +94,14 @@ def give_credit(rewards: Tensor, weights: Tensor, comparison: Comparison) -> Cre
             the mean and standard deviation of its group are those of its other members.
         weights: (M,).
     Raises:
-        BadInput: there is not one number to compare.
+        BadInput: no branch has all the rewards whose sum is normalised.
     """
     before, after = MIXES[comparison.combine](weights)
-    mixed = [mixture for tail in rewards for mixture in _mix(before, tail)]
-    if all(mixture.isnan().all() for mixture in mixed):
-        hint = "no image has all of the rewards that it mixes; use reward.combine=advantages"
+    mixtures = [_mix(before, tail) for tail in rewards]
+    if all(mixture.isnan().all() for mixture in mixtures):
+        hint = "no image has all of these rewards, so there is no sum of them; use reward.combine=advantages"
         raise BadInput("reward.combine", comparison.combine, hint)
-    parts = [_normalise(mixture, comparison) for mixture in mixed]
+    parts = [_normalise(mixture, comparison) for mixed in mixtures for mixture in mixed]
     factors = after.repeat(len(rewards))
     summed = sum(factor * part for factor, (part, _) in zip(factors, parts, strict=True))
     differs = torch.stack([differs for _, differs in parts]).any(0)

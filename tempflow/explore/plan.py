@@ -127,7 +127,7 @@ def read_forks(explore: ExploreConfig, num_steps: int) -> ForkRule:
     rule = ForkRule(Forks(pool, take), window, _jumps(explore, pool, num_steps))
     if not isinstance(explore.forks, str) or re.fullmatch(r"first:\d+", explore.forks):
         _check_end(rule, explore, num_steps)  # steps that were asked for by number
-    rule = _fitting(rule, num_steps)
+    rule = _fitting(rule, explore, num_steps)
     _check_end(rule, explore, num_steps)
     return replace(rule, forks=_drawing(rule.forks, explore), jumps=_within(rule.jumps))
 
@@ -170,11 +170,11 @@ def _within(jumps: Sequence[int]) -> tuple[int, ...]:
     return tuple(jump if step + jump < len(jumps) else 1 for step, jump in enumerate(jumps))
 
 
-def _fitting(rule: ForkRule, num_steps: int) -> ForkRule:
-    """The steps of the pool from which the window leaves a tail; all of it where none does."""
+def _fitting(rule: ForkRule, explore: ExploreConfig, num_steps: int) -> ForkRule:
+    """The steps of the pool from which the window leaves a tail, or all of it where none does; `random:n` stays n."""
     pool = tuple(step for step in rule.forks.pool if rule.after(step) <= num_steps - 1)
-    whole = rule.forks.take == len(rule.forks.pool)
-    return replace(rule, forks=Forks(pool, len(pool) if whole else rule.forks.take)) if pool else rule
+    take = rule.forks.take if str(explore.forks).startswith("random") else len(pool)
+    return replace(rule, forks=Forks(pool, take)) if pool else rule
 
 
 def _check_end(rule: ForkRule, explore: ExploreConfig, num_steps: int) -> None:

@@ -1,5 +1,6 @@
 """Whole runs whose scorers are several, elsewhere, without opinion, failing or hacked."""
 
+import json
 import sys
 import threading
 import time
@@ -8,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from run.test_train import SMALL
 from safetensors.torch import load_file
 from scorer_faults import serving
@@ -99,7 +99,7 @@ def test_one_override_moves_the_scorers_to_servers_that_may_die(here, tmp_path, 
     with serving("digits", "digits_gold") as (process, url), serving("digits", "digits_gold") as (other, other_url):
         with killing(other, first / "metrics.jsonl", 1):
             assert run(first, f"reward.servers=[{url}, {other_url}]") == 0
-        assert "rewards: 1 x digits on servers\ngold: digits_gold on servers" in capsys.readouterr().err
+        assert "rewards: 1 x digits on servers\ntempflow: gold: digits_gold on servers" in capsys.readouterr().err
         with killing(process, second / "metrics.jsonl", 2):
             assert run(second, f"reward.servers=[{url}]", "reward.patience=0.3", "reward.timeout=5") == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tempflow: reward.servers")]
@@ -135,7 +135,9 @@ def test_a_failing_scorer_costs_nothing_that_was_learnt(scorers, here, capsys, c
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tempflow: reward.name")]
     assert "infinite" in line and f"iteration {iteration} is saved" in line
     assert [path.name for path in folder.glob("checkpoints/*")] == [f"step_00000{iteration}"]
-    assert [row["step"] for row in figures(folder)] == list(range(iteration + (iteration == 1)))
+    progress = json.loads((folder / "checkpoints" / f"step_00000{iteration}" / "state.json").read_text())["progress"]
+    assert progress["unevaluated"] == (iteration == 2), "what was learnt is kept, what was not scored is owed"
+    assert [row["step"] for row in figures(folder)] == list(range(iteration + 1))
     assert run(folder, name, "run.resume=true") == 0
     expected = [row | {"reward_means": {"flaky": row["reward_mean"]}} if row["step"] else row for row in figures(here)]
     assert figures(folder) == expected and same_weights(folder, here)
@@ -150,7 +152,7 @@ def test_several_rewards_and_golds_some_without_opinion(scorers):
     assert {"reward_test", "reward_test_digits", "gold_digits_gold"} <= start.keys() and "gold" not in start
     assert 0 < row["rewards_missing"] < 24 and set(row["reward_means"]) == {"digits", "choosy"}
     assert all(0 < mean < 1 for mean in row["reward_means"].values()) and 0 < row["reward_mean"] < 1.5
-    assert row["grad_norm"] > 0 and Image.open(scorers / "run" / "report.png").size[0] > 1000
+    assert row["grad_norm"] > 0 and (scorers / "run" / "report.png").is_file()
 
 
 def test_rewards_that_never_meet_need_advantages(scorers, capsys):

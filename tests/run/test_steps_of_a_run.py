@@ -22,9 +22,8 @@ def idle(informative: torch.Tensor, ranks: int, kl: float = 0.0, idle: str = "ke
     own = range(8 // ranks)
     texts = Conditioning({"shift": torch.zeros(len(own))})
     states, keys = torch.zeros(len(own), 2), torch.zeros(len(own), 2, dtype=torch.int64)
-    decisions = tuple(
-        Decision(fork, torch.full((len(own),), fork), states, states, keys, 2, texts) for fork in range(3)
-    )
+    steps = [torch.full((len(own),), fork) for fork in range(3)]
+    decisions = tuple(Decision(fork, steps[fork], states, states, keys, 2, texts) for fork in range(3))
     rollout = Rollout(decisions, torch.zeros(3, len(own), 2, 2), torch.ones(3, len(own)), texts)
     credit = Credit(informative[..., None].float().repeat(1, 1, 2), informative, 24, int((~informative).sum()))
     objective = make_objective(ObjectiveConfig(kl=kl), SCHEDULE, [0, 1, 2], idle)

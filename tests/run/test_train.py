@@ -5,23 +5,32 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tempflow_kernels import normal_like
 
+from tempflow.learn.batches import TransitionBatch
+from tempflow.learn.objective import make_objective
+from tempflow.learn.stepper import Stepper
 from tempflow.records.rows import read_metrics
-from tempflow.train import main
+from tempflow.settings.fields import ObjectiveConfig
+from tempflow.train import backward, main
 
 SMALL = ["digits", "explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]",
-         "sample.steps=5",
-         "learn.lr=3e-4", "learn.lr_schedule=constant", "learn.rows=2", "eval.prompts=6", "eval.steps=4",
-         "eval.pictures=3", "eval.every=2", "learn.ema_every=1", "learn.iterations=4", "run.save_every=2"]  # fmt: skip
+         "sample.steps=5", "learn.lr=3e-4", "learn.lr_schedule=constant", "learn.rows=2", "eval.prompts=6",
+         "eval.steps=4", "eval.pictures=3", "eval.every=2", "learn.ema_every=1", "learn.iterations=4",
+         "run.save_every=2"]  # fmt: skip
 
 
-def train(folder: Path, *overrides: str) -> int:
-    return main([*SMALL, f"run.dir={folder}", *overrides])
+def train(folder: Path, *arguments: str) -> int:
+    """A small run; names of further presets come before settings."""
+    names = [argument for argument in arguments if "=" not in argument]
+    overrides = [argument for argument in arguments if "=" in argument]
+    return main([SMALL[0], *names, *SMALL[1:], f"run.dir={folder}", *overrides])
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +45,8 @@ def test_a_run_writes_everything(finished):
     names = {path.name for path in finished.iterdir()}
     expected = {"config.yaml", "metrics.jsonl", "report.png", "pytorch_lora_weights.safetensors", "tensorboard"}
     assert expected <= names
-    assert Image.open(finished / "report.png").size[0] > 1000
+    strip = Image.open(finished / "pictures" / "step_000004.png")
+    assert strip.size == (3 * 16, 16)
     assert [path.name for path in sorted((finished / "pictures").iterdir())] == [
         f"step_{step:06d}.png" for step in (0, 2, 4)
     ]
@@ -48,10 +58,13 @@ def test_metrics_have_their_fields(finished):
     start, *rows = read_metrics(finished / "metrics.jsonl")
     assert start["step"] == 0 and 0 <= start["gold"] <= 1 and len(start["noise_weights"]) == 4
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    for row in rows:
-        numbers = ("seconds", "rollouts", "rollouts_per_hour", "reward_mean", "log_ratio_mean", "log_ratio_max",
-                   "clip_fraction", "grad_norm", "kl", "groups_masked")  # fmt: skip
-        assert all(isinstance(row[name], int | float) for name in numbers)
+    for before, row in zip([start, *rows], rows, strict=False):
+        numbers = ("reward_mean", "log_ratio_mean", "log_ratio_max", "clip_fraction", "grad_norm", "kl")
+        assert all(row[name] >= 0 for name in numbers) and row["reward_means"] == {"digits": row["reward_mean"]}
+        assert 0 < row["reward_mean"] < 1 and 0 <= row["groups_masked"] <= 8 and row["grad_norm"] > 0
+        took = 24 * 3600 / row["rollouts_per_hour"]
+        assert 0 < took < row["seconds"] - before["seconds"] + 0.01
+        assert took > sum(row["phase_seconds"][name] for name in ("trunk", "tails", "learn")) - 0.01
         assert row["first_log_ratio_max"] == 0.0 and row["rollouts"] == 24 * row["step"]
         assert [value is None for value in row["reward_std_per_step"]] == [False, True, True, False]
         assert {"trunk", "tails", "decode", "reward", "learn"} <= set(row["phase_seconds"])
@@ -73,6 +86,35 @@ def test_resume_continues_as_if_never_stopped(finished, tmp_path):
          read_metrics(run / "metrics.jsonl")] for run in (finished, folder)
     ]  # fmt: skip
     assert timeless[0] == timeless[1]
+    seconds = [row["seconds"] for row in read_metrics(folder / "metrics.jsonl")]
+    assert seconds == sorted(seconds) and seconds[3] > seconds[2] > 0, "time goes on where the run was stopped"
+
+
+def test_the_learning_rate_falls_to_zero_after_the_last_iteration(tmp_path, monkeypatch):
+    rates, step = [], Stepper.step
+    monkeypatch.setattr(Stepper, "step", lambda self: (rates.append(self.optimizer.param_groups[0]["lr"]), step(self)))
+    changed = ("learn.lr=0.001", "learn.lr_schedule=linear", "learn.iterations=2", "prompts.test=null")
+    assert train(tmp_path / "run", *changed, "run.trackers=[]") == 0
+    assert rates == [0.001, 0.0005]
+
+
+@pytest.mark.parametrize(("advantage", "learns"), [(1.0, False), (-1.0, True)])
+@pytest.mark.parametrize("towards", [1, -1])
+def test_ratios_are_clipped_on_both_sides(toy, schedule, advantage, learns, towards):
+    """A policy that has moved beyond the clip range learns no more in that direction, and may return."""
+    objective = make_objective(ObjectiveConfig(clip=1e-6), schedule, range(9))
+    latents, texts, keys = torch.ones(1, 2, 3), toy.encode(["abc"]), torch.tensor([[5, 0]])
+    steps = torch.tensor([3])
+    noise = normal_like(latents, keys, 1)[:, 0]
+    moved = toy.velocity(latents, schedule.sigma_rows(steps), texts).detach()
+    decision = towards * 1e-3 * torch.sign(schedule.sde.v_coef[3]).float() * noise
+    batch = TransitionBatch(steps, latents, moved - decision, keys, torch.tensor([[towards * advantage]]),
+                            objective.rows(steps, torch.tensor([True])), texts, 1.0)  # fmt: skip
+    stepper = SimpleNamespace(backward=lambda loss: loss.backward())
+    parts = SimpleNamespace(policy=toy, schedule=schedule, method=SimpleNamespace(objective=objective), stepper=stepper)
+    stats = backward(parts, batch)
+    assert stats.clip_fraction == 1 and (stats.ratio_mean > 1) == (towards > 0)
+    assert bool(toy.scale.grad.abs().sum() > 0) == learns
 
 
 def test_resume_drops_lines_after_the_checkpoint(tmp_path):
@@ -104,7 +146,8 @@ def test_full_training_and_other_settings_run(tmp_path):
 def test_plan_only_prints_and_writes_nothing(tmp_path, capsys):
     assert train(tmp_path / "none", "run.plan_only=true") == 0
     printed = capsys.readouterr().err
-    assert "4 trunks x 2 forks x 3 siblings = 24 images" in printed and "advantages among 3 branches" in printed
+    assert "4 trunks x 2 forks x 3 siblings, 24 images to decode" in printed
+    assert "advantages among 3 branches" in printed
     assert not (tmp_path / "none").exists()
 
 
@@ -127,6 +170,18 @@ WRONG_INPUT = [
     (["explore.forks=[0,4]"], "explore.forks", "0 .. 3"),
     (["model.path={folder}/other"], "model.path", "supported are StableDiffusion3Pipeline"),
     (["credit.group=prompt", "explore.noises=1", "explore.siblings=1", "learn.rows=1"], "explore.noises", "at least 2"),
+    (["explore.siblings=1", "explore.noises=2"], "explore.siblings", "at least 2"),
+    (["flow_grpo", "explore.siblings=1", "explore.noises=1"], "explore.noises", "at least 2"),
+    (["explore.window=2"], "explore.window", "from the fork at step 3"),
+    (["explore.forks=[3]", "explore.jump=2"], "explore.jump", "from the fork at step 3"),
+    (["explore.forks=random:4", "explore.window=2"], "explore.forks", "only 3 steps may fork"),
+    (["flux1_dev"], "preset", "two models"),
+    (["mixgrpo", "g2rpo"], "preset", "two methods"),
+    (["mixgrp"], "preset", "nearest: mixgrpo"),
+    (["branch.seeds=4"], "branch.seeds", "explore.noises"),
+    (["sample.transition=cps", "objective.ratio=guard", "sample.noise_level=2"], "sample.noise_level", "below 2"),
+    (["credit.group=batch", "explore.draw=prompt"], "credit.group", "mix"),
+    (["objective.weighting=[1.0]"], "objective.weighting", "give 4 numbers"),
     (["sample.transition=cps", "objective.kl_divisor=diffusion"], "objective.kl_divisor", "std"),
     (["run.dir={folder}/empty.txt"], "run.dir", "exists already"),
     (["run.dir={folder}/" + 300 * "x"], "run.dir", "cannot be used"),
@@ -153,7 +208,9 @@ def test_wrong_input_is_one_clear_line_and_exit_code_2(tmp_path, monkeypatch, ca
     printed = capsys.readouterr().err
     (line,) = [line for line in printed.splitlines() if line.startswith(f"tempflow: {field}=")]
     assert words in line and "Traceback" not in printed
-    assert "metrics.jsonl" not in {path.name for path in (tmp_path / "run").glob("*") if path.stat().st_size}
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert len(rows) <= 1 and not any("gold" in row or "reward_mean" in row for row in rows)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_an_existing_run_is_never_overwritten(finished, capsys):
