@@ -21,9 +21,8 @@ PAPERS = {
     "flow_grpo_fast": {"kind": "cps", "level": 0.8, "noises": 4, "siblings": 1, "pool": FIRST_HALF, "window": 2,
                        "group": "prompt", "std": "global", "ratio": "undivided"},
     "mixgrpo": {"noises": 1, "siblings": 4, "pool": FIRST_HALF, "window": 4, "std": "unbiased"},
-    "mixgrpo_flash": {
-        "noises": 1, "siblings": 4, "window": 4, "std": "unbiased", "solver": "dpmpp_2m", "strides": (3,),
-    },
+    "mixgrpo_flash": {"noises": 1, "siblings": 4, "window": 4, "std": "unbiased", "solver": "dpmpp_2m",
+                      "strides": (3,)},
     "dance_grpo": {"kind": "dance_sde", "level": 0.3, "noises": 1, "siblings": 4, "window": STEPS - 1,
                    "std": "unbiased"},
     "g2rpo": {"noises": 1, "siblings": 4, "pool": FIRST_HALF, "strides": (1, 2), "std": "unbiased",

@@ -11,6 +11,7 @@ from toy_trainer import (
     FIRST,
     REFERENCE,
     SHAPE,
+    TEXTS,
     choosy,
     indifferent,
     make_trainer,
@@ -25,7 +26,7 @@ from toy_trainer import (
 from tempflow.parallel.ranks import Ranks
 from tempflow.train import train_step
 
-SIGMAS = tuple(shifted(5).tolist())
+SIGMAS, CPU = tuple(shifted(5).tolist()), torch.device("cpu")
 
 
 class Meeting:
@@ -59,7 +60,7 @@ def in_two_threads(config, judges, weights, iterations):
     """(trainers, gradients of every optimizer step) of two processes."""
     meeting, trainers, records, problems = Meeting(), [], [], []
     for rank in range(2):
-        ranks = ThreadRanks(rank, 2, torch.device("cpu"), meeting)
+        ranks = ThreadRanks(rank, 2, CPU, meeting)
         trainer, record = make_trainer(config, panel_of(judges, weights), ranks)
         trainers.append(trainer)
         records.append(record)
@@ -125,3 +126,17 @@ def test_two_processes_learn_what_one_would(name):
                                            for name in expected)  # fmt: skip
         for parameter, value in oracle.parameters.items():
             assert (trainer.stepper.parameters[parameter].detach() - value).abs().max() < 2e-6
+
+
+def test_prompts_are_shared_out_and_walked_in_new_orders():
+    """Five prompts, four an iteration: each comes once in five, in an order that changes; processes take halves."""
+    config = small("explore.prompts=4", "explore.noises=2", "explore.siblings=2")
+    panel, places = panel_of((tilt,), (1.0,)), [ThreadRanks(rank, 2, CPU, Meeting()) for rank in range(2)]
+    alone, *feeds = (make_trainer(config, panel, *ranks)[0].feed for ranks in ((), *zip(places, strict=True)))
+    seen = []
+    for iteration in range(10):
+        (first, _), (second, _) = (feed.at(iteration) for feed in feeds)
+        assert first + second == alone.at(iteration)[0] and len(first) == 2
+        seen += [prompt.text for prompt in first + second]
+    turns = [tuple(seen[start : start + 5]) for start in range(0, 40, 5)]
+    assert all(sorted(turn) == sorted(TEXTS) for turn in turns) and len(set(turns)) > 4

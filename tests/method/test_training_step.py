@@ -53,8 +53,10 @@ CASES = {
     ),
     "windows across jumps, forks by trunk halves": case(
         "sample.steps=5 explore.noises=2 explore.siblings=2 explore.forks=[0,1] explore.jump=[2,1] explore.window=2 "
-        "learn.updates=2 learn.updates_by=forks objective.weighting=uniform objective.clip=0.004",
-        noises=2, siblings=2, pool=(0, 1), jumps={0: 2}, window=2, updates=2, updates_by="forks", clip=0.004,
+        "learn.updates=2 learn.updates_by=forks objective.weighting=inverse_step objective.kl=0.2 "
+        "objective.kl_divisor=diffusion objective.clip=0.004",
+        noises=2, siblings=2, pool=(0, 1), jumps={0: 2}, window=2, updates=2, updates_by="forks",
+        weighting="inverse_step", kl=0.2, kl_divisor="diffusion", clip=0.004,
     ),
     "two scorers in one sum, some without an opinion, KL on idle groups": case(
         "explore.noises=2 explore.siblings=3 explore.forks=[0,2] reward.combine=sum objective.kl=0.3 "
@@ -68,6 +70,12 @@ CASES = {
         ((choosy, indifferent), (0.7, 0.5)),
         noises=2, siblings=3, pool=(0, 2), combine="advantages", idle="drop", kl=0.3, weighting="noise", updates=2,
         clip=0.004, inner_epochs=2,
+    ),
+    "two scorers normalised each, on two tails": case(
+        "explore.noises=1 explore.siblings=4 explore.forks=[0,2] reward.combine=advantages tails.stride=[1,2] "
+        "credit.clip=1.1 objective.clip=0.004",
+        ((choosy, tilt), (0.3, 0.9)),
+        noises=1, siblings=4, pool=(0, 2), combine="advantages", strides=(1, 2), limit=1.1, clip=0.004,
     ),
     "idle groups dropped without KL, trunk by trunk": case(
         "explore.noises=2 explore.siblings=2 explore.forks=[0,2] credit.idle=drop learn.updates=4 learn.rows=1 "
