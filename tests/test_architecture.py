@@ -22,7 +22,8 @@ LAYERS = [
     {"forecast"},
     {"run"},
     {"studies"},
-    {"commands", "train"},
+    {"train"},
+    {"commands"},
 ]
 """The rooms, bottom to top: folders of tempflow/ and the files beside them. Arrows point down or stay in their room."""
 

@@ -38,7 +38,8 @@ def refusal(num_steps: int = 10, **explore) -> BadInput:
         ({"forks": "first:50%", "take": 1}, EVERY[:5], 1),
         ({"forks": [1, 5, 7], "take": 2}, (1, 5, 7), 2),
         ({"draw": "slide"}, EVERY, 1),
-        ({"forks": [3, 6], "draw": "slide", "take": 2}, (3, 6), 1),
+        ({"forks": [3, 6], "draw": "slide", "take": 1}, (3, 6), 1),
+        ({"forks": "first:100%"}, EVERY, 9),
     ],
 )
 def test_forms_of_forks(explore, pool, take):
@@ -76,7 +77,7 @@ def test_windows_and_jumps_add_up():
 
 @pytest.mark.parametrize(
     "forks",
-    [[9], [-1], [0, 12], [], "first:0", "first:10", "first:100%", "random:0", "random:10", "random:50%", "last:2",
+    [[9], [-1], [0, 12], [], "first:0", "first:10", "random:0", "random:10", "random:50%", "last:2",
      "0,1", "some", "all:3"],
     ids=str,
 )  # fmt: skip
@@ -98,6 +99,8 @@ def test_forks_outside_the_schedule_are_refused(forks):
         ({"forks": [0, 4], "take": 3}, "explore.take"),
         ({"forks": "all", "take": 10}, "explore.take"),
         ({"forks": "all", "window": 4, "take": 7}, "explore.take"),
+        ({"forks": "all", "draw": "slide", "take": 2}, "explore.take"),
+        ({"forks": "first:8", "window": 3}, "explore.window"),
         ({"forks": "random:7", "window": 4}, "explore.forks"),
     ],
     ids=str,
