@@ -67,7 +67,7 @@ def test_momentum_does_not_move_parameters_in_an_idle_step():
     stepper = Stepper(parameters, optimizer, MovingAverage(parameters, 0.9, 1), 1.0)
     step(stepper, [1.0, 2.0, 3.0])
     before = parameters["w"].tolist()
-    assert step(stepper, None, idle=True) == before != [1.0] * 3
+    assert step(stepper, [0.0, 0.0, 0.0], idle=True) == before != [1.0] * 3
     assert step(stepper, [0.0, 0.0, 0.0]) != before  # a step of gradient 0 would have
 
 
