@@ -115,8 +115,8 @@ def test_two_processes_learn_what_one_would(name):
     steps = []
     for iteration in range(2):
         forks = trainers[0].method.plan(3, iteration, 4).steps.T.tolist()
-        halves = [[prompt.text for prompt in trainer.feed.at(iteration)[0]] for trainer in trainers]
-        branches = oracle.sample(iteration, [*chain.from_iterable(halves)], forks, torch.Size(SHAPE))
+        texts = [prompt.text for trainer in trainers for prompt in trainer.feed.at(iteration)[0]]
+        branches = oracle.sample(iteration, texts, forks, torch.Size(SHAPE))
         oracle.judge(branches, judges, weights)
         steps += oracle.learn(iteration, branches)
     for trainer, record in zip(trainers, records, strict=True):

@@ -132,7 +132,7 @@ def choosy(image: Tensor, text: str) -> float:
 
 def indifferent(image: Tensor, text: str) -> float:
     """Likes all images of most texts alike."""
-    return tilt(image, text) if len(text) == 20 else 0.5
+    return tilt(image, text) if len(text) > 14 else 0.5
 
 
 Judge = Callable[[Tensor, str], float]
