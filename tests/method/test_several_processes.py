@@ -1,7 +1,6 @@
 """Two processes, here threads that meet, learn what one would: against the same oracle."""
 
 from dataclasses import dataclass
-from itertools import chain
 from threading import Barrier, Thread
 
 import pytest
