@@ -32,21 +32,21 @@ def shuffled(count: int, run_seed: int, purpose: int, turn: int) -> list[int]:
 class Draw:
     """The identities of R rows of one iteration.
 
-    Example: 2 prompts with 2 initial noises each on one rank: slots (0, 0, 1, 1), seeds (0, 1, 0, 1).
+    Example: 2 prompts with 2 initial noises each on one rank: slots (0, 0, 1, 1), noises (0, 1, 0, 1).
     """
 
     run_seed: int
     iteration: int
     slots: Tensor
     """(R,) int64, index of the prompt among all prompts of the iteration, over all ranks"""
-    seeds: Tensor
+    noises: Tensor
     """(R,) int64, index of the initial noise of that prompt"""
 
     @staticmethod
-    def grid(run_seed: int, iteration: int, slots: range, seeds: int) -> Draw:
-        """All (slot, seed) pairs, prompt by prompt: R = len(slots) * seeds."""
-        slot, seed = torch.meshgrid(torch.tensor(list(slots)), torch.arange(seeds), indexing="ij")
-        return Draw(run_seed, iteration, slot.flatten(), seed.flatten())
+    def grid(run_seed: int, iteration: int, slots: range, noises: int) -> Draw:
+        """All (slot, noise) pairs, prompt by prompt: R = len(slots) * noises."""
+        slot, noise = torch.meshgrid(torch.tensor(list(slots)), torch.arange(noises), indexing="ij")
+        return Draw(run_seed, iteration, slot.flatten(), noise.flatten())
 
     def step_keys(self, steps: Tensor | int) -> Tensor:
         """(R, 2) int64 keys of the noise that siblings draw at a step, or each row at its own of (R,) steps."""
@@ -58,5 +58,5 @@ class Draw:
         return normal_like(empty, self._keys(0).to(device), 1)[:, 0]
 
     def _keys(self, moment: Tensor | int) -> Tensor:
-        seed = fold_key(stream(self.run_seed, NOISE), self.iteration, self.slots, self.seeds, moment)
+        seed = fold_key(stream(self.run_seed, NOISE), self.iteration, self.slots, self.noises, moment)
         return torch.stack((seed, torch.zeros_like(seed)), dim=1)

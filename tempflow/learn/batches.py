@@ -43,7 +43,8 @@ class TransitionBatch:
     """(B, 4) fp32 on the host: weight (0 for a masked group), square, product, kl"""
     conditioning: Conditioning
     share: float
-    """part of its optimizer step: the shares of one update, left-out batches included, sum to 1"""
+    """part of its optimizer step: the shares of one update, left-out batches included, sum to 1, or where idle groups
+    are dropped to the factor that makes the mean one over the others"""
 
 
 @dataclass(frozen=True)

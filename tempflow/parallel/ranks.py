@@ -21,7 +21,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among all. Whole sibling groups, and all seeds of a prompt, stay on one rank."""
+    """This process among all. Whole sibling groups, and all noises of a prompt, stay on one rank."""
 
     rank: int
     size: int

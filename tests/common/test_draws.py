@@ -23,7 +23,7 @@ def test_permutations_are_uniform():
 
 def test_a_grid_goes_prompt_by_prompt():
     draw = Draw.grid(1, 2, range(3, 5), 2)
-    assert draw.slots.tolist() == [3, 3, 4, 4] and draw.seeds.tolist() == [0, 1, 0, 1]
+    assert draw.slots.tolist() == [3, 3, 4, 4] and draw.noises.tolist() == [0, 1, 0, 1]
 
 
 @pytest.mark.parametrize("field", ["run_seed", "iteration", "slots", "seeds", "step"])

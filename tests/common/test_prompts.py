@@ -64,5 +64,5 @@ def test_a_feed_gives_each_process_its_prompts_and_their_noises():
     everyone, draw = Feed(prompts, 4, 3, range(4), 5).at(7)
     own, part = Feed(prompts, 4, 3, range(2, 4), 5).at(7)
     assert everyone == iteration_prompts(prompts, 4, 5, 7) and own == everyone[2:]
-    assert part.slots.tolist() == [2, 2, 2, 3, 3, 3] and part.seeds.tolist() == [0, 1, 2, 0, 1, 2]
+    assert part.slots.tolist() == [2, 2, 2, 3, 3, 3] and part.noises.tolist() == [0, 1, 2, 0, 1, 2]
     assert torch.equal(part.step_keys(1), draw.step_keys(1)[6:]) and (part.run_seed, part.iteration) == (5, 7)
