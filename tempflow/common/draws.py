@@ -1,6 +1,6 @@
 """Every random choice of a run as a pure function of who draws it.
 
-A draw is identified by (run seed, iteration, prompt slot, seed index, step); siblings and elements are counters within
+A draw is identified by (run seed, iteration, prompt slot, noise index, step); siblings and elements are counters within
 it (`tempflow_kernels.fold_key`). So a run depends neither on chunking nor on the number of ranks, and resume is exact.
 """
 
