@@ -119,9 +119,9 @@ CASES = {
         weighting=(0.5, 2, 1, 3), clip=0.002, kl=0.05, inner_epochs=3, group="prompt",
     ),
     "Dance-SDE, second-order tails": case(
-        "sample.transition=dance_sde sample.noise_level=0.6 explore.noises=2 explore.siblings=3 explore.forks=[0,1] "
+        "sample.transition=dance_sde sample.noise_level=0.9 explore.noises=2 explore.siblings=3 explore.forks=[0,1] "
         "tails.solver=dpmpp_2m objective.weighting=noise objective.clip=0.01 learn.inner_epochs=2",
-        kind="dance_sde", level=0.6, noises=2, siblings=3, pool=(0, 1), solver="dpmpp_2m", weighting="noise",
+        kind="dance_sde", level=0.9, noises=2, siblings=3, pool=(0, 1), solver="dpmpp_2m", weighting="noise",
         clip=0.01, inner_epochs=2,
     ),
     "Flash-SDE, Adams tails of two lengths, last step dropped": case(
