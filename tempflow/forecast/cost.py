@@ -25,7 +25,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class IterationCost:
-    """Rows of the network, images and bytes. Forks that are drawn are costed where they lie as early as they may."""
+    """Rows of the network, images and bytes. Forks that are drawn are costed at their worst: tails as if they lay as early
+    as they may, trunks as if one lay as late."""
 
     trunks: int
     forks: int
