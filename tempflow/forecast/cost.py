@@ -25,8 +25,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class IterationCost:
-    """Rows of the network, images and bytes. Forks that are drawn are costed at their worst: tails as if they lay as early
-    as they may, trunks as if one lay as late."""
+    """Rows of the network, images and bytes. Forks that are drawn are costed at their worst: tails as if they lay early
+    and trunks as if one lay late."""
 
     trunks: int
     forks: int
