@@ -84,7 +84,8 @@ def train_step(trainer: Trainer, iteration: int) -> IterationRow:
     with clock("learn"), trainer.numerics():
         for number, update in enumerate(updates(rollout, credit, method.objective, learn, own)):
             for batch in update.batches:
-                record.add(backward(trainer, batch), number)
+                decided = batch.advantages.numel() / (learn.rows * plan.siblings)  # less later in a window
+                record.add(backward(trainer, batch), number, decided)
             stepper.update(ranks, update.idle)
         figures = loss_figures(ranks.gather(record.totals(), dim=0)) | stepper.read()
     figures |= reward_figures(rewards, credit, trainer.rewards, everyone.trunk_steps(), schedule.num_steps)
@@ -112,7 +113,7 @@ def train(trainer: Trainer, journal: Journal, progress: Progress) -> None:
     """The loop, from `progress` to the last iteration: step, record, evaluate, save.
 
     Raises:
-        Halted: images got no score, or a gradient is not finite; what was learnt before is saved.
+        Halted: images got no score, before which what was learnt is saved; or a gradient is not finite.
     """
     first = progress.iteration + 1
     bar = tqdm(total=trainer.config.learn.iterations, initial=progress.iteration, unit="it",

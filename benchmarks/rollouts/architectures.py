@@ -1,6 +1,6 @@
 """Real architectures without their weights: published configurations, random numbers, no hub.
 
-`make_pipeline` writes a diffusers pipeline folder that `tempflow.models.load_policy` reads like any other. Text
+`make_pipeline` writes a diffusers pipeline folder that `tempflow.models.load` reads like any other. Text
 encoders are left out: every text is encoded once and kept, so they cost a run nothing; `random_texts` puts random
 embeddings of the right shapes in their place. Random weights cost what trained ones cost, but they make no pictures:
 rank correlations of rewards under approximations are only meaningful with the trained digits pipeline.

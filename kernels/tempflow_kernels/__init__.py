@@ -1,6 +1,6 @@
 """Operators for reinforcement learning of flow-matching models: sampler step, log-probability, ratio, loss, noise.
 
-Imports only torch (and triton where it is used). Every operator is defined by its plain-torch form in `reference`;
+Imports only torch (and triton where it is used). Every operator is defined by its plain-torch form in `plain/`;
 `ops` checks arguments and hands over to the backend of the device: C++ on CPU, Triton on CUDA and ROCm.
 """
 

@@ -158,6 +158,8 @@ def _named(explore: ExploreConfig, num_steps: int) -> tuple[tuple[int, ...], int
 def _jumps(explore: ExploreConfig, pool: tuple[int, ...], num_steps: int) -> tuple[int, ...]:
     """Per step of the schedule: the jump of the forks, 1 elsewhere."""
     listed = [explore.jump] * len(pool) if isinstance(explore.jump, int) else explore.jump
+    if isinstance(explore.jump, list) and isinstance(explore.forks, list) and list(pool) != explore.forks:
+        raise BadInput("explore.forks", explore.forks, "give ascending steps, each once, where explore.jump is a list")
     if len(listed) != len(pool):
         hint = f"give one number, or one for each of the {len(pool)} steps of explore.forks"
         raise BadInput("explore.jump", explore.jump, hint)

@@ -47,8 +47,16 @@ class Decision:
     """(B, 2) int64: what the siblings' noise is a function of"""
     siblings: int
     """K where a window begins, 1 later"""
-    conditioning: Conditioning
-    """B rows"""
+    trunks: Conditioning
+    """R rows: of the trunks that the rows belong to, B / R rows each; copied only for the calls that need them"""
+
+    def conditioning(self, here: slice) -> Conditioning:
+        """That of some of the B rows."""
+        per_trunk = len(self.steps) // len(self.trunks)
+        if per_trunk == 1:
+            return self.trunks.rows(here)
+        rows = torch.arange(here.start, here.stop) // per_trunk
+        return self.trunks.rows(to_device(rows, self.latents.device))
 
 
 @dataclass(frozen=True)
@@ -136,13 +144,12 @@ def _following(
     siblings = len(state) // len(draw.slots)
     now = before.steps + schedule.jumps[before.steps]
     steps = now.repeat_interleave(before.siblings)
-    conditioning = before.conditioning.repeat(before.siblings)
-    parts = [
-        policy.velocity(state[part], schedule.sigma_rows(steps[part], policy.device), conditioning.rows(part))
-        for part in chunks(len(state), rows)
-    ]
     keys = sibling_keys(draw.step_keys(steps[::siblings]), siblings, state[0].numel()).to(policy.device)
-    return Decision(before.fork, steps, state, torch.cat(parts), keys, 1, conditioning)
+    decision = Decision(before.fork, steps, state, torch.empty_like(state), keys, 1, before.trunks)
+    for part in chunks(len(state), rows):
+        sigma = schedule.sigma_rows(steps[part], policy.device)
+        decision.velocity[part] = policy.velocity(state[part], sigma, decision.conditioning(part))
+    return decision
 
 
 def sibling_keys(keys: Tensor, siblings: int, elements: int) -> Tensor:

@@ -76,6 +76,8 @@ def plan_memory(config: Config, skeleton: Skeleton, cost: IterationCost, ranks: 
     learn, checkpointing = config.learn, config.model.gradient_checkpointing
     parts, trainable = skeleton.parts, skeleton.parts["trainable"].bytes
     text, states, branches = parts["text"].bytes, cost.state_bytes, cost.branch_bytes
+    departures = branches * cost.trunks * cost.forks * cost.siblings // (cost.trunks * cost.forks * cost.siblings
+                                                                         + cost.images)  # fmt: skip
     asked = AUTO_ROWS if config.tails.rows == "auto" else config.tails.rows
     chunk = min(asked, cost.trunks * cost.forks * cost.siblings)
     trunk_call, tail_call = dry.sampling(learn.rows).peak, dry.sampling(chunk).peak
@@ -102,7 +104,8 @@ def plan_memory(config: Config, skeleton: Skeleton, cost: IterationCost, ranks: 
             "trunk": {"decisions": states, "network call": trunk_call},
             "tails": {"decisions": states, "branches": branches, "tail chunk": tail_call - captured,
                       "decoding": decode},
-            "learning": {"decisions": states, "gradients": trainable, "batch": batch[checkpointing]} | averaging,
+            "learning": {"decisions": states, "branches": departures, "gradients": trainable,
+                         "batch": batch[checkpointing]} | averaging,
         },
         compared={f"a learning batch {other} gradient checkpointing": batch[not checkpointing]},
     )  # fmt: skip

@@ -130,6 +130,6 @@ def _batch(decision: Decision, credit: Credit, objective: Objective, here: slice
         keys=decision.keys[here],
         advantages=credit.advantages[decision.fork].reshape(rows, decision.siblings)[here],
         terms=objective.rows(decision.steps[here], informative[here]),
-        conditioning=decision.conditioning.rows(here),
+        conditioning=decision.conditioning(here),
         share=share,
     )

@@ -49,7 +49,7 @@ KL_DIVISORS: dict[str, Callable[[NoiseSchedule], Tensor]] = {
 
 @dataclass(frozen=True)
 class Objective:
-    """Example: T = 10, TempFlow-GRPO on SD3.5: `terms[0]` is (1.577, .08, -.40, .08), and the last step's row is 0."""
+    """Example: T = 10, TempFlow-GRPO on SD3.5: `terms[0]` is (1.577, .0016, -.057, .0016), the last row 0."""
 
     terms: Tensor
     """(T, 4) float64: weight, square, product, kl; zeros at steps that are never trained"""

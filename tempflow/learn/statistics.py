@@ -15,27 +15,30 @@ class LossRecord:
     def __init__(self) -> None:
         self.batches: list[Tensor] = []
         self.updates: list[int] = []
+        self.weights: list[float] = []
 
-    def add(self, stats: BranchLossStats, update: int) -> None:
-        """One batch of the optimizer step number `update` of this iteration."""
+    def add(self, stats: BranchLossStats, update: int, weight: float = 1.0) -> None:
+        """One batch of the optimizer step number `update` of this iteration, with its weight in the means."""
         self.batches.append(torch.stack(tuple(stats)).detach().float())
         self.updates.append(update)
+        self.weights.append(weight)
 
     def totals(self) -> Tensor:
-        """(1, 2, 1 + figures): the number of batches, then each figure's sum (maximum for *_max), over all updates and
-        over the first alone."""
+        """(1, 2, 1 + figures): the batches' weight, then each figure's weighted sum (maximum for *_max), over all
+        updates and over the first alone."""
         width = len(BranchLossStats._fields)
         table = torch.stack(self.batches).cpu() if self.batches else torch.zeros(0, width)
         first = torch.tensor(self.updates, dtype=torch.int64) == 0
-        return torch.stack((_total(table), _total(table[first]))).unsqueeze(0)
+        weights = torch.tensor(self.weights)
+        return torch.stack((_total(table, weights), _total(table[first], weights[first]))).unsqueeze(0)
 
 
-def _total(table: Tensor) -> Tensor:
+def _total(table: Tensor, weights: Tensor) -> Tensor:
     columns = table.unbind(1)
     maxima = [name in MAXIMA for name in BranchLossStats._fields]
-    values = [(column.max() if top else column.sum()) if len(column) else torch.tensor(0.0)
+    values = [(column.max() if top else (weights * column).sum()) if len(column) else torch.tensor(0.0)
               for column, top in zip(columns, maxima, strict=True)]  # fmt: skip
-    return torch.stack([torch.tensor(float(len(table))), *values])
+    return torch.stack([weights.sum(), *values])
 
 
 def loss_figures(totals: Tensor) -> dict[str, float]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tempflow.common.errors import BadInput
+from tempflow.common.say import say
 from tempflow.prompts import Prompt
 from tempflow.rewards.scorer import Scorer, check_options, load_scorer
 from tempflow.rewards.servers.secret import read_token
@@ -84,8 +85,7 @@ def load_panels(config: RewardConfig, rows: int, device: torch.device) -> tuple[
         rows: images a local scorer gets in one call, and a request carries unless reward.batch says otherwise.
         device: where local scorers compute.
     Raises:
-        BadInput: no such scorer, wrong options, servers that refuse or that serve none of the rewards.
-        BadInput: no server answers.
+        BadInput: no such scorer, wrong options, servers that refuse, answer nothing or serve none of the rewards.
     """
     weights = config.name if isinstance(config.name, dict) else {config.name: 1.0}
     golds = [config.gold] if isinstance(config.gold, str) else list(config.gold or ())
@@ -126,11 +126,11 @@ def _servers(config: RewardConfig, rows: int, rewards: Sequence[str]) -> dict[st
     token = read_token("reward.token_file", config.token_file)
     terms = Terms(config.requests, config.timeout, config.patience)
     fleet = Fleet(config.servers, terms, token)
-    print(f"tempflow: asking {', '.join(config.servers)} what they serve", file=sys.stderr)
+    say(f"asking {', '.join(config.servers)} what they serve")
     served = fleet.survey()
     for server in fleet.servers:
         if not server.well:
-            print(f"tempflow: going on without {server.url} for now ({server.fault})", file=sys.stderr)
+            say(f"going on without {server.url} for now ({server.fault})")
     if not served & set(rewards):
         hint = f"serve {', '.join(sorted(served))}, not {', '.join(rewards)}; serve the reward, or remove the servers"
         raise BadInput("reward.servers", config.servers, hint)

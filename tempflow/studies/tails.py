@@ -48,7 +48,7 @@ class TailsCheck:
 def check_tails(trainer: Trainer) -> TailsCheck:
     """Carries the branches of the first iteration both ways. Moves nothing but this process's clock.
 
-    Of several tails the last is looked at, the one that differs most from the trunk's steps.
+    Of several tails the last is looked at.
     """
     config, policy = trainer.config, trainer.policy
     plan = trainer.method.plan(config.run.seed, 0, config.explore.prompts).of(trainer.feed.slots)

@@ -63,7 +63,7 @@ class Case:
         sde, step = self.schedule.sde, int(decision.steps[row])
         x, old, std = decision.latents[row].double(), decision.velocity[row].double(), sde.std[step]
         arguments = (decision.latents[row : row + 1].double(), self.schedule.sigmas[step].view(1),
-                     decision.conditioning.rows(slice(row, row + 1)))  # fmt: skip
+                     decision.conditioning(slice(row, row + 1)))  # fmt: skip
         mean = sde.x_coef[step] * x + sde.v_coef[step] * self.policy.velocity(*arguments)[0]
         mean_old = sde.x_coef[step] * x + sde.v_coef[step] * old
         with torch.no_grad(), self.policy.reference():
@@ -174,7 +174,7 @@ def test_several_processes_average_to_one(toy):
 def _half(decision, own):
     here = slice(own.start, own.stop)
     return type(decision)(decision.fork, decision.steps[here], decision.latents[here], decision.velocity[here],
-                          decision.keys[here], decision.siblings, decision.conditioning.rows(here))  # fmt: skip
+                          decision.keys[here], decision.siblings, decision.conditioning(here))  # fmt: skip
 
 
 @pytest.mark.parametrize("window", [1, 2])
