@@ -1,6 +1,7 @@
 """The memory plan: activations against measured ones on every family, and the budgets of published models."""
 
 import json
+import math
 
 import published_models
 import pytest
@@ -102,7 +103,7 @@ def test_states_and_branches_are_shared_by_processes(sd3):
     """4 x 2 trunks, 2 forks, K = 3, two ends a branch: latents and velocities in fp32."""
     one, two = planned(sd3, *SETTINGS), planned(sd3, *SETTINGS, ranks=2)
     config = load([*SETTINGS, f"model.path={sd3}"])
-    latent = load_skeleton(config.model, config.sample).latent_shape.numel()
+    latent = math.prod(load_skeleton(config.model, config.sample).latent_shape)
     assert one.phases["tails"]["decisions"] == 8 * latent * 16 and two.phases["tails"]["decisions"] == 8 * latent * 8
     assert one.phases["tails"]["branches"] == 4 * latent * 48 * 2 and two.phases["tails"]["branches"] == 4 * latent * 48
     trained = one.stays["moving average"]

@@ -28,7 +28,7 @@ from tempflow.rewards.servers.fleet import Fleet, Terms
 from tempflow.rewards.servers.server import ScorerServer, serve
 from tempflow.rewards.servers.wire import Limits
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 calls, meeting = {"scored": 0, "seen": 0, "elsewhere": 0}, {"there": 0}
 
 
