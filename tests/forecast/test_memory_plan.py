@@ -148,7 +148,7 @@ def test_adapters_of_sd35_medium_fit_24_gb(tmp_path):
 
 def test_all_of_sd35_medium_fits_48_gb_with_8_bit_adamw(tmp_path):
     plan = published(tmp_path, "sd35_medium", "sd35_medium_full_48gb")
-    assert plan.total / GIB == pytest.approx(40.0, abs=0.05), "as in the README"
+    assert plan.total / GIB == pytest.approx(40.4, abs=0.05), "as in the README"
     assert plan.stays["optimizer state"] == pytest.approx((2 + 8 / 256) * 2.243e9, rel=0.01)
     assert plan.stays["moving average"] == plan.phases["learning"]["gradients"] == plan.stays["weights"]
     assert plan.stays["captured tails"] == 0 < plan.phases["tails"]["tail chunk"], "graphs would keep it"
