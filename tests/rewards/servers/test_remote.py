@@ -20,6 +20,7 @@ from tempflow.commands.serve import main
 from tempflow.common.clock import PhaseClock
 from tempflow.common.errors import BadInput
 from tempflow.credit.scoring import ScoreQueue
+from tempflow.explore.rollout import FinishedBranches
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.rewards.panel import load_panels
 from tempflow.rewards.scorer import Scorer, load_scorer
@@ -231,8 +232,8 @@ def test_chunks_of_the_score_queue_are_in_flight_together(faulty, toy):
     scores = ScoreQueue(toy, remote, 2, PhaseClock(toy.device), overlap=True)
     post(f"{faulty}/fault?name=meet&times=5")
     latents = torch.randn(10, 2, 3, generator=torch.Generator().manual_seed(0))
-    for part in latents.split(2):
-        scores.submit(part, prompts)
+    for place, part in enumerate(latents.split(2)):
+        scores.submit(FinishedBranches(part, [0, 1], torch.arange(2 * place, 2 * place + 2)), prompts)
     assert same(scores.collect(), Scorer("r", "bright", bright, 2)(toy.decode(latents), prompts * 5))
     assert post(f"{faulty}/calls")["seen"] == 5
 
