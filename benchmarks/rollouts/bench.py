@@ -1,9 +1,7 @@
 """One architecture on one device: policies, scorers and runs for the variants of `rollouts.py`, and timed iterations.
 
-Runs are real, set up by `tempflow.run.assembly` from a real configuration, stepped by `tempflow.train.train_step`;
-only the policy is shared between variants that have the same weights, and the scorer is the architecture's own. Every
-timed iteration starts from the same parameters and a fresh optimizer, so all variants solve the same problem and their
-rewards can be compared branch by branch.
+Runs are real, set up and stepped as `tempflow.train` does it; variants that have the same weights share the policy. Every
+timed iteration starts from the same parameters and a fresh optimizer, so rewards can be compared branch by branch.
 """
 
 from __future__ import annotations
