@@ -1,6 +1,6 @@
 """One architecture on one device: policies, scorers and runs for the variants of `rollouts.py`, and timed iterations.
 
-Runs are real, set up and stepped as `tempflow.train` does it; variants that have the same weights share the policy. Every
+Runs are real, set up and stepped as `tempflow.train` does it; variants with the same weights share the policy. Every
 timed iteration starts from the same parameters and a fresh optimizer, so rewards can be compared branch by branch.
 """
 
