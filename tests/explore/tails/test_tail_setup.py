@@ -105,6 +105,21 @@ def test_costly_calls_ask_for_large_chunks_and_cheap_ones_for_small():
     assert choose_rows(lengths, slower, float("inf"), padded=False).rows <= 16
 
 
+def test_of_sizes_that_are_nearly_as_fast_the_smallest_is_taken():
+    """64 branches of one call each: four calls of 16 take 2.5 % longer than one of 64, and hold a quarter of it.
+
+    Where they take 12 % longer, two calls of 32 are the smallest within 5 %."""
+    probes = (Probe(16, 16.4, 0), Probe(64, 64.0, 0))
+    assert choose_rows([1] * 64, probes, float("inf"), False).rows == 16
+    assert choose_rows([1] * 64, (Probe(16, 18.0, 0), Probe(64, 64.0, 0)), float("inf"), False).rows == 32
+
+
+def test_calls_beyond_the_largest_that_was_tried_take_time_in_proportion():
+    """Nothing is gained by going further where a row costs the same in every size that was measured."""
+    probes = (Probe(16, 16.0, 0), Probe(64, 64.0, 0))
+    assert choose_rows([1] * 128, probes, float("inf"), False).rows == 16
+
+
 def test_chunks_fit_into_memory():
     lengths, probes = [4] * 256, linear((4, 16, 64, 256), fixed=1000, memory=10)
     assert choose_rows(lengths, probes, 10 * 128, padded=True).rows == 128
