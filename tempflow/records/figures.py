@@ -80,14 +80,15 @@ def _curves(axes: Any, rows: list[dict], key: str, unit: float, label: str) -> N
 
 
 def _spread(axes: Any, rows: list[dict]) -> None:
-    """Standard deviation among siblings per fork step, early and late in the run, beside the noise weight."""
+    """Standard deviation among siblings per fork step, early and late in the run, beside the weight of the loss."""
     measured = [row["reward_std_per_step"] for row in rows if "reward_std_per_step" in row]
-    weights = rows[0].get("noise_weights", [])
+    weights = rows[0].get("loss_weights", [])
     axes.set_xlabel("fork step")
-    axes.set_title("reward std among siblings, noise weight")
-    if not measured:
-        return
+    axes.set_title("reward std among siblings, weight of the loss")
     table = np.array(measured, dtype=float)
+    if np.isnan(table).all():  # also where there is none
+        axes.text(0.5, 0.5, "one sibling a fork: nothing to compare", ha="center", transform=axes.transAxes)
+        return
     third = max(1, len(table) // 3)
     steps = np.arange(table.shape[1])
     for part, alpha, words in ((table[:third], 1.0, "first third"), (table[-third:], 0.45, "last third")):
@@ -97,7 +98,7 @@ def _spread(axes: Any, rows: list[dict]) -> None:
     axes.set_xticks(steps)
     twin = axes.twinx()
     weighted = [(step, weight) for step, weight in enumerate(weights) if weight]
-    twin.plot(*zip(*weighted, strict=True), "s--", color=WEIGHT, ms=4, label="noise weight std_k / mean(std)")
+    twin.plot(*zip(*weighted, strict=True), "s--", color=WEIGHT, ms=4, label="weight of the policy loss")
     twin.set_ylim(bottom=0)
     handles = [part.get_legend_handles_labels() for part in (axes, twin)]
     axes.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], fontsize=8)

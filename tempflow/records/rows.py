@@ -27,8 +27,8 @@ class StartRow:
     """Always 0."""
     sigmas: list[float]
     """The T+1 sigmas of a trajectory."""
-    noise_weights: list[float]
-    """std_k / mean(std) of every step but the last; 0 at a step that is never trained."""
+    loss_weights: list[float]
+    """Weight of the policy loss at every step but the last; 0 at a step that is never trained."""
     picture_prompts: list[str]
     """Prompts of the pictures in the report."""
     tail_rows: int

@@ -10,6 +10,7 @@ import torch
 
 from tempflow.common.errors import BadInput, Halted
 from tempflow.common.say import say
+from tempflow.learn.objective import WEIGHT
 from tempflow.learn.optimizers import state_bytes
 from tempflow.records.figures import draw_report, save_pictures
 from tempflow.records.rows import EvaluationRow, IterationRow, MetricsWriter, Row, StartRow
@@ -116,7 +117,8 @@ class Journal:
 
     def finish(self) -> None:
         """The closing words."""
-        word = "stopped, as reward.hacking_stop asks" if self.config.reward.hacking_stop and self._hacked() else "done"
+        early = self.iteration is not None and self.iteration.step < self.config.learn.iterations
+        word = "stopped, as reward.hacking_stop asks" if early and self._hacked() else "done"
         say(f"{word}; figures and pictures in {self.folder / 'report.png'}")
 
     def _hacked(self) -> bool:
@@ -131,10 +133,8 @@ class Journal:
     def _start_row(self) -> StartRow:
         trainer, evaluator = self.trainer, self.evaluator
         shown = [evaluator.prompts[index].text for index in evaluator.pictured] if evaluator else []
-        trained = trainer.method.rule.trained()
-        weights = torch.zeros(trainer.schedule.num_steps - 1, dtype=torch.float64)
-        weights[trained] = trainer.schedule.noise_weights(trained)
-        return StartRow(sigmas=trainer.schedule.sigmas.tolist(), noise_weights=weights.tolist(), picture_prompts=shown,
+        weights = trainer.method.objective.terms[:-1, WEIGHT].tolist()
+        return StartRow(sigmas=trainer.schedule.sigmas.tolist(), loss_weights=weights, picture_prompts=shown,
                         tail_rows=trainer.tails[0].rows)  # fmt: skip
 
     def _evaluate(self, progress: Progress) -> None:

@@ -12,7 +12,7 @@ from tempflow.records import figures
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
     """The figure of a run of six iterations; two prompts, pictures of plain grey."""
-    rows = [{"step": 0, "seconds": 0.0, "noise_weights": [1.5, 0.0, 0.5], "picture_prompts": ["one", "two"]},
+    rows = [{"step": 0, "seconds": 0.0, "loss_weights": [1.5, 0.0, 0.5], "picture_prompts": ["one", "two"]},
             {"step": 0, "seconds": 0.0, "reward_test": 0.1, "gold": 0.9}]  # fmt: skip
     for step in range(1, 7):
         rows.append({"step": step, "seconds": 100.0 * step, "reward_mean": step / 10,
@@ -58,3 +58,14 @@ def test_pictures_before_and_after_under_their_prompts(drawn):
              for axes in drawn.axes if axes.images]  # fmt: skip
     assert shown == [("before\n(iteration 0)", "one", 40), ("", "two", 41), ("after\n(iteration 6)", "", 120),
                      ("", "", 121)]  # fmt: skip
+
+
+def test_one_sibling_a_fork_has_nothing_to_compare(tmp_path, monkeypatch):
+    rows = [{"step": 0, "seconds": 0.0, "loss_weights": [1.0, 1.0], "picture_prompts": []},
+            {"step": 1, "seconds": 1.0, "reward_mean": 0.5, "reward_std_per_step": [None, None]}]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = []
+    monkeypatch.setattr(figures.pyplot, "close", kept.append)
+    figures.draw_report(tmp_path)
+    spread = kept[0].axes[2]
+    assert not spread.patches and "one sibling" in spread.texts[0].get_text()

@@ -42,7 +42,7 @@ def test_a_new_run_starts_with_an_empty_file(tmp_path):
 def test_the_lines_of_a_step_become_one_row(tmp_path):
     """Start and evaluation 0; iteration 1 with its evaluation; iteration 2 alone."""
     writer = MetricsWriter(tmp_path, [], "run", last_step=None)
-    writer.write(StartRow(sigmas=[1.0, 0.0], noise_weights=[1.0], picture_prompts=["a seven"], tail_rows=4))
+    writer.write(StartRow(sigmas=[1.0, 0.0], loss_weights=[1.0], picture_prompts=["a seven"], tail_rows=4))
     writer.write(evaluation(0, 0.25, phase_seconds={"evaluate": 1.5}))
     writer.write(iteration(1, 0.5, phase_seconds={"tails": 2.5}, kl=None))
     writer.write(evaluation(1, None, gold_fall={"gold": 0.5}, phase_seconds={"evaluate": 3.5}))

@@ -64,7 +64,7 @@ def checkpoints(journal):
 
 
 def test_a_run_evaluates_and_saves_when_due(journal):
-    it = journal()
+    it = journal(((0.0, 0.0),) * 9, "objective.weighting=noise")
     it.open(Progress())
     train(it.trainer, it, Progress())
     assert steps_of(it, "gold") == [0, 2, 4, 5] and checkpoints(it) == [3, 5]
@@ -73,10 +73,16 @@ def test_a_run_evaluates_and_saves_when_due(journal):
     assert rollouts == [2 * 2 * 2 * 3 * count for count in range(1, 6)]
     first = lines(it)[0]
     assert first["step"] == 0 and len(first["sigmas"]) == 6 and first["tail_rows"] == 7
-    weights = first["noise_weights"]
+    weights = first["loss_weights"]
     std = it.trainer.schedule.sde.std
     assert weights[1] == weights[3] == 0 and len(weights) == 4
     assert weights[0] == pytest.approx(float(2 * std[0] / (std[0] + std[2]))) and sum(weights) == pytest.approx(2)
+
+
+def test_the_report_gets_the_weights_of_the_loss_in_use(journal):
+    it = journal(((0.0, 0.0),) * 9, "objective.weighting=[0.5,2,1.5,3]")
+    it.open(Progress())
+    assert lines(it)[0]["loss_weights"] == [0.5, 0, 1.5, 0]
 
 
 def test_evaluations_and_saved_weights_are_the_average(journal):

@@ -56,7 +56,7 @@ def test_a_run_writes_everything(finished):
 
 def test_metrics_have_their_fields(finished):
     start, *rows = read_metrics(finished / "metrics.jsonl")
-    assert start["step"] == 0 and 0 <= start["gold"] <= 1 and len(start["noise_weights"]) == 4
+    assert start["step"] == 0 and 0 <= start["gold"] <= 1 and len(start["loss_weights"]) == 4
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     for before, row in zip([start, *rows], rows, strict=False):
         numbers = ("reward_mean", "log_ratio_mean", "log_ratio_max", "clip_fraction", "grad_norm", "kl")
