@@ -51,7 +51,7 @@ def draw_keys(rows: int, device: torch.device, generator: Generators) -> Tensor:
     Raises:
         ValueError: neither a generator nor a list of 1 or R of them.
     """
-    given = list(generator) if isinstance(generator, list | tuple) else [generator]
+    given = list(generator) if isinstance(generator, (list, tuple)) else [generator]
     known = all(one is None or isinstance(one, torch.Generator) for one in given)
     found = type(generator).__name__ if len(given) == 1 else f"a list of {len(given)}"
     expect(known and len(given) in (1, rows), "generator", found, f"a torch.Generator or a list of 1 or {rows} of them")
