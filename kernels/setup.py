@@ -14,6 +14,6 @@ from setuptools import setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from native_build import BuildNative, HonestWheel, native_modules  # noqa: E402 - this file is not on the path by itself
+from native_build import BuildNative, HonestWheel, native_modules
 
 setup(ext_modules=native_modules(), cmdclass={"build_ext": BuildNative, "bdist_wheel": HonestWheel})
