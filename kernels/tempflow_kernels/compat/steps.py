@@ -22,7 +22,7 @@ OWNERS = {
     "return_sqrt_dt": "flow_grpo",
 }
 """Keywords that functions of the same name differ in, and the modules of this folder whose function has them."""
-Generators = torch.Generator | Sequence[torch.Generator] | None
+Generators = Optional[Union[torch.Generator, Sequence[torch.Generator]]]
 
 
 def exact_signature(function: Callable) -> Callable:
