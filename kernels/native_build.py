@@ -1,7 +1,8 @@
 """Building the C++ twin during installation: CMake if it is there, else the compiler alone, else not at all.
 
 Used by `kernels/setup.py`. Nothing here imports torch. A failure never fails the installation: without the library
-plain torch serves CPU tensors, and `tempflow_kernels.backend_info()` says so.
+plain torch serves CPU tensors, and `tempflow_kernels.backend_info()` says so. The wheel's tag follows what was built.
+TEMPFLOW_KERNELS_PURE=1 leaves the library out on purpose.
 """
 
 from __future__ import annotations
@@ -20,7 +21,19 @@ HERE = Path(__file__).resolve().parent
 SOURCES = HERE / "tempflow_kernels" / "csrc"
 FLAGS = ("-std=gnu++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-w")
 AVX512 = ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mprefer-vector-width=512")
-NATIVE = Extension("tempflow_kernels.cpu._native", sources=[], optional=True)
+LIBRARY = Path("tempflow_kernels", "cpu", "_native.so")
+
+
+def native_modules() -> list[Extension]:
+    """The C++ twin for `setup(ext_modules=...)`; nothing where the pure wheel was asked for.
+
+    Raises:
+        ValueError: TEMPFLOW_KERNELS_PURE is neither 0 nor 1.
+    """
+    pure = os.environ.get("TEMPFLOW_KERNELS_PURE") or "0"
+    if pure not in ("0", "1"):
+        raise ValueError(f"TEMPFLOW_KERNELS_PURE: found {pure!r}, expected 0 or 1")
+    return [] if pure == "1" else [Extension("tempflow_kernels.cpu._native", sources=[], optional=True)]
 
 
 def compiler() -> str | None:
@@ -64,6 +77,7 @@ class BuildNative(build_ext):
         """Never raises for want of a compiler: see the module docstring."""
         target, scratch = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp).resolve() / "native"
         target.parent.mkdir(parents=True, exist_ok=True)
+        target.unlink(missing_ok=True)  # one of an earlier build must not pass for the result of this one
         scratch.mkdir(parents=True, exist_ok=True)
         if compiler() is None:
             print("tempflow_kernels: no C++ compiler found; plain torch will serve CPU tensors")
@@ -76,9 +90,13 @@ class BuildNative(build_ext):
             print(f"tempflow_kernels: the C++ build failed ({error}); plain torch will serve CPU tensors")
 
 
-class PlatformWheel(bdist_wheel):
-    """A wheel for any Python of this platform."""
+class HonestWheel(bdist_wheel):
+    """A wheel for any Python; for any platform too if the library is not in it."""
 
     def get_tag(self) -> tuple[str, str, str]:
-        """py3-none-PLATFORM: the library has no Python interface."""
-        return "py3", "none", super().get_tag()[2]
+        """py3-none-PLATFORM with the library, which has no Python interface, else py3-none-any.
+
+        setuptools asks after the files were laid out in `bdist_dir` and before it writes Root-Is-Purelib.
+        """
+        self.root_is_pure = not Path(self.bdist_dir, LIBRARY).is_file()
+        return "py3", "none", "any" if self.root_is_pure else super().get_tag()[2]

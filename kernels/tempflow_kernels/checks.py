@@ -67,7 +67,7 @@ def check_key(key: object, first: Tensor) -> None:
 
 def check_count(name: str, value: object) -> None:
     """A positive integer."""
-    is_count = isinstance(value, int | torch.SymInt) and not isinstance(value, bool)
+    is_count = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
     expect(is_count and value >= 1, name, repr(value) if not is_count else value, "a positive int")
 
 
@@ -79,7 +79,7 @@ def check_guidance(guidance: float, velocity_uncond: Tensor | None) -> None:
 
 def check_number(name: str, value: object) -> None:
     """A Python number: hyperparameters are compiled into the kernels, so a tensor would synchronise."""
-    is_number = isinstance(value, int | float | torch.SymFloat | torch.SymInt) and not isinstance(value, bool)
+    is_number = isinstance(value, (int, float, torch.SymFloat, torch.SymInt)) and not isinstance(value, bool)
     expect(is_number, name, type(value).__name__, "a Python number")
 
 

@@ -224,7 +224,7 @@ def _check_branch_loss(branches: Branches, advantages, clip_range) -> None:
 
 
 def _check_numbers(clip_range, kl_coef) -> None:
-    is_pair = isinstance(clip_range, tuple | list) and len(clip_range) == 2
+    is_pair = isinstance(clip_range, (tuple, list)) and len(clip_range) == 2
     expect(is_pair, "clip_range", f"{clip_range!r}", "a pair (low, high)")
     for name, value in (("clip_range", clip_range[0]), ("clip_range", clip_range[1]), ("kl_coef", kl_coef)):
         check_number(name, value)

@@ -1,4 +1,4 @@
-"""The package as a package: imports, kernel-hub rules, installation beside tempflow, size of files."""
+"""The package as a package: imports, namespaces, installation beside tempflow. Artefacts: test_shipping.py."""
 
 import ast
 import importlib.util
@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -47,28 +46,6 @@ def test_files_are_documented_and_catch_nothing_blindly(file):
     assert ast.get_docstring(tree)
     for node in ast.walk(tree):
         assert not isinstance(node, ast.ExceptHandler) or node.type is not None, "bare except"
-
-
-def test_build_toml_follows_the_kernel_hub():
-    """Edition 6 of the format: unknown fields are refused there, and these five are required."""
-    build = tomllib.loads((FOLDER / "build.toml").read_text())
-    assert set(build) == {"general", "torch-noarch"}, "pure Python: no [torch], no [kernel]"
-    general = build["general"]
-    assert set(general) == {"name", "version", "edition", "license", "backends"}
-    assert re.fullmatch("[a-z][-a-z0-9]*[a-z0-9]", general["name"])
-    assert general["name"].replace("-", "_") == PACKAGE.name
-    assert type(general["version"]) is int and general["edition"] == 6 and general["license"] == "MIT"
-    assert set(general["backends"]) <= {"cann", "cpu", "cuda", "metal", "neuron", "rocm", "tpu", "xpu"}
-    assert set(build["torch-noarch"]) <= {"pyext", "cuda_capabilities", "rocm_archs"}
-
-
-def test_kernel_hub_layout():
-    """Sources in torch-ext/<name>, here a link into this folder, and a flake beside build.toml."""
-    sources = FOLDER / "torch-ext" / PACKAGE.name
-    assert sources.is_symlink() and not sources.readlink().is_absolute() and sources.resolve() == PACKAGE
-    assert [path.name for path in (FOLDER / "torch-ext").iterdir()] == [PACKAGE.name]
-    flake = (FOLDER / "flake.nix").read_text()
-    assert "kernel-builder.lib.genKernelFlakeOutputs" in flake and "github:huggingface/kernels" in flake
 
 
 def test_operators_are_registered_under_the_prefix():
@@ -173,7 +150,7 @@ def test_wheel_without_tools(tools, tmp_path):
     assert ("_native.so" in names) == (tools == "no cmake" and shutil.which("g++") is not None)
     assert "plain torch will serve" in run.stdout or "C++ twin will serve" in run.stdout
     assert "tempflow_kernels/ops.py" in names and "tempflow_kernels/csrc/tempflow_kernels.h" in names
-    assert wheel.name.startswith("tempflow_kernels-0.1.0-py3-none-")
+    assert wheel.name.endswith("-py3-none-any.whl") == ("_native.so" not in names), "the tag says what is inside"
 
 
 def test_tempflow_requires_the_kernels_and_does_not_carry_them(tmp_path):

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ OWNERS = {
     "return_sqrt_dt": "flow_grpo",
 }
 """Keywords that functions of the same name differ in, and the modules of this folder whose function has them."""
-Generators = torch.Generator | Sequence[torch.Generator] | None
+Generators = Optional[Union[torch.Generator, Sequence[torch.Generator]]]  # noqa: UP007, UP045 - not an annotation: 3.9 runs it
 
 
 def exact_signature(function: Callable) -> Callable:
@@ -51,7 +51,7 @@ def draw_keys(rows: int, device: torch.device, generator: Generators) -> Tensor:
     Raises:
         ValueError: neither a generator nor a list of 1 or R of them.
     """
-    given = list(generator) if isinstance(generator, list | tuple) else [generator]
+    given = list(generator) if isinstance(generator, (list, tuple)) else [generator]
     known = all(one is None or isinstance(one, torch.Generator) for one in given)
     found = type(generator).__name__ if len(given) == 1 else f"a list of {len(given)}"
     expect(known and len(given) in (1, rows), "generator", found, f"a torch.Generator or a list of 1 or {rows} of them")
