@@ -198,7 +198,7 @@ def test_figures_of_several_ranks_are_those_of_one():
     """Means are weighted by batches, maxima are maxima, and the first update is told from the rest."""
 
     def stats(value):
-        return BranchLossStats(*(torch.tensor(float(value)) for _ in BranchLossStats._fields))
+        return BranchLossStats(torch.full((len(BranchLossStats._fields),), value))
 
     whole, ranks = LossRecord(), [LossRecord(), LossRecord(), LossRecord()]
     for rank, update, value in ((0, 0, 1.0), (0, 1, 5.0), (1, 0, 0.0), (1, 0, 2.0), (1, 1, 4.0)):
