@@ -16,7 +16,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PRECISE = (torch.float32, torch.float64)
 """Of tables of a few numbers per row; float64 is for the oracle."""
 
-PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), int, float))
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), int, float, str))
 """Types of arguments that stand for no more than they say; not of fake tensors, symbolic sizes and other subclasses."""
 
 

@@ -1,4 +1,4 @@
-"""Exact or fast noise: who decides, what is refused, what is kept in folder and checkpoint, and that processes agree."""
+"""Exact or fast noise: who decides, what is refused, what folder and checkpoint keep, and that processes agree."""
 
 import json
 
@@ -37,7 +37,8 @@ def test_setting_then_checkpoint_then_environment_then_device(monkeypatch, setti
 
 
 @pytest.mark.parametrize(("setting", "saved", "device", "said"), [
-    ("fast", "exact", GPU, True), ("auto", "fast", CPU, True), ("auto", "exact", GPU, False), ("fast", None, GPU, False),
+    ("fast", "exact", GPU, True), ("auto", "fast", CPU, True),
+    ("auto", "exact", GPU, False), ("fast", None, GPU, False),
 ])  # fmt: skip
 def test_another_mode_than_the_checkpoints_is_said_in_a_line(capsys, setting, saved, device, said):
     choose_mode(setting, saved, device)
