@@ -29,11 +29,6 @@ def without_launches():
     JITFunction.run = lambda *_, **__: None
 
 
-def stored_noise(tk, latents, key):
-    """Any (R, K, D...) numbers: with launches that do nothing, what they are does not matter."""
-    return tk.normal_like(latents, key, SIBLINGS)
-
-
 def calls(backend="triton"):
     """{name: callable} on CPU tensors of (4, 16, 64, 64), K = 6."""
     import tempflow_kernels as tk
