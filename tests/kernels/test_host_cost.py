@@ -41,7 +41,7 @@ def test_a_signature_is_checked_once(monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     {"siblings": True}, {"siblings": 1.0}, {"velocity": CASE.velocity[:, :2]}, {"velocity": CASE.velocity.long()},
-    {"key": CASE.key.int()}, {"velocity": CASE.velocity.to("meta")}, {"latents": CASE.latents[:3]},
+    {"key": CASE.key.int()}, {"velocity": CASE.velocity.to("meta")}, {"velocity": CASE.velocity[:3]},
     {"coef": CASE.coef * torch.tensor([1.0, 1.0, -1.0])}, {"coef": CASE.coef.half()},
 ])  # fmt: skip
 def test_a_right_call_hides_no_wrong_one(changes):
