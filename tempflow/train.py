@@ -102,8 +102,9 @@ def backward(trainer: Trainer, batch: TransitionBatch) -> BranchLossStats:
         with torch.no_grad(), policy.reference():
             velocity_ref = policy.velocity(batch.latents, sigma, batch.conditioning)
     loss, stats = branch_loss(
-        velocity, batch.velocity_old, to_device(batch.advantages, device), to_device(batch.terms, device), batch.keys,
-        clip_range=(objective.clip, objective.clip), kl_coef=objective.kl, velocity_ref=velocity_ref,
+        velocity, batch.velocity_old, to_device(batch.advantages, device), to_device(batch.terms, device),
+        **trainer.noise.of(batch), clip_range=(objective.clip, objective.clip), kl_coef=objective.kl,
+        velocity_ref=velocity_ref,
     )  # fmt: skip
     trainer.stepper.backward(loss * batch.share)
     return stats

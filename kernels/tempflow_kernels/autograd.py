@@ -6,7 +6,8 @@ the incoming scalar and writes the gradient once, in its final dtype: a finished
 cost 8 bytes more of traffic per element. On CPUs drawing the noise costs more than memory: the forward finishes the
 gradient, in fp32, so that each noise is drawn once instead of twice.
 
-`branches` are the fields of `Branches` one by one, of which the first, the velocity, gets a gradient.
+`branches` are the fields of `Branches` one by one, of which the first, the velocity, gets a gradient. Statistics get no
+gradient, and none is made up for them: that would be one more launch of a kernel.
 """
 
 from __future__ import annotations
@@ -14,8 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import library  # noqa: F401 - registers the operators
 from ._ops import ops
+from .library import run
+
+
+def _gradient(name: str, *arguments) -> Tensor:
+    """A gradient operator; under `create_graph` by the dispatcher, which knows it to have no gradient of its own."""
+    return getattr(ops, name)(*arguments) if torch.is_grad_enabled() else run(name, *arguments)
 
 
 class LogProb(torch.autograd.Function):
@@ -24,11 +30,11 @@ class LogProb(torch.autograd.Function):
     @staticmethod
     def forward(ctx, next_latents: Tensor, latents: Tensor, velocity: Tensor, coef: Tensor) -> Tensor:
         ctx.save_for_backward(next_latents, latents, velocity, coef)
-        return ops.transition_log_prob(next_latents, latents, velocity, coef)
+        return run("transition_log_prob", next_latents, latents, velocity, coef)
 
     @staticmethod
     def backward(ctx, slopes: Tensor):
-        return None, None, ops.transition_log_prob_gradient(slopes, *ctx.saved_tensors), None
+        return None, None, _gradient("transition_log_prob_gradient", slopes, *ctx.saved_tensors), None
 
 
 class LogRatio(torch.autograd.Function):
@@ -38,13 +44,17 @@ class LogRatio(torch.autograd.Function):
     def forward(ctx, siblings: int, *branches) -> Tensor:
         *tensors, ctx.kl_coef = branches
         ctx.save_for_backward(*tensors)
-        return ops.log_ratio(*branches, siblings)
+        return run("log_ratio", *branches, siblings)
 
     @staticmethod
     def backward(ctx, slopes: Tensor):
         one = slopes.new_ones(())
-        gradient = ops.velocity_gradient(*ctx.saved_tensors, ctx.kl_coef, slopes, one)
-        return None, gradient, *[None] * len(ctx.saved_tensors)
+        gradient = _gradient("velocity_gradient", *ctx.saved_tensors, ctx.kl_coef, slopes, one)
+        return None, gradient, None, None, None, None, None, None
+
+
+NO_GRADIENTS = (None,) * 10
+"""Of the arguments of the loss, where its own is not known: what comes after it does not depend on it."""
 
 
 class BranchLoss(torch.autograd.Function):
@@ -53,16 +63,19 @@ class BranchLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, advantages: Tensor, clip_low: float, clip_high: float, *branches) -> tuple[Tensor, Tensor]:
         *tensors, ctx.kl_coef = branches
-        loss, stats, slopes = ops.branch_loss(*branches, advantages, clip_low, clip_high)
+        loss, stats, slopes = run("branch_loss", *branches, advantages, clip_low, clip_high)
         ctx.save_for_backward(slopes, *tensors)
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
         return loss, stats
 
     @staticmethod
-    def backward(ctx, scale: Tensor, _):
+    def backward(ctx, scale: Tensor | None, _):
+        if scale is None:
+            return NO_GRADIENTS
         slopes, *tensors = ctx.saved_tensors
-        gradient = ops.velocity_gradient(*tensors, ctx.kl_coef, slopes, scale)
-        return None, None, None, gradient, *[None] * len(tensors)
+        gradient = _gradient("velocity_gradient", *tensors, ctx.kl_coef, slopes, scale)
+        return None, None, None, gradient, None, None, None, None, None, None
 
 
 class BranchLossAtOnce(torch.autograd.Function):
@@ -70,13 +83,16 @@ class BranchLossAtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, advantages: Tensor, clip_low: float, clip_high: float, *branches) -> tuple[Tensor, Tensor]:
-        loss, stats, gradient = ops.branch_loss_gradient(*branches, advantages, clip_low, clip_high)
+        loss, stats, gradient = run("branch_loss_gradient", *branches, advantages, clip_low, clip_high)
         ctx.save_for_backward(gradient)
-        ctx.dtype, ctx.others = branches[0].dtype, len(branches) - 1
+        ctx.dtype = branches[0].dtype
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)
         return loss, stats
 
     @staticmethod
-    def backward(ctx, scale: Tensor, _):
+    def backward(ctx, scale: Tensor | None, _):
+        if scale is None:
+            return NO_GRADIENTS
         (gradient,) = ctx.saved_tensors
-        return None, None, None, (gradient * scale).to(ctx.dtype), *[None] * ctx.others
+        return None, None, None, (gradient * scale).to(ctx.dtype), None, None, None, None, None, None

@@ -1,12 +1,13 @@
 """Argument checks of the public operators. Every message names the argument, what was found and what was expected.
 
-Checks read shapes, dtypes and devices only. The one check of values (std >= 0) runs where it costs no device
-synchronisation: on CPU tensors outside of compiled code. On a GPU a negative std gives NaN instead of a number.
+Checks read shapes, dtypes and devices only, so they run once for each combination of these (`Checked`). The one check
+of values (std >= 0) runs in every call, where it costs no device synchronisation: on CPU tensors outside of compiled
+code. On a GPU a negative std gives NaN instead of a number.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,53 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PRECISE = (torch.float32, torch.float64)
 """Of tables of a few numbers per row; float64 is for the oracle."""
+
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), int, float, str))
+"""Types of arguments that stand for no more than they say; not of fake tensors, symbolic sizes and other subclasses."""
+
+
+def signature(arguments: Sequence) -> tuple | None:
+    """All that checks without values depend on; None where an argument is not of a plain type.
+
+    Numbers stand beside their types, because True == 1 == 1.0.
+    """
+    if not PLAIN.issuperset(map(type, arguments)):
+        return None
+    parts: list = [torch.is_grad_enabled()]
+    for value in arguments:
+        if isinstance(value, Tensor):
+            parts += value.shape, value.dtype, value.device, value.requires_grad
+        else:
+            parts += type(value), value
+    return tuple(parts)
+
+
+class Checked:
+    """A function of arguments that raises for wrong ones, run once per signature; what it returns is kept.
+
+    Used as a decorator. Mistakes are not kept, nor is anything in compiled code, which runs its checks once anyway.
+    """
+
+    LIMIT = 1024
+    """Signatures that are kept; beyond that all are found anew."""
+
+    def __init__(self, function: Callable):
+        self.function, self.answers = function, {}
+
+    def __call__(self, *arguments):
+        if torch.compiler.is_compiling():
+            return self.function(*arguments)
+        key = signature(arguments)
+        answer = self.answers.get(key)
+        return self._first(key, arguments) if answer is None else answer
+
+    def _first(self, key: tuple | None, arguments: Sequence):
+        answer = self.function(*arguments)
+        if len(self.answers) >= self.LIMIT:
+            self.answers.clear()
+        if key is not None:
+            self.answers[key] = answer
+        return answer
 
 
 def expect(condition: bool, argument: str, found: object, expected: str) -> None:
@@ -51,13 +99,17 @@ def check_like(first: Tensor, **others: Tensor | None) -> None:
 
 
 def check_coef(coef: object, first: Tensor) -> None:
-    """(R, 3) fp32 (or float64 for the oracle), std >= 0."""
+    """(R, 3) fp32 (or float64 for the oracle)."""
     check_tensor("coef", coef, (first.shape[0], 3), first.device, PRECISE)
-    if coef.device.type != "cpu" or type(coef) is not Tensor or torch.compiler.is_compiling():
+
+
+def check_std(coef: Tensor) -> None:
+    """std >= 0 in (R, 3) coefficients: a check of values, for every call."""
+    if coef.device.type != "cpu" or type(coef) not in PLAIN or torch.compiler.is_compiling():
         return
-    negative = [std for std in coef.detach()[:, 2].tolist() if std < 0]
-    if negative:
-        raise ValueError(f"coef: found std {negative[0]}, expected std (column 2) >= 0")
+    for _, _, std in coef.tolist():
+        if std < 0:
+            raise ValueError(f"coef: found std {std}, expected std (column 2) >= 0")
 
 
 def check_key(key: object, first: Tensor) -> None:

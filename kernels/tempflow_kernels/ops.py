@@ -1,18 +1,23 @@
 """Public operators: argument checks, then the fused operator of the backend that serves the device.
 
-The plain-torch definition in `reference` is used instead when it alone can do the job: for float64 arguments (the
-oracle), and when a gradient is asked for in an argument that the fused operators are not differentiable in.
+Which function answers a call is found by `_..._route` together with the checks, once per combination of shapes, dtypes,
+devices, numbers and grad mode. The plain-torch definition in `reference` answers when it alone can do the job: for
+float64 arguments (the oracle), and when a gradient is asked for in an argument that the fused operators are not
+differentiable in.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from . import autograd
-from ._ops import ops
 from .checks import (
     PRECISE,
+    Checked,
     check_coef,
     check_count,
     check_guidance,
@@ -21,10 +26,11 @@ from .checks import (
     check_noise_source,
     check_number,
     check_rows,
+    check_std,
     check_tensor,
     expect,
 )  # fmt: skip
-from .library import CHOSEN
+from .library import CHOSEN, run
 from .plain import reference
 from .plain.reference import Branches, BranchLossStats, compute_dtype
 
@@ -50,13 +56,20 @@ def normal_like(latents: Tensor, key: Tensor, siblings: int = 1) -> Tensor:
     Raises:
         ValueError: an argument of the wrong type, shape, dtype or device.
     """
+    return _normal_route(latents, key, siblings)(latents, key, siblings)
+
+
+@Checked
+def _normal_route(latents, key, siblings) -> Callable:
     check_rows("latents", latents)
     check_key(key, latents)
     check_count("siblings", siblings)
-    if latents.dtype == torch.float64:
-        return reference.normal_like(latents, key, siblings)
-    elements = latents.numel() // latents.shape[0]
-    return ops.normal(key, siblings, elements).view(latents.shape[0], siblings, *latents.shape[1:])
+    return reference.normal_like if latents.dtype == torch.float64 else _fused_normal
+
+
+def _fused_normal(latents: Tensor, key: Tensor, siblings: int) -> Tensor:
+    rows, *shape = latents.shape
+    return run("normal", key, siblings, latents.numel() // rows).view(rows, siblings, *shape)
 
 
 def transition_step(
@@ -82,15 +95,22 @@ def transition_step(
     Raises:
         ValueError: an argument of the wrong type, shape, dtype or device, or a negative std.
     """
+    arguments = latents, velocity, coef, key, siblings, velocity_uncond, guidance
+    route = _step_route(*arguments)
+    check_std(coef)
+    return route(*arguments)
+
+
+@Checked
+def _step_route(latents, velocity, coef, key, siblings, velocity_uncond, guidance) -> Callable:
     check_rows("latents", latents)
     check_like(latents, velocity=velocity, velocity_uncond=velocity_uncond)
     check_coef(coef, latents)
     check_key(key, latents)
     check_count("siblings", siblings)
     check_guidance(guidance, velocity_uncond)
-    if _only_reference(constants=(latents, velocity, coef, velocity_uncond)):
-        return reference.transition_step(latents, velocity, coef, key, siblings, velocity_uncond, guidance)
-    return ops.transition_step(latents, velocity, coef, key, siblings, velocity_uncond, guidance)
+    only_reference = _only_reference(constants=(latents, velocity, coef, velocity_uncond))
+    return reference.transition_step if only_reference else partial(run, "transition_step")
 
 
 def transition_log_prob(next_latents: Tensor, latents: Tensor, velocity: Tensor, coef: Tensor) -> Tensor:
@@ -103,15 +123,22 @@ def transition_log_prob(next_latents: Tensor, latents: Tensor, velocity: Tensor,
     Raises:
         ValueError: an argument of the wrong type, shape, dtype or device, or a negative std.
     """
+    arguments = next_latents, latents, velocity, coef
+    route = _log_prob_route(*arguments)
+    check_std(coef)
+    return route(*arguments)
+
+
+@Checked
+def _log_prob_route(next_latents, latents, velocity, coef) -> Callable:
     check_rows("latents", latents)
     check_like(latents, velocity=velocity)
     check_coef(coef, latents)
     siblings = next_latents.shape[1] if isinstance(next_latents, Tensor) and next_latents.dim() > 1 else 1
     check_tensor("next_latents", next_latents, (latents.shape[0], siblings, *latents.shape[1:]), latents.device)
     if _only_reference(velocity, constants=(next_latents, latents, coef)):
-        return reference.transition_log_prob(next_latents, latents, velocity, coef)
-    operator = autograd.LogProb.apply if _wants_gradient(velocity) else ops.transition_log_prob
-    return operator(next_latents, latents, velocity, coef)
+        return reference.transition_log_prob
+    return autograd.LogProb.apply if _wants_gradient(velocity) else partial(run, "transition_log_prob")
 
 
 def log_ratio(
@@ -136,16 +163,29 @@ def log_ratio(
         ValueError: an argument of the wrong type, shape, dtype or device, a negative std, or not exactly one of key
             and noise.
     """
+    route = _log_ratio_route(velocity, velocity_old, coef, key, siblings, noise)
+    check_std(coef)
+    siblings = siblings if noise is None else noise.shape[1]
+    return route(Branches(velocity, velocity_old, reference.gaussian_terms(coef, None, None), key, noise), siblings)
+
+
+@Checked
+def _log_ratio_route(velocity, velocity_old, coef, key, siblings, noise) -> Callable:
     check_rows("velocity", velocity)
     check_like(velocity, velocity_old=velocity_old)
     check_coef(coef, velocity)
-    siblings = check_noise_source(key, noise, siblings, velocity)
-    branches = Branches(velocity, velocity_old, reference.gaussian_terms(coef, None, None), key, noise)
-    if _only_reference(velocity, constants=branches.tensors()[1:]):
-        return reference.log_ratio(branches, siblings)
-    if _wants_gradient(velocity):
-        return autograd.LogRatio.apply(siblings, *branches)
-    return ops.log_ratio(*branches, siblings)
+    check_noise_source(key, noise, siblings, velocity)
+    if _only_reference(velocity, constants=(velocity_old, coef, noise)):
+        return reference.log_ratio
+    return _trained_log_ratio if _wants_gradient(velocity) else _fused_log_ratio
+
+
+def _trained_log_ratio(branches: Branches, siblings: int) -> Tensor:
+    return autograd.LogRatio.apply(siblings, *branches)
+
+
+def _fused_log_ratio(branches: Branches, siblings: int) -> Tensor:
+    return run("log_ratio", *branches, siblings)
 
 
 def gaussian_terms(coef: Tensor, weights: Tensor | None = None, kl_weights: Tensor | None = None) -> Tensor:
@@ -163,6 +203,7 @@ def gaussian_terms(coef: Tensor, weights: Tensor | None = None, kl_weights: Tens
     """
     check_rows("coef", coef)
     check_coef(coef, coef)
+    check_std(coef)
     for name, column in (("weights", weights), ("kl_weights", kl_weights)):
         if column is not None:
             check_tensor(name, column, coef.shape[:1], coef.device)
@@ -199,33 +240,50 @@ def branch_loss(
         ValueError: an argument of the wrong type, shape, dtype or device, or not exactly one of key and noise.
     """
     branches = Branches(velocity, velocity_old, terms, key, noise, velocity_ref, kl_coef)
-    _check_branch_loss(branches, advantages, clip_range)
-    if _only_reference(velocity, constants=(advantages, *branches.tensors()[1:])):
-        return reference.branch_loss(branches, advantages, *clip_range)
+    low, high = _pair(clip_range)
+    return _loss_route(advantages, low, high, *branches)(branches, advantages, low, high)
+
+
+@Checked
+def _loss_route(advantages, low, high, *fields) -> Callable:
+    branches = Branches(*fields)
+    _check_branch_loss(branches, advantages, low, high)
+    velocity, *constants = branches.tensors()
+    if _only_reference(velocity, constants=(advantages, *constants)):
+        return reference.branch_loss
     if not _wants_gradient(velocity):
-        loss, stats, _ = ops.branch_loss(*branches, advantages, *clip_range)
-    else:
-        is_native = CHOSEN.get(velocity.device.type.upper()) == "native"
-        function = autograd.BranchLossAtOnce if is_native else autograd.BranchLoss
-        loss, stats = function.apply(advantages, *clip_range, *branches)
-    return loss, BranchLossStats(*stats.unbind())
+        return _fused_loss
+    is_native = CHOSEN.get(velocity.device.type.upper()) == "native"
+    return partial(_trained_loss, autograd.BranchLossAtOnce if is_native else autograd.BranchLoss)
 
 
-def _check_branch_loss(branches: Branches, advantages, clip_range) -> None:
+def _fused_loss(branches: Branches, advantages: Tensor, low: float, high: float) -> tuple[Tensor, BranchLossStats]:
+    loss, table, _ = run("branch_loss", *branches, advantages, low, high)
+    return loss, BranchLossStats(table)
+
+
+def _trained_loss(
+    function: type[torch.autograd.Function], branches: Branches, advantages: Tensor, low: float, high: float
+) -> tuple[Tensor, BranchLossStats]:
+    loss, table = function.apply(advantages, low, high, *branches)
+    return loss, BranchLossStats(table)
+
+
+def _check_branch_loss(branches: Branches, advantages, low, high) -> None:
     velocity, velocity_ref, kl_coef = branches.velocity, branches.velocity_ref, branches.kl_coef
     check_rows("velocity", velocity)
     check_like(velocity, velocity_old=branches.velocity_old, velocity_ref=velocity_ref)
     siblings = advantages.shape[1] if isinstance(advantages, Tensor) and advantages.dim() == 2 else 1
     check_tensor("advantages", advantages, (velocity.shape[0], max(siblings, 1)), velocity.device)
     check_tensor("terms", branches.terms, (velocity.shape[0], 4), velocity.device, PRECISE)
-    _check_numbers(clip_range, kl_coef)
+    for name, value in (("clip_range", low), ("clip_range", high), ("kl_coef", kl_coef)):
+        check_number(name, value)
+        expect(value >= 0, name, value, "a number >= 0")
     expect(velocity_ref is not None or kl_coef == 0, "velocity_ref", None, "a reference velocity where kl_coef > 0")
     check_noise_source(branches.key, branches.noise, siblings, velocity)
 
 
-def _check_numbers(clip_range, kl_coef) -> None:
+def _pair(clip_range) -> tuple:
     is_pair = isinstance(clip_range, (tuple, list)) and len(clip_range) == 2
-    expect(is_pair, "clip_range", f"{clip_range!r}", "a pair (low, high)")
-    for name, value in (("clip_range", clip_range[0]), ("clip_range", clip_range[1]), ("kl_coef", kl_coef)):
-        check_number(name, value)
-        expect(value >= 0, name, value, "a number >= 0")
+    expect(is_pair, "clip_range", clip_range, "a pair (low, high)")
+    return clip_range

@@ -19,7 +19,7 @@ class LossRecord:
 
     def add(self, stats: BranchLossStats, update: int, weight: float = 1.0) -> None:
         """One batch of the optimizer step number `update` of this iteration, with its weight in the means."""
-        self.batches.append(torch.stack(tuple(stats)).detach().float())
+        self.batches.append(stats.table.float())
         self.updates.append(update)
         self.weights.append(weight)
 

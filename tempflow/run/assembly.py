@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,13 +14,14 @@ from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.feed import Feed
 from tempflow.explore.schedule import NoiseSchedule, build_schedule
 from tempflow.explore.tails.choose import choose_engines, measure_rows, prepare_weights
-from tempflow.explore.tails.chunks import tail_lengths
+from tempflow.explore.tails.chunks import free_memory, tail_lengths
 from tempflow.explore.tails.compiled import CompiledBlocks
 from tempflow.explore.tails.levels import Engines
 from tempflow.explore.tails.solver import tail_solvers
 from tempflow.forecast.memory import learning_bytes
 from tempflow.forecast.words import Forecast
 from tempflow.learn.average import MovingAverage
+from tempflow.learn.noise import LossNoise, Shape, choose_noise
 from tempflow.learn.optimizers import make_optimizer
 from tempflow.learn.stepper import LossScale, Stepper
 from tempflow.method import Method, read_method
@@ -35,6 +37,7 @@ from tempflow.run.checkpoint import Progress
 from tempflow.run.evaluation import Evaluator
 from tempflow.run.folder import check_folder, write_settings
 from tempflow.run.journal import Journal
+from tempflow.run.noise_mode import settle_mode
 from tempflow.run.trainer import Trainer
 from tempflow.settings.checks import check_consistency
 from tempflow.settings.fields import Config
@@ -62,6 +65,7 @@ def set_up(
     say(f"attention: {policy.attention}")
     stepper, folder = _stepper(config, policy), Path(config.run.dir).expanduser()
     progress = checkpoint.restore(folder / "checkpoints", stepper)
+    progress, config = _with_noise_mode(progress, config, ranks)
     engines = _engines(config, policy, method, schedule, prompts[0].text, ranks, progress.tail_rows)
     evaluator = _evaluator(config, policy, held_out, (rewards, gold), ranks, engines)
     write_settings(config, ranks)
@@ -77,6 +81,7 @@ def set_up(
         tails=engines.explore,
         scores=ScoreQueue(policy, rewards, config.reward.rows, clock, config.reward.overlap),
         rewards=rewards,
+        noise=_loss_noise(config, policy, ranks),
         stepper=stepper,
         ranks=ranks,
         clock=clock,
@@ -125,6 +130,19 @@ def _engines(
         rows = known_rows or measure_rows(tails, policy, lengths, text, learning_bytes(config, policy)).rows
         rows = int(ranks.gather(torch.tensor([rows]), 0).min())
     return choose_engines(tails, policy, schedule, rows, text)
+
+
+def _with_noise_mode(progress: Progress, config: Config, ranks: Ranks) -> tuple[Progress, Config]:
+    """Both with the mode in which noise is drawn from now on, so that it is written to the folder."""
+    mode = settle_mode(config.run.noise, progress.noise, ranks)
+    return replace(progress, noise=mode), replace(config, run=replace(config.run, noise=mode))
+
+
+def _loss_noise(config: Config, policy: Policy, ranks: Ranks) -> LossNoise:
+    """Where the loss takes its noise from, in batches of this run's shape."""
+    shape = Shape(config.learn.rows, config.explore.siblings, policy.latent_shape, config.objective.kl > 0)
+    free = free_memory(policy.device) - learning_bytes(config, policy)
+    return choose_noise(config.learn.noise, shape, ranks, free)
 
 
 def _stepper(config: Config, policy: Policy) -> Stepper:

@@ -39,6 +39,8 @@ class Progress:
     """the evaluation that may be due after the last iteration has not been made, since a scorer failed"""
     tail_rows: int | None = None
     """branches that travel together, chosen at the start; a resumed run keeps them, so that rounding stays the same"""
+    noise: str | None = None
+    """how its branches' noise was drawn, exact or fast"""
 
 
 def save(folder: Path, progress: Progress, stepper: Stepper, keep: int) -> Path:

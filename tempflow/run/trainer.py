@@ -9,6 +9,7 @@ from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.feed import Feed
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.engine import Numerics, TailEngine
+from tempflow.learn.noise import LossNoise
 from tempflow.learn.stepper import Stepper
 from tempflow.method import Method
 from tempflow.parallel.ranks import Ranks
@@ -33,6 +34,7 @@ class Trainer:
     scores: ScoreQueue
     rewards: Panel
     """M scorers"""
+    noise: LossNoise
     stepper: Stepper
     ranks: Ranks
     clock: PhaseClock

@@ -166,6 +166,8 @@ class LearnConfig:
     """An optimizer step takes all forks of its trunks, or one fork after the other, each with a step (G2RPO)."""
     inner_epochs: Count = 1
     """Passes over one iteration's branches, with the true importance ratio from the second update on."""
+    noise: Literal["auto", "key", "stored"] = changeable("auto")
+    """The loss draws each branch's noise twice from its key, or reads it stored; auto measures on a GPU, a CPU: key."""
     compile: bool = changeable(False)
     """Compile the repeated blocks in trunk and training."""
     optimizer: Literal["adamw", "adamw8bit", "paged_adamw", "paged_adamw8bit"] = "adamw"
@@ -260,6 +262,8 @@ class RunConfig:
     """Print the plan and its cost, then stop."""
     device: Literal["auto", "cpu", "cuda"] = changeable("auto")
     """Where to run; auto takes a GPU if there is one."""
+    noise: Literal["auto", "exact", "fast"] = changeable("auto")
+    """Normals of GPU kernels: the same bits as on a CPU, or faster ones; auto keeps a checkpoint's, else takes fast."""
 
 
 @section

@@ -33,7 +33,7 @@ def test_gradient_of_the_public_loss(scale, method):
     (scale * loss).backward()
     expected, expected_stats, gradient = oracle_loss(case, oracle_noise(case))
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
-    torch.testing.assert_close(torch.stack(stats).double(), expected_stats, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(stats.table.double(), expected_stats, rtol=1e-4, atol=1e-7)
     tolerance = 1e-5 * scale * float(gradient.abs().max())
     torch.testing.assert_close(leaf.grad.double(), scale * gradient, rtol=1e-4, atol=tolerance)
 

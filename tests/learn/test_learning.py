@@ -10,6 +10,7 @@ from tempflow_kernels import BranchLossStats, normal_like
 
 from tempflow.credit.advantage import Credit
 from tempflow.learn.batches import updates
+from tempflow.learn.noise import LossNoise
 from tempflow.learn.objective import make_objective
 from tempflow.learn.statistics import LossRecord, loss_figures
 from tempflow.settings.fields import LearnConfig, ObjectiveConfig
@@ -20,6 +21,9 @@ TEXTS = ("a two at the top left", "three fours", "a one above a nine")
 
 class Case:
     """6 trunks of 4 siblings, explored; half of the groups tell nothing."""
+
+    stored = False
+    """the noise of the loss"""
 
     def __init__(self, policy, objective=None, idle="keep", texts=TEXTS, **explore):
         torch.manual_seed(2)
@@ -36,6 +40,7 @@ class Case:
         objective = make_objective(self.config, self.schedule, self.trained, self.idle)
         trainer = SimpleNamespace(policy=self.policy, schedule=self.schedule,
                                   method=SimpleNamespace(objective=objective),
+                                  noise=LossNoise(self.stored),
                                   stepper=SimpleNamespace(backward=lambda loss: loss.backward()))  # fmt: skip
         credit = Credit(self.advantages, self.informative, 18, 9)
         (update,) = updates(self.rollout, credit, objective, LearnConfig(rows=rows), range(6))
@@ -161,6 +166,7 @@ def test_several_processes_average_to_one(toy):
         credit = Credit(case.advantages, case.informative, 18, 14)
         (update,) = updates(part, credit, objective, LearnConfig(rows=3), own)
         trainer = SimpleNamespace(policy=toy, schedule=case.schedule, method=SimpleNamespace(objective=objective),
+                                  noise=LossNoise(False),
                                   stepper=SimpleNamespace(backward=lambda loss: (loss / 2).backward()))  # fmt: skip
         for batch in update.batches:
             backward(trainer, batch)
@@ -198,7 +204,7 @@ def test_figures_of_several_ranks_are_those_of_one():
     """Means are weighted by batches, maxima are maxima, and the first update is told from the rest."""
 
     def stats(value):
-        return BranchLossStats(*(torch.tensor(float(value)) for _ in BranchLossStats._fields))
+        return BranchLossStats(torch.full((len(BranchLossStats._fields),), value))
 
     whole, ranks = LossRecord(), [LossRecord(), LossRecord(), LossRecord()]
     for rank, update, value in ((0, 0, 1.0), (0, 1, 5.0), (1, 0, 0.0), (1, 0, 2.0), (1, 1, 4.0)):

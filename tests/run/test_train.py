@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tempflow_kernels import normal_like
 
 from tempflow.learn.batches import TransitionBatch
+from tempflow.learn.noise import LossNoise
 from tempflow.learn.objective import make_objective
 from tempflow.learn.stepper import Stepper
 from tempflow.records.rows import read_metrics
@@ -111,7 +112,8 @@ def test_ratios_are_clipped_on_both_sides(toy, schedule, advantage, learns, towa
     batch = TransitionBatch(steps, latents, moved - decision, keys, torch.tensor([[towards * advantage]]),
                             objective.rows(steps, torch.tensor([True])), texts, 1.0)  # fmt: skip
     stepper = SimpleNamespace(backward=lambda loss: loss.backward())
-    parts = SimpleNamespace(policy=toy, schedule=schedule, method=SimpleNamespace(objective=objective), stepper=stepper)
+    parts = SimpleNamespace(policy=toy, schedule=schedule, method=SimpleNamespace(objective=objective), stepper=stepper,
+                            noise=LossNoise(False))  # fmt: skip
     stats = backward(parts, batch)
     assert stats.clip_fraction == 1 and (stats.ratio_mean > 1) == (towards > 0)
     assert bool(toy.scale.grad.abs().sum() > 0) == learns

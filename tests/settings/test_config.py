@@ -15,6 +15,7 @@ MAY_CHANGE_ON_RESUME = {
     "learn.iterations", "learn.compile", "eval.every", "tails.rows", "tails.level", "tails.check", "tails.compile_vae",
     "reward.rows", "reward.overlap", "reward.hacking_drop", "reward.hacking_stop", "reward.servers", "reward.batch",
     "reward.requests", "reward.timeout", "reward.patience", "reward.token_file",
+    "run.noise", "learn.noise",
 }  # fmt: skip
 
 RENAMED = {

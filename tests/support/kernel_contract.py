@@ -129,7 +129,7 @@ def plain_branch_loss(case, scale):
     branches, *others = case.loss_arguments
     loss, stats = reference.branch_loss(branches._replace(velocity=leaf), *others)
     (scale * loss).backward()
-    return loss.detach(), torch.stack(stats), leaf.grad
+    return loss.detach(), stats.table, leaf.grad
 
 
 def _settings(case):

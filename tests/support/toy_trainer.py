@@ -14,6 +14,7 @@ from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.feed import Feed
 from tempflow.explore.tails.levels import make_engines
 from tempflow.learn.average import MovingAverage
+from tempflow.learn.noise import LossNoise
 from tempflow.learn.optimizers import make_optimizer
 from tempflow.learn.stepper import Stepper
 from tempflow.method import read_method
@@ -208,8 +209,8 @@ def make_trainer(config: Config, panel: Panel, ranks: Ranks = ALONE) -> tuple[Tr
         feed=Feed(prompts, config.explore.prompts, config.explore.noises, ranks.share(config.explore.prompts),
                   config.run.seed),
         numerics=nullcontext, tails=make_engines(policy, config.tails, 7, noise_schedule, "a").explore,
-        scores=queue, rewards=panel, stepper=RecordingStepper(record, parameters, optimizer, average,
-                                                             learn.max_grad_norm),
+        scores=queue, rewards=panel, noise=LossNoise(learn.noise == "stored"),
+        stepper=RecordingStepper(record, parameters, optimizer, average, learn.max_grad_norm),
         ranks=ranks, clock=clock,
     )  # fmt: skip
     return trainer, record

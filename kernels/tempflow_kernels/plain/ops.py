@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from . import philox, reference
@@ -46,7 +45,7 @@ def branch_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """loss (), statistics (7,) in the order of BranchLossStats, slopes (R, K) for `velocity_gradient`."""
     loss, stats, log_ratios, gain = reference.loss_parts(branches, advantages, clip_low, clip_high)
-    return loss, torch.stack(stats), branch_slopes(log_ratios, gain, clip_low, clip_high)
+    return loss, stats.table, branch_slopes(log_ratios, gain, clip_low, clip_high)
 
 
 branch_loss_gradient = partial(loss_then_gradient, branch_loss, velocity_gradient)

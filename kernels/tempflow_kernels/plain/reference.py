@@ -12,6 +12,7 @@ Computation is fp32, or float64 when an input is float64 (the oracle of the test
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -42,21 +43,52 @@ class Branches(NamedTuple):
         return self.velocity, self.velocity_old, self.terms, self.noise, self.velocity_ref
 
 
-class BranchLossStats(NamedTuple):
-    """What one loss call saw, as 0-d tensors without gradient; averages run over all R x K branches."""
+class Figure:
+    """One named number of `BranchLossStats`, a view that is made when it is asked for."""
 
-    ratio_mean: Tensor
-    ratio_max: Tensor
-    clip_fraction: Tensor
+    def __init__(self, place: int):
+        self.place = place
+
+    def __get__(self, stats: BranchLossStats | None, _=None) -> Tensor | Figure:
+        return self if stats is None else stats.table[self.place]
+
+
+class BranchLossStats:
+    """What one loss call saw, as 0-d tensors without gradient; averages run over all R x K branches.
+
+    Named, and in this order by iteration, indexing and `table`.
+    """
+
+    ratio_mean = Figure(0)
+    ratio_max = Figure(1)
+    clip_fraction = Figure(2)
     """Share of branches whose ratio lies outside the clip range."""
-    approx_kl: Tensor
+    approx_kl = Figure(3)
     """Mean of `ratio - 1 - log_ratio`, an unbiased low-variance estimate of KL(old || new)."""
-    kl: Tensor
+    kl = Figure(4)
     """Mean over rows of the KL to the reference policy with its factor from `terms`, before `kl_coef`."""
-    log_ratio_mean: Tensor
+    log_ratio_mean = Figure(5)
     """Mean of |log_ratio|."""
-    log_ratio_max: Tensor
+    log_ratio_max = Figure(6)
     """Maximum of |log_ratio|."""
+    _fields = ("ratio_mean", "ratio_max", "clip_fraction", "approx_kl", "kl", "log_ratio_mean", "log_ratio_max")
+
+    def __init__(self, table: Tensor):
+        self.table = table
+        """(7,) all of them"""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.table.unbind())
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    def __getitem__(self, place: int) -> Tensor:
+        return self.table[place]
+
+    def __repr__(self) -> str:
+        pairs = zip(self._fields, self.table.tolist(), strict=True)
+        return f"BranchLossStats({', '.join(f'{name}={value:g}' for name, value in pairs)})"
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -218,12 +250,7 @@ def branch_stats(log_ratios: Tensor, kl: Tensor, low: float, high: float) -> Bra
     excess = torch.expm1(log_ratios)
     outside = (excess < -low) | (excess > high)
     magnitude = log_ratios.abs()
-    return BranchLossStats(
-        ratio_mean=1 + excess.mean(),
-        ratio_max=1 + excess.max(),
-        clip_fraction=outside.to(excess.dtype).mean(),
-        approx_kl=(excess - log_ratios).mean(),
-        kl=kl,
-        log_ratio_mean=magnitude.mean(),
-        log_ratio_max=magnitude.max(),
-    )
+    outside = outside.to(excess.dtype).mean()
+    approx_kl = (excess - log_ratios).mean()
+    figures = (1 + excess.mean(), 1 + excess.max(), outside, approx_kl, kl, magnitude.mean(), magnitude.max())
+    return BranchLossStats(torch.stack(figures))

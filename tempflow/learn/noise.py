@@ -1,0 +1,126 @@
+"""Where the loss takes the noise of the branches from: keys, which draw it twice, or one array of it.
+
+The loss reads each noise in its forward pass and again in its gradient. Drawn from keys both times it takes no memory;
+stored, it is drawn once a batch and read twice. The numbers are the same to the bit, so losses agree to the rounding of
+their sums. Which is faster depends on the GPU; a CPU draws only once either way, so there `auto` takes keys.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from tempflow_kernels import branch_loss, normal_like
+from torch import Tensor
+
+from tempflow.common.errors import BadInput
+from tempflow.common.say import say
+from tempflow.learn.batches import TransitionBatch
+from tempflow.parallel.ranks import Ranks
+
+REPEATS, CALLS = 7, 5
+FREE_SHARE = 0.1
+"""of the free memory that stored noise may take"""
+
+
+@dataclass(frozen=True)
+class LossNoise:
+    """Example: 4 rows of 6 siblings of (16, 64, 64): 6.0 MiB where stored."""
+
+    stored: bool
+
+    def of(self, batch: TransitionBatch) -> dict[str, Tensor]:
+        """The argument `key` (B, 2) or `noise` (B, K, D...) fp32 of `branch_loss`."""
+        if not self.stored:
+            return {"key": batch.keys}
+        return {"noise": normal_like(batch.latents, batch.keys, batch.advantages.shape[1])}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a batch has: the arrays of the loss."""
+
+    rows: int
+    siblings: int
+    latent: tuple[int, ...]
+    reference: bool
+    """there is a KL divergence to the model before training"""
+
+    @property
+    def stored_bytes(self) -> int:
+        return 4 * self.rows * self.siblings * math.prod(self.latent)
+
+
+def choose_noise(setting: str, shape: Shape, ranks: Ranks, free_bytes: float) -> LossNoise:
+    """The way that `setting` (learn.noise) names, or on a GPU the faster one for `auto`; says which, and why.
+
+    Args:
+        free_bytes: memory that nothing else will need.
+    Raises:
+        BadInput: `stored`, and it does not fit.
+    """
+    fits = shape.stored_bytes <= FREE_SHARE * free_bytes
+    if setting == "stored" and not fits:
+        hint = f"takes {_size(shape)} a batch, over a tenth of the free memory; use learn.noise=key"
+        raise BadInput("learn.noise", setting, hint)
+    if setting != "auto":
+        return LossNoise(setting == "stored")
+    if ranks.device.type == "cpu" or not fits:
+        return LossNoise(False)
+    return _faster(shape, ranks)
+
+
+def _faster(shape: Shape, ranks: Ranks) -> LossNoise:
+    """Of all processes together, so that all take the same way."""
+    own = torch.tensor([[measure(shape, LossNoise(stored), ranks.device) for stored in (False, True)]])
+    key, stored = (1e6 * ranks.gather(own, 0).mean(0)).tolist()
+    if stored < key:
+        words = f"stored, {_size(shape)}, {stored:.0f} us a batch (drawn twice from keys: {key:.0f} us)"
+    else:
+        words = f"drawn twice from keys, {key:.0f} us a batch (stored: {stored:.0f} us, {_size(shape)})"
+    say(f"loss noise: {words}")
+    return LossNoise(stored < key)
+
+
+def measure(shape: Shape, noise: LossNoise, device: torch.device) -> float:
+    """Seconds of a loss with its gradient, drawing included where the noise is stored; the median of several."""
+    size = (shape.rows, *shape.latent)
+    velocity = torch.zeros(size, device=device, requires_grad=True)
+    old = torch.zeros(size, device=device)
+    keys = torch.arange(2 * shape.rows, device=device).view(-1, 2)
+    advantages = torch.ones(shape.rows, shape.siblings, device=device)
+    terms = torch.ones(shape.rows, 4, device=device)
+
+    def call() -> None:
+        source = {"noise": normal_like(old, keys, shape.siblings)} if noise.stored else {"key": keys}
+        loss, _ = branch_loss(velocity, old, advantages, terms, velocity_ref=old if shape.reference else None, **source)
+        torch.autograd.grad(loss, velocity)
+
+    timed = _timed_on_gpu if device.type == "cuda" else _timed
+    call()
+    return statistics.median(timed(call) for _ in range(REPEATS)) / CALLS
+
+
+def _timed(call: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    return time.perf_counter() - start
+
+
+def _timed_on_gpu(call: Callable[[], None]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(CALLS):
+        call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _size(shape: Shape) -> str:
+    return f"{shape.stored_bytes / 2**20:.1f} MiB"
