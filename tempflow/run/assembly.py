@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from tempflow.common.clock import PhaseClock
 from tempflow.common.say import say
+from tempflow.credit.decoding import FullCalls, even_rows
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.feed import Feed
 from tempflow.explore.schedule import NoiseSchedule, build_schedule
@@ -26,7 +28,7 @@ from tempflow.method import Method, read_method
 from tempflow.models.load import load_policy, load_skeleton
 from tempflow.parallel import ranks as processes
 from tempflow.parallel.ranks import Ranks
-from tempflow.policy import Policy
+from tempflow.policy import ImageDecoder, Policy
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.records.trackers import check_trackers
 from tempflow.rewards.panel import Panel, load_panels
@@ -63,7 +65,10 @@ def set_up(
     stepper, folder = _stepper(config, policy), Path(config.run.dir).expanduser()
     progress = checkpoint.restore(folder / "checkpoints", stepper)
     engines = _engines(config, policy, method, schedule, prompts[0].text, ranks, progress.tail_rows)
+    own, light, decode_rows = _decoders(config, policy, engines.explore[0].rows)
     evaluator = _evaluator(config, policy, held_out, (rewards, gold), ranks, engines)
+    if evaluator is not None:
+        evaluator = replace(evaluator, decoder=own, decode_rows=decode_rows)
     write_settings(config, ranks)
     clock = PhaseClock(ranks.device)
     trainer = Trainer(
@@ -75,7 +80,8 @@ def set_up(
                   config.run.seed),
         numerics=CompiledBlocks(policy.blocks()) if config.learn.compile else nullcontext,
         tails=engines.explore,
-        scores=ScoreQueue(policy, rewards, config.reward.rows, clock, config.reward.overlap),
+        decoder=own,
+        scores=ScoreQueue(light, rewards, decode_rows, clock, config.reward.overlap),
         rewards=rewards,
         stepper=stepper,
         ranks=ranks,
@@ -125,6 +131,16 @@ def _engines(
         rows = known_rows or measure_rows(tails, policy, lengths, text, learning_bytes(config, policy)).rows
         rows = int(ranks.gather(torch.tensor([rows]), 0).min())
     return choose_engines(tails, policy, schedule, rows, text)
+
+
+def _decoders(config: Config, policy: Policy, tail_rows: int) -> tuple[ImageDecoder, ImageDecoder, int]:
+    """What decodes for evaluation, what decodes branches for their rewards, and how many latents a call."""
+    path, compiled, most = config.tails.decoder, config.tails.compile_vae, config.reward.rows
+    light = policy.light_decoder(path, compiled) if path else policy
+    if not compiled:
+        return policy, light, most
+    rows = even_rows(tail_rows, most)
+    return FullCalls(policy, rows), FullCalls(light, rows), rows
 
 
 def _stepper(config: Config, policy: Policy) -> Stepper:
