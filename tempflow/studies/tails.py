@@ -134,7 +134,7 @@ def _over_known(*both: Tensor) -> Tensor:
 
 
 def rank_correlations(first: Tensor, second: Tensor) -> Tensor:
-    """Spearman's rank correlation over the last axis of (..., K) values; NaN where a side does not vary, or has a NaN."""
+    """Spearman's rank correlation over the last axis of (..., K) values; NaN where one does not vary or has NaN."""
     unknown = (first + second).isnan().any(-1)
     first, second = (_ranks(values) for values in (first, second))
     first, second = (ranks - ranks.mean(-1, keepdim=True) for ranks in (first, second))
