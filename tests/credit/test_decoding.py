@@ -19,11 +19,11 @@ SMALL = ["digits", "explore.prompts=2", "explore.noises=2", "explore.siblings=3"
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """Input shapes of every graph that a module's `compile` makes; the graphs run as they are."""
+    """How many inputs each graph has that a module's `compile` makes; the graphs run as they are."""
     seen, plain = [], nn.Module.compile
 
     def keep(graph, inputs):
-        seen.append([tuple(value.shape) for value in inputs if torch.is_tensor(value) and value.dim() == 4][-1])
+        seen.append(len(inputs))
         return graph.forward
 
     torch._dynamo.reset()
