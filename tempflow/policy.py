@@ -35,14 +35,23 @@ class Conditioning:
         return Conditioning({name: tensor.repeat_interleave(times, 0) for name, tensor in self.tensors.items()})
 
 
-class Policy(Protocol):
-    """A flow-matching image model whose velocity is being trained."""
+class ImageDecoder(Protocol):
+    """Latents to images: a policy is one, by the model's own autoencoder, and a light decoder another."""
 
     device: torch.device
     latent_shape: tuple[int, ...]
     """shape of one latent, batch excluded"""
     image_shape: tuple[int, int, int]
     """(3, height, width) of a decoded image"""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """(R, D...) -> uint8 images (R, 3, height, width), without gradient, each row by itself."""
+        ...
+
+
+class Policy(ImageDecoder, Protocol):
+    """A flow-matching image model whose velocity is being trained."""
+
     network_rows: int
     """network rows that one velocity costs: 2 with classifier-free guidance, else 1"""
     attention: str
@@ -58,10 +67,6 @@ class Policy(Protocol):
 
     def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
         """Guided velocity `noise - data`: latents (R, D...) fp32, sigma (R,) fp32 -> (R, D...) fp32."""
-        ...
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """(R, D...) -> uint8 images (R, 3, height, width)."""
         ...
 
     def trainable(self) -> dict[str, Parameter]:
@@ -96,7 +101,15 @@ class Policy(Protocol):
         ...
 
     def prepare_decoder(self, compiled: bool) -> None:
-        """Puts the decoder's weights into the layout that is fastest here; compiles it where asked for."""
+        """Puts the decoder's weights into the layout that is fastest here; compiles it where asked for, per shape."""
+        ...
+
+    def light_decoder(self, path: str, compiled: bool) -> ImageDecoder:
+        """A decoder of the same latents by the smaller autoencoder at `path`, prepared like the model's own.
+
+        Raises:
+            BadInput: there is none that loads, or its latents or images have other sizes or another scale.
+        """
         ...
 
     def save(self, folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,10 +11,10 @@ from torch import Tensor
 
 from tempflow.common.clock import PhaseClock
 from tempflow.common.errors import BadInput
-from tempflow.common.tensors import chunks
+from tempflow.credit.decoding import decode_branches
 from tempflow.explore.rollout import FinishedBranches
 from tempflow.parallel.ranks import Ranks
-from tempflow.policy import Policy
+from tempflow.policy import ImageDecoder
 from tempflow.prompts import Prompt
 from tempflow.rewards.panel import Panel
 from tempflow.rewards.scorer import Scorer
@@ -33,29 +32,39 @@ class DirectExecutor(Executor):
         return done
 
 
+def workers(name: str, count: int, device: torch.device) -> Executor:
+    """Threads that share one CUDA stream, which nothing else uses, where `device` is a GPU.
+
+    One for all judges: scorers on this GPU work one at a time anyway, and torch keeps freed memory for each stream.
+    """
+    if device.type != "cuda":
+        return ThreadPoolExecutor(count, name)
+    return ThreadPoolExecutor(count, name, torch.cuda.set_stream, (torch.cuda.Stream(device),))
+
+
 class ScoreQueue:
     """Takes finished latents chunk by chunk and gives their rewards in the same order.
 
-    With `overlap`, decoding runs in a thread of its own (on a GPU in a stream of its own) and scoring in others: the
-    sampler goes on meanwhile. It helps where the scorer waits for another machine, or where kernels of a GPU can
+    With `overlap`, decoding runs in a thread of its own and scoring in others, on a GPU each in a stream of its own:
+    the sampler goes on meanwhile. It helps where the scorer waits for another machine, or where kernels of a GPU can
     fill each other's gaps; on a CPU alone it would only divide the cores, so there the work is done in turn.
     """
 
-    def __init__(self, policy: Policy, reward: Scorer | Panel, rows: int, clock: PhaseClock, overlap: bool):
-        self.policy, self.reward, self.rows, self.clock = policy, reward, rows, clock
-        on_gpu = policy.device.type == "cuda"
+    def __init__(self, decoder: ImageDecoder, reward: Scorer | Panel, rows: int, clock: PhaseClock, overlap: bool):
+        self.decoder, self.reward, self.rows, self.clock = decoder, reward, rows, clock
+        on_gpu = decoder.device.type == "cuda"
         self.overlap = overlap and (on_gpu or reward.parallel > 0)
-        self.decoder: Executor = ThreadPoolExecutor(1, "decode") if self.overlap else DirectExecutor()
         judges = max(1, reward.parallel)
-        self.judge: Executor = ThreadPoolExecutor(judges, "score") if self.overlap else DirectExecutor()
-        self.stream = torch.cuda.Stream(policy.device) if self.overlap and on_gpu else None
+        self.artist = workers("decode", 1, decoder.device) if self.overlap else DirectExecutor()
+        self.judge = workers("score", judges, decoder.device) if self.overlap else DirectExecutor()
+        self.beside = self.overlap and on_gpu
         self.pending: list[Future] = []
         self.places: list[Tensor] = []
 
     def submit(self, branches: FinishedBranches, prompts: Sequence[Prompt]) -> None:
         """Branches whose latents are not written to before `collect`; `prompts` are those of the trunks."""
-        ready = torch.cuda.current_stream().record_event() if self.stream is not None else None
-        images = self.decoder.submit(self._decode, branches.latents, ready)
+        ready = torch.cuda.current_stream(self.decoder.device).record_event() if self.beside else None
+        images = self.artist.submit(self._decode, branches.latents, ready)
         self.pending.append(self.judge.submit(self._score, images, [prompts[row] for row in branches.trunks]))
         self.places.append(branches.places)
 
@@ -75,30 +84,16 @@ class ScoreQueue:
                 future.cancel()
 
     def _decode(self, latents: Tensor, ready: torch.cuda.Event | None) -> Tensor:
-        with self._own_stream(), self.clock("decode"):
-            if ready is not None:
-                ready.wait()
-            return decode_branches(self.policy, latents, self.rows)
+        """Keeps the latents until the last image has arrived on the host, so that their memory is not used again."""
+        if ready is not None:
+            ready.wait()  # before the clock starts: the stream's time until then belongs to the sampler
+        with self.clock("decode"):
+            return decode_branches(self.decoder, latents, self.rows)
 
     def _score(self, images: Future, prompts: Sequence[Prompt]) -> Tensor:
         decoded = images.result()
-        with self._own_stream(), self.clock("reward"):
+        with self.clock("reward"):
             return self.reward(decoded, prompts)
-
-    def _own_stream(self) -> AbstractContextManager[Any]:
-        """The queue's own stream, where it has one."""
-        return torch.cuda.stream(self.stream) if self.stream is not None else nullcontext()
-
-
-@torch.no_grad()
-def decode_branches(policy: Policy, latents: Tensor, rows: int) -> Tensor:
-    """(..., D...) finished latents to uint8 images (..., 3, H, W) on the CPU, `rows` a call."""
-    flat = latents.view(-1, *policy.latent_shape)
-    images = torch.empty(len(flat), *policy.image_shape, dtype=torch.uint8)
-    for part in chunks(len(flat), rows):
-        images[part] = policy.decode(flat[part]).cpu()
-    leading = latents.shape[: latents.dim() - len(policy.latent_shape)]
-    return images.view(*leading, *policy.image_shape)
 
 
 def collect_rewards(scores: ScoreQueue, panel: Panel, ranks: Ranks, shape: Sequence[int]) -> Tensor:

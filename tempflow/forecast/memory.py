@@ -97,6 +97,7 @@ def plan_memory(config: Config, skeleton: Skeleton, cost: IterationCost, ranks: 
             "optimizer state": estimated_state_bytes(learn, skeleton.trainable_sizes),
             "text encoders": 0 if config.model.offload_text else text,
             "image decoder": parts["vae"].bytes,
+            "light decoder": skeleton.light(config.tails.decoder).bytes,
             "captured tails": captured,
             "CUDA": CUDA,
         },

@@ -49,6 +49,7 @@ class Forecast:
             self._forks(),
             f"cost per process: {self.cost().describe(self.skeleton.network_rows)}",
             self._optimizer(),
+            *self._light_decoder(),
         ])  # fmt: skip
 
     def describe_memory(self) -> str:
@@ -112,6 +113,15 @@ class Forecast:
             f"forks at steps {list(rule.forks.pool)}{some}; weights of trained steps "
             f"(objective.weighting={config.objective.weighting}): {listed}{jumps}"
         )
+
+    def _light_decoder(self) -> list[str]:
+        """What decodes for the rewards, where it is not the model's own decoder."""
+        path, parts = self.config.tails.decoder, self.skeleton.parts
+        if path is None:
+            return []
+        light, own = self.skeleton.light(path).parameters, parts["vae"].parameters
+        return [f"rewards see images of the light decoder {path}, {light:,} parameters instead of {own:,}; evaluation, "
+                f"gold and pictures those of the model's own"]  # fmt: skip
 
     def _optimizer(self) -> str:
         size = estimated_state_bytes(self.config.learn, self.skeleton.trainable_sizes)

@@ -9,13 +9,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from tempflow.models.decoding import FamilyDecoder, load_light
 from tempflow.models.families.family import Family
 from tempflow.models.network.network import TrainedNetwork
 from tempflow.models.text import TextRows
-from tempflow.policy import Conditioning
+from tempflow.policy import Conditioning, ImageDecoder
 
 BLANK = "blank."
 
@@ -28,6 +28,7 @@ class PipelinePolicy:
         self.latent_shape, self.image_shape = family.latent_shape, family.image_shape
         self.network_rows = 2 if family.classifier_free else 1
         self.blank = texts.rows([family.blank]) if family.classifier_free else {}
+        self.decoder = FamilyDecoder(family, family.pipeline.vae, device)
         self.attention = "native"
         """the attention backend, and how it was chosen"""
 
@@ -55,10 +56,8 @@ class PipelinePolicy:
         inputs = self.family.network_inputs(latents.to(self.network.dtype), sigma, text)
         return self.family.velocity(self.network.forward(inputs, self.device))
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        images = self.family.decode(latents).float()
-        return (images / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
+        return self.decoder.decode(latents)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return self.network.trainable()
@@ -79,11 +78,12 @@ class PipelinePolicy:
         return self.network.blocks()
 
     def prepare_decoder(self, compiled: bool) -> None:
-        vae = self.pipeline.vae
-        if self.device.type == "cuda" and isinstance(vae, AutoencoderKL):
-            vae.to(memory_format=torch.channels_last)
-        if compiled:
-            vae.decoder.compile()
+        self.decoder.prepare(compiled)
+
+    def light_decoder(self, path: str, compiled: bool) -> ImageDecoder:
+        decoder = FamilyDecoder(self.family, load_light(path, self.family), self.device)
+        decoder.prepare(compiled)
+        return decoder
 
     def save(self, folder: Path) -> None:
         """`pytorch_lora_weights.safetensors` for `load_lora_weights`, or the whole transformer in `transformer/`."""

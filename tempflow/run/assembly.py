@@ -10,6 +10,7 @@ import torch
 
 from tempflow.common.clock import PhaseClock
 from tempflow.common.say import say
+from tempflow.credit.decoding import FullCalls, even_rows
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.feed import Feed
 from tempflow.explore.schedule import NoiseSchedule, build_schedule
@@ -28,7 +29,7 @@ from tempflow.method import Method, read_method
 from tempflow.models.load import load_policy, load_skeleton
 from tempflow.parallel import ranks as processes
 from tempflow.parallel.ranks import Ranks
-from tempflow.policy import Policy
+from tempflow.policy import ImageDecoder, Policy
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.records.trackers import check_trackers
 from tempflow.rewards.panel import Panel, load_panels
@@ -67,7 +68,10 @@ def set_up(
     progress = checkpoint.restore(folder / "checkpoints", stepper)
     progress, config = _with_noise_mode(progress, config, ranks)
     engines = _engines(config, policy, method, schedule, prompts[0].text, ranks, progress.tail_rows)
+    own, light, decode_rows = _decoders(config, policy, engines.explore[0].rows)
     evaluator = _evaluator(config, policy, held_out, (rewards, gold), ranks, engines)
+    if evaluator is not None:
+        evaluator = replace(evaluator, decoder=own, decode_rows=decode_rows)
     write_settings(config, ranks)
     clock = PhaseClock(ranks.device)
     trainer = Trainer(
@@ -79,7 +83,8 @@ def set_up(
                   config.run.seed),
         numerics=CompiledBlocks(policy.blocks()) if config.learn.compile else nullcontext,
         tails=engines.explore,
-        scores=ScoreQueue(policy, rewards, config.reward.rows, clock, config.reward.overlap),
+        decoder=own,
+        scores=ScoreQueue(light, rewards, decode_rows, clock, config.reward.overlap),
         rewards=rewards,
         noise=_loss_noise(config, policy, ranks),
         stepper=stepper,
@@ -143,6 +148,16 @@ def _loss_noise(config: Config, policy: Policy, ranks: Ranks) -> LossNoise:
     shape = Shape(config.learn.rows, config.explore.siblings, policy.latent_shape, config.objective.kl > 0)
     free = free_memory(policy.device) - learning_bytes(config, policy)
     return choose_noise(config.learn.noise, shape, ranks, free)
+
+
+def _decoders(config: Config, policy: Policy, tail_rows: int) -> tuple[ImageDecoder, ImageDecoder, int]:
+    """What decodes for evaluation, what decodes branches for their rewards, and how many latents a call."""
+    path, compiled, most = config.tails.decoder, config.tails.compile_vae, config.reward.rows
+    light = policy.light_decoder(path, compiled) if path else policy
+    if not compiled:
+        return policy, light, most
+    rows = even_rows(tail_rows, most)
+    return FullCalls(policy, rows), FullCalls(light, rows), rows
 
 
 def _stepper(config: Config, policy: Policy) -> Stepper:

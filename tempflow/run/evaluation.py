@@ -11,11 +11,11 @@ from torch import Tensor
 from tempflow.common.draws import EVALUATION, Draw
 from tempflow.common.tensors import chunks
 from tempflow.credit.advantage import known_mean
-from tempflow.credit.scoring import decode_branches
+from tempflow.credit.decoding import decode_branches
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.engine import TailEngine
 from tempflow.parallel.ranks import Ranks
-from tempflow.policy import Policy
+from tempflow.policy import ImageDecoder, Policy
 from tempflow.prompts import Prompt
 from tempflow.rewards.panel import Panel
 
@@ -50,6 +50,8 @@ class Evaluator:
     run_seed: int
     decode_rows: int
     pictures: int
+    decoder: ImageDecoder | None = None
+    """what makes its images, never a light decoder; None is the policy"""
 
     @property
     def pictured(self) -> list[int]:
@@ -103,4 +105,4 @@ class Evaluator:
         for part in chunks(len(latents), self.engine.rows):
             conditioning = self.policy.encode([prompt.text for prompt in prompts[part]])
             self.engine.finish(latents[part], [0] * len(latents[part]), conditioning, self.schedule)
-        return decode_branches(self.policy, latents, self.decode_rows)
+        return decode_branches(self.decoder or self.policy, latents, self.decode_rows)

@@ -13,7 +13,7 @@ from tempflow.learn.noise import LossNoise
 from tempflow.learn.stepper import Stepper
 from tempflow.method import Method
 from tempflow.parallel.ranks import Ranks
-from tempflow.policy import Policy
+from tempflow.policy import ImageDecoder, Policy
 from tempflow.rewards.panel import Panel
 from tempflow.settings.fields import Config
 
@@ -31,7 +31,10 @@ class Trainer:
     """the context of every network call that learning repeats: compiled blocks, or nothing"""
     tails: tuple[TailEngine, ...]
     """V ways from a branch to an image"""
+    decoder: ImageDecoder
+    """the model's own, for evaluation"""
     scores: ScoreQueue
+    """which decodes with it or with a light one"""
     rewards: Panel
     """M scorers"""
     noise: LossNoise

@@ -124,8 +124,10 @@ class TailConfig:
     """Tails take no step from a sigma below this (SD3.5's last one of ten is .0089), but end one step earlier."""
     check: bool = changeable(False)
     """Before the first iteration, tell what these settings change in the rewards of one iteration's branches."""
+    decoder: str | None = None
+    """Folder or hub id of a light decoder (TAESD's class), for rewards only, never evaluation or gold (approximate)."""
     compile_vae: bool = changeable(False)
-    """Compile the image decoder."""
+    """Compile the image decoder, and a light one: exact but for rounding."""
 
 
 @section

@@ -8,7 +8,7 @@ from rollout_cases import TEXTS, explored, finished, forked
 from tempflow_kernels import normal_like
 
 from tempflow.common.draws import Draw
-from tempflow.credit.scoring import decode_branches
+from tempflow.credit.decoding import decode_branches
 from tempflow.explore.rollout import finish_branches, sibling_keys, stochastic_step
 from tempflow.explore.tails.engine import EagerEngine
 from tempflow.explore.tails.solver import TailSolver

@@ -209,7 +209,7 @@ def make_trainer(config: Config, panel: Panel, ranks: Ranks = ALONE) -> tuple[Tr
         feed=Feed(prompts, config.explore.prompts, config.explore.noises, ranks.share(config.explore.prompts),
                   config.run.seed),
         numerics=nullcontext, tails=make_engines(policy, config.tails, 7, noise_schedule, "a").explore,
-        scores=queue, rewards=panel, noise=LossNoise(learn.noise == "stored"),
+        decoder=policy, scores=queue, rewards=panel, noise=LossNoise(learn.noise == "stored"),
         stepper=RecordingStepper(record, parameters, optimizer, average, learn.max_grad_norm),
         ranks=ranks, clock=clock,
     )  # fmt: skip

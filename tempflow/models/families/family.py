@@ -10,12 +10,17 @@ import copy
 from typing import Any, ClassVar
 
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, ModelMixin
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from tempflow.common.errors import BadInput
 from tempflow.settings.fields import ModelConfig, SampleConfig
+
+
+def scaling(vae: ModelMixin) -> tuple[float, float]:
+    """An autoencoder's scale and shift: it decodes `latents / scale + shift`; 1 and 0 where it names none."""
+    return vae.config.get("scaling_factor") or 1.0, vae.config.get("shift_factor") or 0.0
 
 
 class Family:
@@ -129,15 +134,16 @@ class Family:
         """Classifier-free guidance of velocities (R, D...) fp32."""
         return uncond + self.guidance * (cond - uncond)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """(R, D...) fp32 -> images (R, 3, H, W) in -1 .. 1, any precision."""
-        raise NotImplementedError
-
-    def decode_scaled(self, latents: Tensor) -> Tensor:
-        """Images of latents (R, C, h, w) that the autoencoder scales and shifts by two numbers."""
-        vae = self.pipeline.vae
-        scaled = latents / vae.config.scaling_factor + vae.config.shift_factor
+    def decode(self, latents: Tensor, vae: ModelMixin | None = None) -> Tensor:
+        """(R, D...) fp32 -> images (R, 3, H, W) in -1 .. 1, any precision, by `vae` or by the pipeline's own."""
+        vae = vae or self.pipeline.vae
+        scale, shift = scaling(vae)
+        scaled = self.spatial(latents) / scale + shift
         return vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+
+    def spatial(self, latents: Tensor) -> Tensor:
+        """(R, D...) -> latents (R, C, h, w) as autoencoders take them, but for the two numbers of `scaling`."""
+        raise NotImplementedError
 
     def timestep(self, sigma: Tensor) -> Tensor:
         """The scheduler's timestep, (R,) fp32."""

@@ -44,6 +44,5 @@ class Flux(Family):
         }
         return inputs if self.distilled else {**inputs, "guidance": torch.full_like(sigma, self.guidance)}
 
-    def decode(self, latents: Tensor) -> Tensor:
-        scale = self.pipeline.vae_scale_factor
-        return self.decode_scaled(self.pipeline._unpack_latents(latents, self.height, self.width, scale))
+    def spatial(self, latents: Tensor) -> Tensor:
+        return self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)

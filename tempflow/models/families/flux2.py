@@ -52,12 +52,12 @@ class Flux2(Family):
             "guidance": torch.full_like(sigma, self.guidance),
         }
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def spatial(self, latents: Tensor) -> Tensor:
         vae, (rows, columns) = self.pipeline.vae, self.grid
         mean = vae.bn.running_mean.float()
         std = torch.sqrt(vae.bn.running_var.float() + vae.config.batch_norm_eps)
         patches = (latents * std + mean).transpose(1, 2).unflatten(2, (rows, columns))
-        return vae.decode(self.pipeline._unpatchify_latents(patches).to(vae.dtype), return_dict=False)[0]
+        return self.pipeline._unpatchify_latents(patches)
 
 
 class Flux2Klein(Flux2):

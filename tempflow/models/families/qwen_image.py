@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import ModelMixin, QwenImagePipeline
 from diffusers.models.transformers import transformer_qwenimage
 from torch import Tensor
 from torch.nn import functional as F
@@ -66,11 +66,14 @@ class QwenImage(Family):
         guided = super().guide(uncond, cond)
         return guided * (cond.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+    def spatial(self, latents: Tensor) -> Tensor:
+        """(R, C, 1, h, w), for its autoencoder is one of videos."""
         unpacked = self.pipeline._unpack_latents(latents, self.height, self.width, self.pipeline.vae_scale_factor)
         mean, std = (
             torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
+            for values in (self.pipeline.vae.config.latents_mean, self.pipeline.vae.config.latents_std)
         )
-        return vae.decode((unpacked * std + mean).to(vae.dtype), return_dict=False)[0][:, :, 0]
+        return unpacked * std + mean
+
+    def decode(self, latents: Tensor, vae: ModelMixin | None = None) -> Tensor:
+        return super().decode(latents, vae)[:, :, 0]

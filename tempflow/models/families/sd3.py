@@ -53,5 +53,5 @@ class SD3(Family):
             "pooled_projections": text["pooled"],
         }
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.decode_scaled(latents)
+    def spatial(self, latents: Tensor) -> Tensor:
+        return latents

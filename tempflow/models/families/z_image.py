@@ -67,5 +67,5 @@ class ZImage(Family):
     def guide(self, uncond: Tensor, cond: Tensor) -> Tensor:
         return cond + self.guidance * (cond - uncond)
 
-    def decode(self, latents: Tensor) -> Tensor:
-        return self.decode_scaled(latents)
+    def spatial(self, latents: Tensor) -> Tensor:
+        return latents

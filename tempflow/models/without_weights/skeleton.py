@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from tempflow.models.decoding import plan_light
 from tempflow.models.families.family import Family
 from tempflow.models.loading import dtypes
 from tempflow.models.network.network import TrainedNetwork
@@ -35,7 +36,16 @@ class Skeleton:
         """transformer (adapters included), trainable (of these), merged (what a merged copy adds), text, vae"""
         self.trainable_sizes = [parameter.numel() for parameter in network.trainable().values()]
         """elements of each trainable parameter"""
-        self._family = family
+        self._family, self._decoder_precision = family, dtypes(model)["vae"]
+
+    def light(self, path: str | None) -> Part:
+        """The light decoder at `path`, or nothing where there is none.
+
+        Raises:
+            BadInput: it does not fit the model.
+        """
+        parameters = plan_light(path, self._family).parameters() if path else ()
+        return _part(parameters, self._decoder_precision)
 
     def sigmas(self, num_steps: int) -> Tensor:
         """(T+1,) float64, those of the pipeline's scheduler."""
