@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+from torch import Tensor
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
@@ -36,12 +38,19 @@ diffusers.utils.logging.disable_progress_bar()
 
 
 def load_policy(
-    model: ModelConfig, sample: SampleConfig, device: torch.device, keep_reference: bool = True
+    model: ModelConfig,
+    sample: SampleConfig,
+    device: torch.device,
+    keep_reference: bool = True,
+    rows: int = 1,
+    slowest: Callable[[Tensor], Tensor] | None = None,
 ) -> PipelinePolicy:
     """The policy of the pipeline at `model.path`, its transformer ready for training.
 
-    `keep_reference` is False where no KL is asked for; then full training keeps no second copy of the weights.
-
+    Args:
+        keep_reference: False where no KL is asked for; then full training keeps no second copy of the weights.
+        rows: of a network call in learning, at which attention backends are compared.
+        slowest: the largest of each number over all processes, so that all choose the same one.
     Raises:
         BadInput: no pipeline there, a class that is not supported, or a setting it cannot take; nothing that can be
             told from its configuration waits for the weights.
@@ -54,7 +63,7 @@ def load_policy(
     _place_decoder(pipeline.vae, model, device)
     network = _network(family, model, keep_reference)
     policy = PipelinePolicy(family, network, _texts(family, model, folder, device), device)
-    set_attention(policy, model.attention)
+    set_attention(policy, model.attention, rows, slowest)
     return policy
 
 

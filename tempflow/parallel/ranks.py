@@ -45,6 +45,10 @@ class Ranks:
         dist.all_gather(parts, local)
         return torch.cat(parts, dim).cpu()
 
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of each value over all ranks."""
+        return self.gather(values[None], 0).amax(0)
+
     def agree(self, work: Callable[[], Result]) -> Result:
         """What `work` returns; where it fails on any rank, all of them stop instead of waiting for one another.
 

@@ -58,7 +58,8 @@ def set_up(
     method, schedule = show_plan(config, ranks)
     rewards, gold = _accepted(panels or load_panels(config.reward, config.reward.rows, ranks.device), prompts, held_out)
     torch.manual_seed(config.run.seed)  # here: the adapters' first values must not depend on what scorers drew
-    policy = policy or load_policy(config.model, config.sample, ranks.device, keep_reference=config.objective.kl > 0)
+    policy = policy or load_policy(config.model, config.sample, ranks.device, keep_reference=config.objective.kl > 0,
+                                   rows=config.learn.rows, slowest=ranks.largest)  # fmt: skip
     say(f"attention: {policy.attention}")
     stepper, folder = _stepper(config, policy), Path(config.run.dir).expanduser()
     progress = checkpoint.restore(folder / "checkpoints", stepper)
