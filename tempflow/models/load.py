@@ -57,7 +57,7 @@ def load_policy(
     """
     load_skeleton(model, sample)
     folder, index, family_class = _find(model)
-    pipeline = load_pipeline(family_class.pipeline_class, model, index)
+    pipeline = load_pipeline(family_class.pipeline_class, model, index, device)
     family = family_class(pipeline, model, sample, device)
     pipeline.transformer.to(device)
     _place_decoder(pipeline.vae, model, device)
@@ -107,7 +107,7 @@ def _place_decoder(vae: diffusers.ModelMixin, model: ModelConfig, device: torch.
 
 def _texts(family: Family, model: ModelConfig, folder: Path, device: torch.device) -> TextRows:
     """The cache of encoded texts; on disk their names depend on all that decides their values."""
-    parts, precision = family.pipeline.components, dtypes(model)
+    parts, precision = family.pipeline.components, dtypes(model, device)
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder") and part is not None]
     decisive = {
         "files": files_identity(folder, ("text_encoder", "tokenizer")),

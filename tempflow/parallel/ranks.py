@@ -6,6 +6,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import accumulate
 from typing import TypeVar
 
@@ -94,9 +95,11 @@ def _gradient(parameter: Parameter) -> Tensor:
     return parameter.grad
 
 
-def start(device: str) -> Ranks:
+def start(device: str, patience: float = 0.0) -> Ranks:
     """Joins the processes that torchrun started, if it started several.
 
+    Args:
+        patience: seconds that a process may wait for something else, a scorer, while the others wait for it.
     Raises:
         BadInput: a GPU is asked for and there is none.
     """
@@ -108,7 +111,7 @@ def start(device: str) -> Ranks:
     if use_gpu:
         torch.cuda.set_device(place)
     if size > 1:
-        dist.init_process_group("nccl" if use_gpu else "gloo")
+        dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=patience + MARGIN))
     return Ranks(rank, size, place)
 
 
@@ -120,3 +123,6 @@ def stop() -> None:
 
 BUCKET = 256 * 2**20
 """bytes of gradients that ranks average at a time"""
+
+MARGIN = 1800.0
+"""seconds that ranks wait for one another at least (compilation, an evaluation), beyond what they wait for scorers"""

@@ -36,7 +36,7 @@ from tempflow.run.evaluation import Evaluator
 from tempflow.run.folder import check_folder, write_settings
 from tempflow.run.journal import Journal
 from tempflow.run.trainer import Trainer
-from tempflow.settings.checks import check_consistency
+from tempflow.settings.checks import check_consistency, longest_wait
 from tempflow.settings.fields import Config
 
 
@@ -51,7 +51,7 @@ def set_up(
     Raises:
         BadInput: anything in the settings that cannot work; no file has been changed then.
     """
-    ranks = processes.start(config.run.device)
+    ranks = processes.start(config.run.device, longest_wait(config.reward))
     check_trackers(config.run.trackers)
     check_folder(config)
     prompts, held_out = read_prompts(config.prompts.train, "prompts.train"), _held_out(config)
