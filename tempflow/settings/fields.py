@@ -225,7 +225,7 @@ class RewardConfig:
     timeout: Positive = changeable(120.0)
     """Seconds after which a request without an answer is sent again."""
     patience: Positive = changeable(600.0)
-    """Seconds after a request's first failure until the run saves and stops."""
+    """Seconds after a request's first failure until the run saves and stops; other processes wait for it as long."""
     token_file: str | None = changeable(None)
     """File whose first line is the servers' token; null takes the environment variable TEMPFLOW_SCORER_TOKEN."""
 
