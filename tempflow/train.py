@@ -48,6 +48,7 @@ from tempflow.run.assembly import set_up, show_plan
 from tempflow.run.checkpoint import Progress
 from tempflow.run.journal import Journal
 from tempflow.run.trainer import Trainer
+from tempflow.settings.checks import longest_wait
 from tempflow.settings.fields import Config
 from tempflow.settings.help import read_command_line
 from tempflow.studies.tails import check_tails
@@ -140,7 +141,7 @@ def run(config: Config) -> int:
     """A whole run; returns the exit code: 0, 2 where the user has to change something, or 130 for Ctrl-C."""
     try:
         if config.run.plan_only:
-            show_plan(config, processes.start(config.run.device), memory=True)
+            show_plan(config, processes.start(config.run.device, longest_wait(config.reward)), memory=True)
             return 0
         trainer, journal, progress = set_up(config)
         if config.tails.check:

@@ -177,7 +177,7 @@ class Bench:
         key = repr(config.model)
         if key not in self.policies:
             with self.texts():
-                policy = load_policy(config.model, config.sample, self.device, keep_reference=True)
+                policy = load_policy(config.model, config.sample, self.device, True, config.learn.rows)
             if self.on_gpu and config.model.dtype == "fp32":
                 policy.network.dtype = torch.bfloat16  # fp32 weights in a 16-bit autocast, as the released code
                 policy.prepare_decoder = lambda compiled: None  # torch's own memory layout, as the released code

@@ -24,9 +24,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tempflow.common.precision import DTYPES
 from tempflow.forecast.cost import IterationCost
 from tempflow.learn.optimizers import estimated_state_bytes
-from tempflow.models.network.network import DTYPES
 from tempflow.models.without_weights.peaks import DryModel
 from tempflow.models.without_weights.skeleton import Skeleton
 from tempflow.parallel.ranks import BUCKET

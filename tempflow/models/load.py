@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 import transformers
+from torch import Tensor
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
@@ -36,25 +38,32 @@ diffusers.utils.logging.disable_progress_bar()
 
 
 def load_policy(
-    model: ModelConfig, sample: SampleConfig, device: torch.device, keep_reference: bool = True
+    model: ModelConfig,
+    sample: SampleConfig,
+    device: torch.device,
+    keep_reference: bool = True,
+    rows: int = 1,
+    slowest: Callable[[Tensor], Tensor] | None = None,
 ) -> PipelinePolicy:
     """The policy of the pipeline at `model.path`, its transformer ready for training.
 
-    `keep_reference` is False where no KL is asked for; then full training keeps no second copy of the weights.
-
+    Args:
+        keep_reference: False where no KL is asked for; then full training keeps no second copy of the weights.
+        rows: of a network call in learning, at which attention backends are compared.
+        slowest: the largest of each number over all processes, so that all choose the same one.
     Raises:
         BadInput: no pipeline there, a class that is not supported, or a setting it cannot take; nothing that can be
             told from its configuration waits for the weights.
     """
     load_skeleton(model, sample)
     folder, index, family_class = _find(model)
-    pipeline = load_pipeline(family_class.pipeline_class, model, index)
+    pipeline = load_pipeline(family_class.pipeline_class, model, index, device)
     family = family_class(pipeline, model, sample, device)
     pipeline.transformer.to(device)
     _place_decoder(pipeline.vae, model, device)
     network = _network(family, model, keep_reference)
     policy = PipelinePolicy(family, network, _texts(family, model, folder, device), device)
-    set_attention(policy, model.attention)
+    set_attention(policy, model.attention, rows, slowest)
     return policy
 
 
@@ -98,7 +107,7 @@ def _place_decoder(vae: diffusers.ModelMixin, model: ModelConfig, device: torch.
 
 def _texts(family: Family, model: ModelConfig, folder: Path, device: torch.device) -> TextRows:
     """The cache of encoded texts; on disk their names depend on all that decides their values."""
-    parts, precision = family.pipeline.components, dtypes(model)
+    parts, precision = family.pipeline.components, dtypes(model, device)
     encoders = [part for name, part in parts.items() if name.startswith("text_encoder") and part is not None]
     decisive = {
         "files": files_identity(folder, ("text_encoder", "tokenizer")),

@@ -16,17 +16,17 @@ from safetensors import SafetensorError
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
-from tempflow.models.network.network import DTYPES
+from tempflow.common.precision import DTYPES, default_precision
 from tempflow.settings.fields import ModelConfig
 
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 
 
-def dtypes(model: ModelConfig) -> dict[str, torch.dtype]:
-    """Precision by part: transformer, vae, and text for the text encoders."""
+def dtypes(model: ModelConfig, device: torch.device) -> dict[str, torch.dtype]:
+    """Precision by part on a device: transformer, vae, and text for the text encoders."""
     return {
         "transformer": DTYPES[model.dtype],
-        "vae": DTYPES[model.vae_dtype or model.dtype],
+        "vae": DTYPES[model.vae_dtype or default_precision(device, on_cpu=model.dtype)],
         "text": DTYPES[model.text_dtype or model.dtype],
     }
 
@@ -65,14 +65,16 @@ def _source(path: str) -> str:
     return str(folder) if folder.exists() else path
 
 
-def load_pipeline(pipeline_class: type[DiffusionPipeline], model: ModelConfig, index: dict) -> DiffusionPipeline:
-    """The pipeline with its weights, on the CPU, each part in its precision, frozen.
+def load_pipeline(
+    pipeline_class: type[DiffusionPipeline], model: ModelConfig, index: dict, device: torch.device
+) -> DiffusionPipeline:
+    """The pipeline with its weights, on the CPU, each part in its precision for `device`, frozen.
 
     Raises:
         BadInput: a part is missing or does not load.
     """
     absent = {name: None for name, value in index.items() if isinstance(value, list) and value[0] is None}
-    parts = dtypes(model)
+    parts = dtypes(model, device)
     precision = {"transformer": parts["transformer"], "vae": parts["vae"], "default": parts["text"]}
     try:
         pipeline = pipeline_class.from_pretrained(

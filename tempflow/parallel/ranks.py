@@ -6,6 +6,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import accumulate
 from typing import TypeVar
 
@@ -44,6 +45,10 @@ class Ranks:
         parts = [torch.empty_like(local) for _ in range(self.size)]
         dist.all_gather(parts, local)
         return torch.cat(parts, dim).cpu()
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest of each value over all ranks."""
+        return self.gather(values[None], 0).amax(0)
 
     def agree(self, work: Callable[[], Result]) -> Result:
         """What `work` returns; where it fails on any rank, all of them stop instead of waiting for one another.
@@ -90,9 +95,11 @@ def _gradient(parameter: Parameter) -> Tensor:
     return parameter.grad
 
 
-def start(device: str) -> Ranks:
+def start(device: str, patience: float = 0.0) -> Ranks:
     """Joins the processes that torchrun started, if it started several.
 
+    Args:
+        patience: seconds that a process may wait for something else, a scorer, while the others wait for it.
     Raises:
         BadInput: a GPU is asked for and there is none.
     """
@@ -104,7 +111,7 @@ def start(device: str) -> Ranks:
     if use_gpu:
         torch.cuda.set_device(place)
     if size > 1:
-        dist.init_process_group("nccl" if use_gpu else "gloo")
+        dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=patience + MARGIN))
     return Ranks(rank, size, place)
 
 
@@ -116,3 +123,6 @@ def stop() -> None:
 
 BUCKET = 256 * 2**20
 """bytes of gradients that ranks average at a time"""
+
+MARGIN = 1800.0
+"""seconds that ranks wait for one another at least (compilation, an evaluation), beyond what they wait for scorers"""

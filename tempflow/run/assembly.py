@@ -40,7 +40,7 @@ from tempflow.run.folder import check_folder, write_settings
 from tempflow.run.journal import Journal
 from tempflow.run.noise_mode import settle_mode
 from tempflow.run.trainer import Trainer
-from tempflow.settings.checks import check_consistency
+from tempflow.settings.checks import check_consistency, longest_wait
 from tempflow.settings.fields import Config
 
 
@@ -55,14 +55,15 @@ def set_up(
     Raises:
         BadInput: anything in the settings that cannot work; no file has been changed then.
     """
-    ranks = processes.start(config.run.device)
+    ranks = processes.start(config.run.device, longest_wait(config.reward))
     check_trackers(config.run.trackers)
     check_folder(config)
     prompts, held_out = read_prompts(config.prompts.train, "prompts.train"), _held_out(config)
     method, schedule = show_plan(config, ranks)
     rewards, gold = _accepted(panels or load_panels(config.reward, config.reward.rows, ranks.device), prompts, held_out)
     torch.manual_seed(config.run.seed)  # here: the adapters' first values must not depend on what scorers drew
-    policy = policy or load_policy(config.model, config.sample, ranks.device, keep_reference=config.objective.kl > 0)
+    policy = policy or load_policy(config.model, config.sample, ranks.device, keep_reference=config.objective.kl > 0,
+                                   rows=config.learn.rows, slowest=ranks.largest)  # fmt: skip
     say(f"attention: {policy.attention}")
     stepper, folder = _stepper(config, policy), Path(config.run.dir).expanduser()
     progress = checkpoint.restore(folder / "checkpoints", stepper)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tempflow.common.errors import BadInput
-from tempflow.settings.fields import Config
+from tempflow.settings.fields import Config, RewardConfig
 
 
 def group_size(config: Config) -> int:
@@ -11,6 +11,11 @@ def group_size(config: Config) -> int:
     explore = config.explore
     trunks = {"seed": 1, "prompt": explore.noises, "batch": explore.noises * explore.prompts}[config.credit.group]
     return explore.siblings * trunks
+
+
+def longest_wait(reward: RewardConfig) -> float:
+    """Seconds until a process gives its scorer servers up: a first attempt, then the patience."""
+    return reward.timeout + reward.patience
 
 
 def check_consistency(config: Config, ranks: int) -> None:

@@ -40,7 +40,7 @@ class ModelConfig:
     text_dtype: Precision | None = None
     """Precision of the text encoders; null takes model.dtype."""
     vae_dtype: Precision | None = None
-    """Precision of the image decoder; null takes model.dtype. Where it overflows in fp16 (black images), take bf16."""
+    """Precision of the image decoder; null takes bf16 on a GPU and model.dtype on a CPU. fp16 may give black images."""
     text_tokens: Count = 256
     """Length of the text sequence (`max_sequence_length` of the diffusers pipeline); longer texts are cut there."""
     text_cache: str | None = None
@@ -229,7 +229,7 @@ class RewardConfig:
     timeout: Positive = changeable(120.0)
     """Seconds after which a request without an answer is sent again."""
     patience: Positive = changeable(600.0)
-    """Seconds after a request's first failure until the run saves and stops."""
+    """Seconds after a request's first failure until the run saves and stops; other processes wait for it as long."""
     token_file: str | None = changeable(None)
     """File whose first line is the servers' token; null takes the environment variable TEMPFLOW_SCORER_TOKEN."""
 

@@ -1,4 +1,4 @@
-"""Precision, memory, attention backends, and wrong settings of models."""
+"""Precision, memory, and wrong settings of models."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from tiny_pipelines import BUILDERS, SIZE, TEXTS, model_config, sample_config
 
 from tempflow.common.errors import BadInput
 from tempflow.learn.stepper import LossScale
-from tempflow.models import attention
 from tempflow.models.load import load_policy, load_skeleton
 
 
@@ -121,29 +120,6 @@ def test_slices_and_tiles_decode(load_tiny):
     assert (plain.decode(latents).int() - sliced.decode(latents).int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"), [("flux", "_native_math"), ("z_image", "_native_math"), ("qwen_image", "native")]
-)
-def test_attention_backends_agree(load_tiny, name, backend):
-    native, other = load_tiny(name, 2.0), load_tiny(name, 2.0, attention=backend)
-    assert native.attention == "native" and other.attention == backend
-    left, right = native.velocity(*arguments(native)), other.velocity(*arguments(other))
-    assert (left - right).abs().max() < 1e-5
-    processors = {m.processor._attention_backend for m in other.network.module.modules() if hasattr(m, "processor")}
-    assert {processor.value for processor in processors} == {backend}
-
-
-def test_the_fastest_usable_backend_is_found(load_tiny):
-    """What runs on a GPU with attention=auto; here cuDNN and flash-attn are not usable."""
-    policy = load_tiny("flux")
-    told = attention._measured(policy)
-    best, times = told.split(" ", 1)
-    assert "native " in times and "_native_flash " in times and "cudnn" not in times and ", flash " not in times
-    processors = {m.processor._attention_backend for m in policy.network.module.modules() if hasattr(m, "processor")}
-    assert {processor.value for processor in processors} == {best}
-    assert all(parameter.grad is None for parameter in policy.trainable().values())
-
-
 def test_a_pipeline_without_its_third_text_encoder_loads(tmp_path, cpu):
     pipeline = tiny_pipelines.sd3()
     pipeline.register_modules(text_encoder_3=None, tokenizer_3=None)
@@ -157,7 +133,7 @@ def test_a_pipeline_without_its_third_text_encoder_loads(tmp_path, cpu):
     [
         ("flux", {"attention": "flash"}, {}, "model.attention=flash: not installed.*flash-attn"),
         ("flux", {"attention": "quick"}, {}, "model.attention=quick: no such backend.*native"),
-        ("sd3", {"attention": "_native_math"}, {}, "model.attention=_native_math: .*only native"),
+        ("sd3", {"attention": "_native_cudnn"}, {}, "model.attention=_native_cudnn: not usable here"),
         ("z_image", {"attention": "_native_flash"}, {}, "model.attention=_native_flash: not usable.*mask"),
         ("flux", {}, {"height": 18}, "sample.height=18: .*multiples of 4"),
         ("qwen_image", {}, {"width": 6}, "sample.width=6: .*multiples of 4"),

@@ -81,7 +81,7 @@ def test_presets_of_the_paper(name):
     found = (sample.height, sample.guidance, sample.noise_level, objective.kl, config.model.dtype, config.eval.steps,
              config.reward.name, credit.idle)  # fmt: skip
     assert found == particular[name] and sample.width == sample.height and config.run.seed == 42
-    assert config.model.vae_dtype != "fp16", "the decoder overflows"
+    assert config.model.vae_dtype == "bf16", "fp16 overflows, fp32 takes twice the time"
 
 
 def test_runs_for_one_gpu_name_its_memory_and_cover_every_model():
@@ -89,6 +89,15 @@ def test_runs_for_one_gpu_name_its_memory_and_cover_every_model():
     for name in SINGLE:
         memory = int(re.search(r"_(\d+)gb$", name)[1])
         assert f"{memory} GB" in presets()[name].read_text()
+
+
+def test_without_guidance_rows_are_halved_and_nothing_else_differs():
+    """Twice the rows of ours in a call, so as many network rows as with guidance."""
+    plain, free = load(["sd35_medium_24gb"]), load(["sd35_medium_no_guidance_24gb"])
+    assert (plain.sample.guidance, free.sample.guidance) == (4.5, 1.0)
+    assert (free.learn.rows, free.tails.rows) == (2 * plain.learn.rows, 2 * plain.tails.rows)
+    same = ("model", "explore", "credit", "objective", "prompts", "reward", "eval")
+    assert all(getattr(plain, section) == getattr(free, section) for section in same)
 
 
 def test_runs_and_tasks_write_to_different_folders():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import StableDiffusion3Pipeline
 from torch import Tensor
 
 from tempflow.models.families.family import Family
+from tempflow.models.families.sd3_attention import make_switchable
+from tempflow.settings.fields import ModelConfig, SampleConfig
 
 
 class SD3(Family):
@@ -17,6 +20,12 @@ class SD3(Family):
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
     )  # fmt: skip
     """As the released TempFlow-GRPO code: attention projections of both streams."""
+
+    def __init__(
+        self, pipeline: StableDiffusion3Pipeline, model: ModelConfig, sample: SampleConfig, device: torch.device
+    ):
+        super().__init__(pipeline, model, sample, device)
+        make_switchable(pipeline.transformer)
 
     @property
     def pixel_multiple(self) -> int:

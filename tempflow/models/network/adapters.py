@@ -38,6 +38,10 @@ def add_adapters(module: nn.Module, config: ModelConfig, default_targets: Sequen
     for parameter in module.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for layer in adapted_layers(module).values():
+        # Else peft widens every input to the adapter's fp32, and autocast rounds it back to the very same numbers: a
+        # copy for each projection to keep until the backward pass.
+        layer.cast_input_dtype_enabled = False
 
 
 def layer_names(module: nn.Module, targets: list[str], all_needed: bool) -> list[str]:

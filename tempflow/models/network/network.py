@@ -13,12 +13,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from tempflow.common.errors import BadInput
+from tempflow.common.precision import DTYPES
 from tempflow.models.network.adapters import adapted_layers, add_adapters, load_adapters, save_adapters
 from tempflow.models.network.float8 import why_not
 from tempflow.models.network.merged import MergedNetwork
 from tempflow.settings.fields import ModelConfig
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TrainedNetwork:

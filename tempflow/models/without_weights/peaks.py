@@ -16,7 +16,7 @@ class DryModel:
     """Peaks of memory by the number of rows. The skeleton's network has the adapters of the real one."""
 
     def __init__(self, skeleton: Skeleton, model: ModelConfig):
-        self.skeleton, self.family, self.dtypes = skeleton, skeleton._family, dtypes(model)
+        self.skeleton, self.family, self.dtypes = skeleton, skeleton._family, dtypes(model, META)
         self.module, self.vae = self.family.pipeline.transformer, self.family.pipeline.vae
         give_precision(self.module, self.dtypes["transformer"])
         give_precision(self.vae, self.dtypes["vae"])

@@ -12,6 +12,7 @@ from tempflow.models.decoding import plan_light
 from tempflow.models.families.family import Family
 from tempflow.models.loading import dtypes
 from tempflow.models.network.network import TrainedNetwork
+from tempflow.models.without_weights.rehearsal import META
 from tempflow.settings.fields import ModelConfig
 
 
@@ -24,7 +25,7 @@ class Part:
 
 
 class Skeleton:
-    """A model without weights. Equal in every figure to the policy that `load_policy` would give."""
+    """A model without weights. Equal in every figure to the policy that `load_policy` would give on a GPU."""
 
     def __init__(self, family: Family, network: TrainedNetwork, model: ModelConfig):
         self.latent_shape, self.image_shape = family.latent_shape, family.image_shape
@@ -53,7 +54,7 @@ class Skeleton:
 
 
 def _parts(family: Family, network: TrainedNetwork, model: ModelConfig) -> dict[str, Part]:
-    precision, components = dtypes(model), family.pipeline.components
+    precision, components = dtypes(model, META), family.pipeline.components
     trainable = list(network.trainable().values())
     frozen = [p for p in network.module.parameters() if not p.requires_grad]
     held, learnt = _part(frozen, precision["transformer"]), _part(trainable, torch.float32)

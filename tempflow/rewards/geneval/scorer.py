@@ -150,7 +150,8 @@ class GenEval:
     rows: int = 8
     """images in one call of the detector"""
     dtype: str = "fp32"
-    """fp32, bf16 or fp16 of CLIP; the detector is fp32"""
+    """fp32, bf16 or fp16 of CLIP; the detector is fp32. On a GPU too: what they say is counted and compared (a box kept
+    or not, the nearest of ten colours), so rounding does not move a score a little but flips an answer"""
     device: Any = "cpu"
 
     def __post_init__(self) -> None:

@@ -55,7 +55,7 @@ def unit(vectors: Tensor) -> Tensor:
 
 
 def load_clip(
-    scorer: str, name: str, path: str | Path, dtype: str, device: Any, processor: str | Path | None = None
+    scorer: str, name: str, path: str | Path, dtype: str | None, device: Any, processor: str | Path | None = None
 ) -> ClipEncoder:
     """A CLIP of transformers from a folder or hub id.
 
@@ -63,6 +63,6 @@ def load_clip(
         name: the option that gave `path`, for messages.
         processor: where the tokenizer is, if not with the model.
     """
-    model = pretrained(CLIPModel, scorer, name, path, dtype_of(scorer, dtype), device)
+    model = pretrained(CLIPModel, scorer, name, path, dtype_of(scorer, dtype, device), device)
     place, words = ("processor", processor) if processor else (name, path), model.config.text_config.vocab_size
     return ClipEncoder(model, tokenizer_of(CLIPTokenizer, scorer, *place, words))

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from tempflow.common.errors import BadInput
+from tempflow.common.precision import DTYPES, default_precision
 
 Loaded = TypeVar("Loaded")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def option(scorer: str, name: str) -> str:
@@ -40,8 +40,13 @@ def require(scorer: str, package: str) -> ModuleType:
         raise BadInput("reward", scorer, hint) from error
 
 
-def dtype_of(scorer: str, value: str) -> torch.dtype:
-    """The torch dtype called fp32, bf16 or fp16."""
+def dtype_of(scorer: str, value: str | None, device: Any) -> torch.dtype:
+    """The torch dtype called fp32, bf16 or fp16; None takes what is usual on the device.
+
+    Only networks whose score moves smoothly with their output ask for it so. TF32, the other way to fast products on a
+    GPU, is a switch for the whole process: it would also round the fp32 products of the sampler that works beside.
+    """
+    value = value or default_precision(device)
     if value not in DTYPES:
         raise BadInput(option(scorer, "dtype"), value, f"choose one of {', '.join(DTYPES)}")
     return DTYPES[value]

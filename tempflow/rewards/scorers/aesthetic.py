@@ -46,14 +46,14 @@ class Aesthetic:
         self,
         path: str | Path = "trl-lib/ddpo-aesthetic-predictor/aesthetic-model.pth",
         clip: str | Path = "openai/clip-vit-large-patch14",
-        dtype: str = "fp32",
+        dtype: str | None = None,
         device: Any = "cpu",
     ) -> None:
         """
         Args:
             path: file of the linear layers, local or owner/repository/file of the hub.
             clip: folder or hub id of CLIP ViT-L/14.
-            dtype: fp32, bf16 or fp16 of CLIP; the linear layers are fp32.
+            dtype: fp32, bf16 or fp16 of CLIP; None takes bf16 on a GPU, fp32 on a CPU. The linear layers are fp32.
         """
         tensors = read_tensors("aesthetic", "path", path)
         width = needed("aesthetic", "path", path, tensors, "layers.0.weight").shape[1]

@@ -35,14 +35,14 @@ class ClipScore:
         self,
         path: str | Path = "openai/clip-vit-large-patch14",
         resize: str = "official",
-        dtype: str = "fp32",
+        dtype: str | None = None,
         device: Any = "cpu",
     ) -> None:
         """
         Args:
             path: folder or hub id of a CLIP of transformers with its tokenizer.
             resize: official or flow_grpo.
-            dtype: fp32, bf16 or fp16.
+            dtype: fp32, bf16 or fp16; None takes bf16 on a GPU, fp32 on a CPU.
         """
         pixels = one_of("clipscore", "resize", resize, RESIZES)
         self.clip = load_clip("clipscore", "path", path, dtype, device)

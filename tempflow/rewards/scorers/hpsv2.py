@@ -108,14 +108,14 @@ class HpsV2:
         self,
         path: str | Path = "xswu/HPSv2/HPS_v2.1_compressed.pt",
         processor: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        dtype: str = "fp32",
+        dtype: str | None = None,
         device: Any = "cpu",
     ) -> None:
         """
         Args:
             path: file of the checkpoint, local or owner/repository/file of the hub.
             processor: folder or hub id of CLIP's tokenizer.
-            dtype: fp32, bf16 or fp16.
+            dtype: fp32, bf16 or fp16; None takes bf16 on a GPU, fp32 on a CPU.
         """
         tensors = read_tensors("hpsv2", "path", path)
         for key in ("visual.conv1.weight", "transformer.resblocks.0.mlp.c_fc.weight", "text_projection"):
@@ -124,7 +124,7 @@ class HpsV2:
         tokenizer = tokenizer_of(CLIPTokenizer, "hpsv2", "processor", processor, words)
         model = CLIPModel(config_of(tensors, tokenizer.eos_token_id))
         install(model, from_open_clip(tensors), option("hpsv2", "path"), path)
-        self.clip = ClipEncoder(frozen(model, dtype_of("hpsv2", dtype), device), tokenizer, letterbox_pixels)
+        self.clip = ClipEncoder(frozen(model, dtype_of("hpsv2", dtype, device), device), tokenizer, letterbox_pixels)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         """uint8 (B, 3, H, W) and B prompts -> fp32 (B,)."""

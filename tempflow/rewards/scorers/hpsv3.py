@@ -99,8 +99,9 @@ class HpsV3:
         config = find("hpsv3", "base", base, Qwen2VLConfig.from_pretrained)
         if self.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) != config.image_token_id:
             raise BadInput(option("hpsv3", "base"), base, f"no Qwen2-VL: its tokenizer lacks {IMAGE_TOKEN}")
-        self.judge, self.device = load_judge(path, config, len(self.tokenizer), dtype_of("hpsv3", dtype)), device
-        frozen(self.judge.backbone, dtype_of("hpsv3", dtype), device)  # rounds rotary frequencies, too, as officially
+        precision = dtype_of("hpsv3", dtype, device)
+        self.judge, self.device = load_judge(path, config, len(self.tokenizer), precision), device
+        frozen(self.judge.backbone, precision, device)  # rounds rotary frequencies, too, as officially
         frozen(self.judge.head, torch.float32, device)
         self.reward_token = self.tokenizer.convert_tokens_to_ids(REWARD_TOKEN)
 

@@ -101,14 +101,14 @@ class ImageReward:
         self,
         path: str | Path = "THUDM/ImageReward/ImageReward.pt",
         tokenizer: str | Path = "google-bert/bert-base-uncased",
-        dtype: str = "fp32",
+        dtype: str | None = None,
         device: Any = "cpu",
     ) -> None:
         """
         Args:
             path: file of the checkpoint, local or owner/repository/file of the hub.
             tokenizer: folder or hub id of BERT's tokenizer.
-            dtype: fp32, bf16 or fp16 of BLIP; the linear layers are fp32.
+            dtype: fp32, bf16 or fp16 of BLIP; None takes bf16 on a GPU, fp32 on a CPU. The linear layers are fp32.
         """
         tensors = read_tensors("imagereward", "path", path)
         for key in ("visual_encoder.patch_embed.proj.weight", "text_encoder.embeddings.word_embeddings.weight"):
@@ -119,8 +119,8 @@ class ImageReward:
         used = {key: tensor for key, tensor in tensors.items() if not key.startswith(UNUSED)}
         install(reader, renamed(used, RULES), option("imagereward", "path"), path)
         self.reader, self.device = reader, device
-        frozen(reader.vision, dtype_of("imagereward", dtype), device)
-        frozen(reader.text, dtype_of("imagereward", dtype), device)
+        frozen(reader.vision, dtype_of("imagereward", dtype, device), device)
+        frozen(reader.text, dtype_of("imagereward", dtype, device), device)
         frozen(reader.head, torch.float32, device)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:

@@ -26,14 +26,14 @@ class PickScore:
         self,
         path: str | Path = "yuvalkirstain/PickScore_v1",
         processor: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        dtype: str = "fp32",
+        dtype: str | None = None,
         device: Any = "cpu",
     ) -> None:
         """
         Args:
             path: folder or hub id of the model.
             processor: folder or hub id of its tokenizer.
-            dtype: fp32, bf16 or fp16.
+            dtype: fp32, bf16 or fp16; None takes bf16 on a GPU, fp32 on a CPU.
         """
         self.clip = load_clip("pickscore", "path", path, dtype, device, processor)
 
