@@ -81,12 +81,12 @@ def environment(device):
 
 
 def _commit():
-    """Short hash of the working tree, `unknown` where there is no git or no repository."""
+    """Short hash of the working tree, with `-dirty` where files differ from it, `unknown` where there is no git or no repository."""
     if shutil.which("git") is None:
         return "unknown"
     root = Path(__file__).resolve().parents[2]
-    run = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+    command = ["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def cpu_name():
