@@ -72,6 +72,7 @@ def environment(device):
         "threads": None if is_cuda else torch.get_num_threads(),
         "backend": backends["cuda" if is_cuda else "cpu"],
         "native": backends["native"].split(",")[0],
+        "driver": _driver() if is_cuda else None,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
@@ -81,12 +82,20 @@ def environment(device):
 
 
 def _commit():
-    """Short hash of the working tree, with `-dirty` where files differ from it, `unknown` where there is no git or no repository."""
+    """Short hash of the working tree, `-dirty` where files differ from it; `unknown` without git or a repository."""
     if shutil.which("git") is None:
         return "unknown"
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "unknown"
+
+
+def _driver():
+    """Version of the GPU's driver, as its own tool tells."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0].strip() or "unknown"
 
 
 def cpu_name():

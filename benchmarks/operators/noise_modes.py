@@ -7,6 +7,6 @@ MODES = ("fast", "exact") if KNOWN else ("exact",)
 
 
 def use_noise(mode):
-    """From now on kernels draw in that mode; None leaves it as it is, and so do kernels that know one mode only."""
-    if KNOWN and mode is not None:
-        tk.use_noise(mode)
+    """From now on kernels draw in that mode, if they know several; by default (None, auto) in the first of them."""
+    if KNOWN:
+        tk.use_noise(mode if mode in MODES else MODES[0])

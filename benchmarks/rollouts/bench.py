@@ -250,7 +250,7 @@ def _reset(case: Case) -> None:
     """Parameters and optimizer as at the start."""
     gc.collect()
     free_cached_blocks(case.trainer.policy.device)  # those of other variants' streams: cudaMalloc would wait for them
-    use_noise(getattr(case.trainer.config.run, "noise", None))
+    use_noise(getattr(case.trainer.config.run, "noise", None))  # another variant may have changed it
     for name, parameter in case.trainer.policy.trainable().items():
         parameter.copy_(case.start[name])
         parameter.grad = None
