@@ -31,7 +31,7 @@ def measure_attention(options: Options) -> None:
                 call()  # one that cannot serve says so here, not within a capture
                 seconds = 1e-3 * (graph_time(options.device, call) or timer(options.device)(call)[0])
         except RuntimeError as error:
-            options.write(backend=name, milliseconds=None, problem=" ".join(str(error).split())[:200])
+            options.write(attention=name, milliseconds=None, problem=" ".join(str(error).split())[:200])
             continue
-        options.write(backend=name, milliseconds=1e3 * seconds, tflops=flop / seconds / 1e12, problem="")
+        options.write(attention=name, milliseconds=1e3 * seconds, tflops=flop / seconds / 1e12, problem="")
         print(f"{name}: {1e3 * seconds:.3f} ms", flush=True)

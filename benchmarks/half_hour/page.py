@@ -151,6 +151,7 @@ def _line(axis: Any, height: float, cells: tuple[str, ...], bold: bool, result: 
     for place, cell, width in zip(
         (0.02 if bold else 0.035, 0.50, 0.76, 0.84), cells[:4], (72, 44, 12, 15), strict=True
     ):
+        cell = cell.replace("`", "")
         short = cell if len(cell) <= width else cell[: width - 1] + "…"
         axis.text(place, height, short, fontsize=8.5, va="center", weight=weight)
     axis.text(0.93, height, cells[4], fontsize=8.5, va="center", weight="bold", color=COLOURS[result])

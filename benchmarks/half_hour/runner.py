@@ -2,7 +2,7 @@
 
 A folder holds, for each part, NAME.jsonl (its rows, as it wrote them) and NAME.log (what it printed); `parts.jsonl`
 says how each process ended. A later call with the same folder, commit and device goes on: parts whose ending is final
-are left alone; those that ran out of the whole's time, or ended unfinished, are run again and keep their rows.
+are left alone; those that ran out of the whole's time, or ended unfinished, are run again; some go on from their rows.
 """
 
 from __future__ import annotations
@@ -73,12 +73,13 @@ def run_parts(session: Session, parts: Iterable[Part], again: Iterable[str] = ()
     session.folder.mkdir(parents=True, exist_ok=True)
     known = endings(session)
     for part in parts:
-        if part.name in again or part.name not in known:
-            for kind in ("jsonl", "log"):  # rows of another commit, or that are to be replaced
-                (session.folder / f"{part.name}.{kind}").unlink(missing_ok=True)
-        elif known[part.name]["ending"] in FINAL:
+        anew = part.name in again or part.name not in known
+        if not anew and known[part.name]["ending"] in FINAL:
             print(f"== {part.name}: {known[part.name]['ending']} in an earlier call", flush=True)
             continue
+        if anew or not part.resumes:
+            for kind in ("jsonl", "log"):  # rows of another commit, or that will be there twice
+                (session.folder / f"{part.name}.{kind}").unlink(missing_ok=True)
         _record(session, part, run_part(session, part))
 
 

@@ -206,8 +206,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def run(asked: argparse.Namespace) -> Comparison:
-    """The comparison, its report printed."""
+def run(asked: argparse.Namespace, file: Path | None = None) -> Comparison:
+    """The comparison, its rows in `file` or in the folder asked for, its report printed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = asked.architecture or ("sd35-medium-512" if device.type == "cuda" else "digits")
     slug = torch.cuda.get_device_name().lower().replace(" ", "-") if device.type == "cuda" else "cpu"
@@ -216,7 +216,7 @@ def run(asked: argparse.Namespace) -> Comparison:
         torch.set_float32_matmul_precision("high")  # TF32, as the released recipe; ours too
     overrides = (SMOKE if asked.smoke else {}) | dict(asked.set)
     identity = environment(device) | {"architecture": name, "overrides": json.dumps(overrides, sort_keys=True)}
-    results = Results(folder / f"rollouts_{name}.jsonl", identity, asked.again)
+    results = Results(file or folder / f"rollouts_{name}.jsonl", identity, asked.again)
     with tempfile.TemporaryDirectory(prefix="rollouts-") as workshop:
         comparison = Comparison(Bench(name, device, Path(workshop), overrides), results, asked.minutes)
         comparison.compare(asked.variants, 1 if asked.smoke else asked.rounds)
