@@ -66,7 +66,7 @@ def numerics(options: Options) -> None:
 
 
 def _same_words(case: Case, mode: str) -> str:
-    """Every normal is the one that float64 makes of the words that plain torch draws on the host."""
+    """Every normal is the one that float64 makes of the words that plain torch draws."""
     use_noise(mode)
     found = triton_ops.normal(case.key, case.siblings, case.elements).double()
     error = (found - oracle_noise(case).flatten(2)).abs()

@@ -69,10 +69,10 @@ def endings(session: Session) -> dict[str, dict[str, Any]]:
 
 
 def run_parts(session: Session, parts: Iterable[Part], again: Iterable[str] = ()) -> None:
-    """Runs what has no final ending yet, and the parts named in `again` in any case."""
+    """Runs what has no final ending yet, unfinished parts last, and the parts named in `again` in any case."""
     session.folder.mkdir(parents=True, exist_ok=True)
     known = endings(session)
-    for part in parts:
+    for part in sorted(parts, key=lambda part: known.get(part.name, {}).get("ending") == UNFINISHED):
         anew = part.name in again or part.name not in known
         if not anew and known[part.name]["ending"] in FINAL:
             print(f"== {part.name}: {known[part.name]['ending']} in an earlier call", flush=True)
