@@ -43,6 +43,8 @@ class Session:
     tiny: bool
     deadline: float
     """on the monotonic clock"""
+    patience: float = 1.0
+    """factor on the limits of parts, which are a GPU machine's"""
 
     def left(self) -> float:
         return self.deadline - CLOSING - time.monotonic()
@@ -95,7 +97,8 @@ def run_part(session: Session, part: Part) -> dict[str, Any]:
     left = session.left()
     if left < LEAST:
         return {"ending": OUT_OF_TIME, "seconds": 0.0, "status": None, "last": "not started"}
-    limit, started, file = min(part.limit, left), time.monotonic(), session.folder / f"{part.name}.log"
+    own, started, file = part.limit * session.patience, time.monotonic(), session.folder / f"{part.name}.log"
+    limit = min(own, left)
     print(f"== {part.name}: {part.told} (at most {limit:.0f} s)", flush=True)
     with file.open("a", encoding="utf-8") as log:
         process = subprocess.Popen(_command(session, part, limit), stdout=log, stderr=subprocess.STDOUT,
@@ -104,7 +107,7 @@ def run_part(session: Session, part: Part) -> dict[str, Any]:
             status = process.wait(timeout=limit)
             ending = EXITS.get(status, CRASHED if status < 0 else FAILED)
         except subprocess.TimeoutExpired:
-            status, ending = None, HUNG if limit == part.limit else OUT_OF_TIME
+            status, ending = None, HUNG if limit == own else OUT_OF_TIME
         finally:
             _end(process)
     words = " ".join(file.read_text(encoding="utf-8", errors="replace").split("\n")[-4:]).strip()
