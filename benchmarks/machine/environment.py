@@ -15,6 +15,8 @@ import tempflow_kernels as tk
 import torch
 
 PROCESS = Path("/proc/self")
+RESULTS = ":!benchmarks/results"
+"""to git: leave these out; a benchmark that writes its results changes no source"""
 
 
 def synchronised(call, device):
@@ -72,6 +74,7 @@ def environment(device):
         "threads": None if is_cuda else torch.get_num_threads(),
         "backend": backends["cuda" if is_cuda else "cpu"],
         "native": backends["native"].split(",")[0],
+        "driver": _driver() if is_cuda else None,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
@@ -81,12 +84,23 @@ def environment(device):
 
 
 def _commit():
-    """Short hash of the working tree, `unknown` where there is no git or no repository."""
+    """Short hash of the working tree, `-dirty` where files differ from it; `unknown` without git or a repository."""
     if shutil.which("git") is None:
         return "unknown"
     root = Path(__file__).resolve().parents[2]
-    run = subprocess.run(["git", "-C", root, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    return run.stdout.strip() or "unknown"
+    commit, changed = (
+        subprocess.run(["git", "-C", root, *command], capture_output=True, text=True).stdout.strip()
+        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno", "--", ".", RESULTS])
+    )
+    return f"{commit}-dirty" if changed else commit or "unknown"
+
+
+def _driver():
+    """Version of the GPU's driver, as its own tool tells."""
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.split("\n")[0].strip() or "unknown"
 
 
 def cpu_name():

@@ -5,7 +5,7 @@ On a machine that others use, time one thread by its own clock: OMP_NUM_THREADS=
 --benchmark-timer=time.process_time.
 
 Then `python benchmarks/operators/report.py out.json benchmarks/results/NAME` writes a JSON row per figure, a table and
-a plot. On a GPU `benchmarks/operators/gpu_check.py` measures the same callables with finer timers.
+a plot. On a GPU `benchmarks/first_half_hour.py` measures the same callables with finer timers.
 """
 
 import os

@@ -24,6 +24,8 @@ from operators.eager import (
     eager_log_prob,
     eager_log_ratio,
     eager_loss,
+    eager_ode_step,
+    eager_shared_loss,
     eager_step,
     per_branch,
 )
@@ -43,6 +45,7 @@ OPERATORS = {
     "normal": ("forward",),
     "step": ("forward",),
     "guided_step": ("forward",),
+    "ode_step": ("forward",),
     "log_prob": ALL,
     "log_ratio": ALL,
     "loss": ALL,
@@ -95,6 +98,7 @@ class Inputs:
         self.velocity = torch.randn(size, **options).to(setting.dtype).requires_grad_()
         self.velocity_old = (self.velocity.detach().float() + 1e-3 * torch.randn(size, **options)).to(setting.dtype)
         self.coef = torch.tensor([[0.9, -0.1, 0.3]], **options).repeat(setting.rows, 1)
+        self.ode_coef = torch.tensor([[1.0, -0.1, 0.0]], **options).repeat(setting.rows, 1)
         self.key = torch.stack([torch.arange(setting.rows, **options)] * 2, dim=1)
         self.advantages = torch.randn(setting.rows, setting.siblings, **options)
         self.terms = tk.gaussian_terms(self.coef)
@@ -138,6 +142,7 @@ def fused(i):
         "normal": (lambda: tk.normal_like(i.latents, i.key, k), None),
         "step": (lambda: tk.transition_step(*step), None),
         "guided_step": (lambda: tk.transition_step(*step, i.latents, GUIDANCE), None),
+        "ode_step": (lambda: tk.transition_step(i.latents, i.velocity_old, i.ode_coef, i.key, k), None),
         "log_prob": (lambda v: tk.transition_log_prob(i.next_latents, i.latents, v, i.coef), i.velocity),
         "log_ratio": (lambda v: tk.log_ratio(v, i.velocity_old, i.coef, i.key, k), i.velocity),
         "loss": (
@@ -169,6 +174,7 @@ def eager(i, transform=lambda function: function):
         "normal": (lambda: torch.randn(i.next_latents.shape, device=latents.device), None),
         "step": (lambda: step(latents, old, *coef), None),
         "guided_step": (lambda: guided_step(latents, old, latents, *coef), None),
+        "ode_step": (lambda: eager_ode_step(latents, old, *coef[:2]), None),
         "log_prob": (lambda v: log_prob(v, latents, value, *coef), leaf),
         "log_ratio": (lambda v: log_ratio(v, latents, value, i.old_log_prob, *coef), leaf),
         "loss": (lambda v: loss(v, latents, value, i.old_log_prob, advantages, *coef), leaf),
@@ -186,7 +192,16 @@ def compiled(i):
     return {operator: functions[operator] for operator in COMPILED}
 
 
-PROVIDERS = {"fused": fused, "eager": eager, "compiled": compiled}
+def stored(i):
+    """torch.compile of a loss that shares the row among its siblings, as ours does, but reads stored fp32 noise."""
+    torch._dynamo.reset()
+    loss = torch.compile(eager_shared_loss, dynamic=False)
+    noise = torch.randn(i.next_latents.shape, device=i.latents.device)
+    v_coef, std = (i.coef[:, column].view(-1, 1, *[1] * (i.latents.dim() - 1)) for column in (1, 2))
+    return {"loss": (lambda v: loss(v, i.velocity_old, noise, i.advantages, v_coef, std), i.velocity)}
+
+
+PROVIDERS = {"stored": stored, "fused": fused, "eager": eager, "compiled": compiled}
 
 
 def callables(inputs, provider):
@@ -224,6 +239,7 @@ def kernels_alone(i):
     return {
         ("normal", "forward"): lambda: tk.normal_like(i.latents, i.key, k),
         ("step", "forward"): lambda: tk.transition_step(i.latents, v, i.coef, i.key, k),
+        ("ode_step", "forward"): lambda: tk.transition_step(i.latents, v, i.ode_coef, i.key, k),
         ("guided_step", "forward"): lambda: tk.transition_step(i.latents, v, i.coef, i.key, k, i.latents, GUIDANCE),
         ("log_prob", "forward"): lambda: ops.transition_log_prob(*log_prob),
         ("log_prob", "backward"): lambda: ops.transition_log_prob_gradient(slopes, *log_prob),
@@ -243,6 +259,7 @@ def bytes_moved(operator, mode, setting):
         "normal": (noises, 0),
         "step": (2 * size + noises, 0),
         "guided_step": (3 * size + noises, 0),
+        "ode_step": (2 * size + noises, 0),
         "log_prob": (2 * size + noises, 3 * size + noises),
         "log_ratio": (2 * size, 3 * size),
         "loss": (2 * size, 3 * size),

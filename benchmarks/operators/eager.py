@@ -37,6 +37,11 @@ def eager_guided_step(latents, velocity, uncond, x_coef, v_coef, std):
     return eager_step(latents, uncond + GUIDANCE * (velocity - uncond), x_coef, v_coef, std)
 
 
+def eager_ode_step(latents, velocity, x_coef, v_coef):
+    """The step without noise."""
+    return x_coef * latents.float() + v_coef * velocity.float()
+
+
 def eager_log_prob(velocity, latents, value, x_coef, v_coef, std):
     """mean, log-density of the stored next latents."""
     return log_density(value, x_coef * latents.float() + v_coef * velocity.float(), std)
@@ -50,6 +55,13 @@ def eager_log_ratio(velocity, latents, value, old_log_prob, x_coef, v_coef, std)
 def eager_loss(velocity, latents, value, old_log_prob, advantages, x_coef, v_coef, std):
     """mean, log-density of the stored next latents, ratio, clipped objective."""
     ratio = torch.exp(eager_log_ratio(velocity, latents, value, old_log_prob, x_coef, v_coef, std))
+    return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - LOW, 1 + HIGH)).mean()
+
+
+def eager_shared_loss(velocity, velocity_old, noise, advantages, v_coef, std):
+    """The clipped objective of K siblings of a row from its one velocity and their stored noise (R, K, D...)."""
+    moved = (v_coef * (velocity.float() - velocity_old.float()).unsqueeze(1)) / std
+    ratio = torch.exp(-(moved * (0.5 * moved - noise)).mean(dim=tuple(range(2, noise.dim()))))
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - LOW, 1 + HIGH)).mean()
 
 

@@ -11,7 +11,7 @@ Sources: `config.json` of stabilityai/stable-diffusion-3.5-medium and black-fore
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +140,21 @@ def make_pipeline(architecture: Architecture, folder: Path, device: torch.device
              "transformer": ["diffusers", architecture.transformer_class], "vae": ["diffusers", "AutoencoderKL"]}
     index |= {part: [None, None] for part in TEXT_PARTS[architecture.pipeline]}
     (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def make_light_decoder(vae: Mapping[str, Any], folder: Path) -> Path:
+    """Writes an AutoencoderTiny (the shape of TAESD) for the latents of `vae`, with random weights."""
+    if (folder / "config.json").is_file():
+        return folder
+    stages = len(vae["block_out_channels"])
+    with torch.random.fork_rng(devices=()):
+        made = diffusers.AutoencoderTiny(
+            latent_channels=vae["latent_channels"], encoder_block_out_channels=(64,) * stages,
+            decoder_block_out_channels=(64,) * stages, num_encoder_blocks=(1, *(3,) * (stages - 1)),
+            num_decoder_blocks=(*(3,) * (stages - 1), 1),
+        )  # fmt: skip
+    made.save_pretrained(folder)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""One architecture on one device: policies, scorers and runs for the variants of `rollouts.py`, and timed iterations.
+"""One architecture on one device: policies, scorers and runs for the variants of `compare.py`, and timed iterations.
 
 Runs are real, set up and stepped as `tempflow.train` does it; variants with the same weights share the policy. Every
 timed iteration starts from the same parameters and a fresh optimizer, so rewards can be compared branch by branch.
@@ -11,7 +11,7 @@ import copy
 import gc
 import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,25 @@ from typing import Any
 import numpy as np
 import torch
 from machine.flops import synchronise
-from machine.memory_peak import MemoryPeak
-from rollouts.architectures import ARCHITECTURES, COMMON, Architecture, make_pipeline, random_texts
+from machine.memory_peak import MemoryPeak, free_cached_blocks
+from operators.noise_modes import use_noise
+from rollouts.architectures import (
+    ARCHITECTURES,
+    COMMON,
+    Architecture,
+    make_light_decoder,
+    make_pipeline,
+    random_texts,
+)
 from rollouts.clip_scorer import CLIP_H, SMALL_CLIP, ByImages, ByTensor, make_clip
 from rollouts.official import official_step
 from rollouts.variants import Variant, settings_of
+from rollouts.watched import Counting, Recording
 from torch import Tensor
 
 from tempflow.digits.scorers import DigitsReward
-from tempflow.explore.schedule import NoiseSchedule
-from tempflow.explore.tails.engine import TailEngine, TailWork
 from tempflow.models.load import load_policy
-from tempflow.policy import Conditioning, Policy
+from tempflow.policy import Policy
 from tempflow.rewards.panel import Panel
 from tempflow.rewards.scorer import Scorer
 from tempflow.run.assembly import set_up
@@ -44,42 +51,6 @@ COPIES = 4.5
 """Memory of the device over that of a transformer, from which on several policies are kept at a time."""
 DISTURBANCE = 0.02
 """size of the normal noise on adapters, so that they do something"""
-
-
-class Recording:
-    """A score queue that remembers the rewards it gave."""
-
-    def __init__(self, queue: Any):
-        self.queue, self.rewards = queue, torch.empty(0)
-
-    def collect(self) -> Tensor:
-        self.rewards = self.queue.collect()
-        return self.rewards
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.queue, name)
-
-
-class Counting:
-    """A tail engine that counts the network rows it computes, and never anew."""
-
-    def __init__(self, engine: TailEngine):
-        self.engine, self.total = engine, 0
-
-    @property
-    def rows(self) -> int:
-        return self.engine.rows
-
-    @property
-    def work(self) -> TailWork:
-        return self.engine.work
-
-    def finish(
-        self, latents: Tensor, first_steps: Sequence[int], conditioning: Conditioning, schedule: NoiseSchedule
-    ) -> None:
-        before = self.work.computed
-        self.engine.finish(latents, first_steps, conditioning, schedule)
-        self.total += self.work.computed - before
 
 
 @dataclass
@@ -153,7 +124,8 @@ class Bench:
         values = {} if self.architecture else read_values("digits")
         for name, value in (settings | self.overrides).items():
             part, _, field = name.partition(".")
-            values.setdefault(part, {})[field] = value
+            made = value.format(workshop=self.workshop) if isinstance(value, str) else value
+            values.setdefault(part, {})[field] = made
         return validate(values)
 
     def case(self, variant: Variant) -> Case:
@@ -161,6 +133,7 @@ class Bench:
         config = self.config(variant)
         self.runs += 1
         policy = self.policy(config)
+        make_light_decoder(policy.pipeline.vae.config, self.workshop / "light_decoder")
         function, judge = self.scorers(variant)
         reward = Panel({self.name: Scorer("reward.name", self.name, function, config.reward.rows)}, torch.ones(1))
         with contextlib.redirect_stderr(io.StringIO()):
@@ -276,6 +249,8 @@ def iterate(case: Case, iteration: int) -> Iteration:
 def _reset(case: Case) -> None:
     """Parameters and optimizer as at the start."""
     gc.collect()
+    free_cached_blocks(case.trainer.policy.device)  # those of other variants' streams: cudaMalloc would wait for them
+    use_noise(getattr(case.trainer.config.run, "noise", None))  # another variant may have changed it
     for name, parameter in case.trainer.policy.trainable().items():
         parameter.copy_(case.start[name])
         parameter.grad = None

@@ -1,14 +1,18 @@
 """Branch rollouts per GPU-hour against the released algorithm, every level of ours on its own:
 
-    python benchmarks/rollouts/compare.py --minutes 9        SD3.5-M 512 px on a GPU, the digits pipeline without
+    python benchmarks/rollouts/compare.py --minutes 9 --cache FOLDER    SD3.5-M 512 px on a GPU, digits without
     python benchmarks/rollouts/compare.py --architecture flux-dev-512 --minutes 9
     python benchmarks/rollouts/compare.py --variants official,ours --set tails.rows=48 --set explore.prompts=2
 
 An iteration is a full one: trunk, tails, decode, score, learn. Each variant is set up, warmed up (compilation is
-told apart) and run once; then all run in turn, round after round, until the minutes are over. Nothing is started that
-would not end in time. Each timed iteration is written at once to `rollouts_NAME.jsonl` in the output folder, one JSON
-object with device, versions, commit and date; table and plots are drawn from that file (`python
-benchmarks/rollouts/report.py FILE`). A variant that cannot run here is listed with the reason.
+told apart) and run once; then all run in turn, round after round, until the minutes are over or each has `--rounds`.
+Nothing is started that would not end in time. Each timed iteration is written at once to `rollouts_NAME.jsonl` in the
+output folder, one JSON object with device, versions, commit, date, and what the device could copy and multiply right
+before it; table and plots are drawn from that file (`python benchmarks/rollouts/report.py FILE`).
+
+The same command again goes on: rounds that are in the file, of the same commit, device and settings, are not run again
+(`--again` runs them), variants with the fewest come first. `--cache` keeps compiled code, so that a set-up of the
+second call is short. A variant that cannot run here is listed with the reason.
 """
 
 from __future__ import annotations
@@ -20,64 +24,68 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from importable import ROOT  # isort: skip
+from importable import ROOT, keep_cache  # isort: skip
+
+if __name__ == "__main__":
+    keep_cache(sys.argv)
 
 import torch
 import yaml
 from machine.environment import environment
 from machine.flops import copy_bandwidth, matmul_peak
 from rollouts.architectures import ARCHITECTURES
-from rollouts.bench import Bench, Case, Iteration, iterate, warm_up
+from rollouts.bench import Bench, Case, iterate, warm_up
 from rollouts.figures import figures
 from rollouts.report import write_report
-from rollouts.variants import REFERENCE, VARIANTS, Variant
+from rollouts.results_file import Results
+from rollouts.set_up_times import kind_of
+from rollouts.variants import REFERENCE, VARIANTS, Variant, settings_of
 
 from tempflow.common.errors import BadInput
 
 CLOSING_SECONDS = 8
 """kept for the report"""
-CAUTION = 2
-"""How many times the longest set-up so far the next one may take."""
 
 
 class Comparison:
     """The variants on one bench: set-up, warm-up, rounds; rows go to a file as they come."""
 
-    def __init__(self, bench: Bench, file: Path, minutes: float):
-        self.bench, self.file, self.start = bench, file, time.perf_counter()
-        self.deadline = self.start + 60 * minutes - CLOSING_SECONDS
-        self.environment = environment(bench.device) | {"architecture": bench.name}
-        self.seconds: dict[str, list[float]] = {}
-        self.exact: dict[int, Iteration] = {}
-        self.peak = self.longest_warm_up = 0.0
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("")
-
-    def write(self, kind: str, **values: Any) -> None:
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"kind": kind, **values, **self.environment}) + "\n")
+    def __init__(self, bench: Bench, results: Results, minutes: float):
+        self.bench, self.results = bench, results
+        self.deadline = time.perf_counter() + 60 * minutes - CLOSING_SECONDS
+        self.late: set[str] = set()
+        """variants that time ran out for"""
 
     def left(self) -> float:
         return self.deadline - time.perf_counter()
 
-    def limits(self) -> None:
-        """What the device can do, in the precision of the run."""
-        dtype = torch.bfloat16 if self.bench.on_gpu else torch.float32
-        self.peak, copied = matmul_peak(self.bench.device, dtype), copy_bandwidth(self.bench.device)
-        tflops, gigabytes = round(self.peak / 1e12, 3), round(copied / 1e9, 1)
-        self.write("limits", dtype=str(dtype), matmul_tflops=tflops, copy_gbs=gigabytes)
-        say(f"{self.environment['device']}: {tflops} TFLOP/s of matrix products, {gigabytes} GB/s copied")
+    def compare(self, chosen: list[Variant], rounds: int) -> None:
+        """Each variant once, right after its set-up; then all in turn until time is up or each has its `rounds`."""
+        short = [variant for variant in chosen if self.results.rounds(variant.name) < rounds]
+        cases = []
+        with self.bench.texts():
+            for variant in sorted(short, key=lambda variant: self.results.rounds(variant.name)):
+                case = self.prepare(variant)
+                if case is not None and self.one(case) and not self.dropped(case):
+                    cases.append(case)
+                case = None  # nothing else holds on to one that was dropped
+                gc.collect()
+            while cases:
+                cases = [case for case in cases if self.results.rounds(case.variant.name) < rounds and self.one(case)]
 
     def prepare(self, variant: Variant) -> Case | None:
         """Sets a variant up and warms it up, or writes down why not."""
         if variant.gpu_only and not self.bench.on_gpu:
             return self.skip(variant, variant.gpu_only)
-        if self.left() < CAUTION * self.longest_warm_up + self.guess(variant):
-            return self.skip(variant, f"no time left to set it up and run it: {self.left():.0f} s")
+        kind = kind_of(settings_of(variant, self.bench.on_gpu) | self.bench.overrides)
+        needed = self.results.set_up_seconds(kind) + self.results.iteration_seconds(variant.name)
+        if self.left() < needed:
+            self.late.add(variant.name)
+            return self.skip(variant, f"no time left: setting up and one iteration may take {needed:.0f} s, there are "
+                             f"{self.left():.0f} s")  # fmt: skip
         began, problem = time.perf_counter(), ""
         try:
             case = self.bench.case(variant)
@@ -87,9 +95,9 @@ class Comparison:
             problem = told(error)
         if problem:
             return self.skip(variant, problem)
-        self.longest_warm_up = max(self.longest_warm_up, time.perf_counter() - began)
-        self.write("warm-up", variant=variant.name, set_up_seconds=round(made - began, 2),
-                   first_seconds=round(first, 2), again_seconds=round(again, 2), micro_batch=case.copies)  # fmt: skip
+        self.results.write("warm-up", variant=variant.name, set_up_kind=kind, set_up_seconds=round(made - began, 2),
+                           first_seconds=round(first, 2), again_seconds=round(again, 2),
+                           micro_batch=case.copies)  # fmt: skip
         say(f"{variant.name}: set up {made - began:.1f} s, first call {first:.1f} s, again {again:.2f} s")
         return case
 
@@ -107,21 +115,8 @@ class Comparison:
     def skip(self, variant: Variant, reason: str) -> None:
         if self.bench.on_gpu:
             torch.cuda.empty_cache()
-        self.write("skipped", variant=variant.name, reason=reason)
+        self.results.write("skipped", variant=variant.name, reason=reason)
         say(f"{variant.name}: not run ({reason})")
-
-    def compare(self, chosen: list[Variant], most: int) -> None:
-        """Each variant once, right after its set-up; then all in turn until time is up or each has `most`."""
-        cases = []
-        with self.bench.texts():
-            for variant in chosen:
-                case = self.prepare(variant)
-                if case is not None and self.one(case, 0) and not self.dropped(case):
-                    cases.append(case)
-                case = None  # nothing else holds on to one that was dropped
-                gc.collect()
-            for number in range(1, most):
-                cases = [case for case in cases if self.one(case, number)]
 
     def dropped(self, case: Case) -> bool:
         """Gives up a large `official` after its first iteration, where its weights would leave no room for the rest."""
@@ -131,34 +126,36 @@ class Comparison:
         say("official: one iteration only, then out of memory's way")
         return True
 
-    def one(self, case: Case, number: int) -> bool:
+    def one(self, case: Case) -> bool:
         """One timed iteration, if it fits; False is the variant's end."""
-        name = case.variant.name
-        if self.guess(case.variant) * 1.1 > self.left():
+        name, results = case.variant.name, self.results
+        number = results.rounds(name)
+        if results.iteration_seconds(name) * 1.1 > self.left():
             if number == 0:
+                self.late.add(name)
                 self.skip(case.variant, f"no time left to run it: {self.left():.0f} s")
             return False
         problem = ""
         try:
+            limits = self.limits()
             measured = iterate(case, number)
         except torch.OutOfMemoryError as error:
             problem = told(error)
         if problem:  # outside of the handler, where what the error holds on to is free
             self.skip(case.variant, f"round {number}: {problem}")
             return False
-        if name == REFERENCE:
-            self.exact[number] = measured
-        row = figures(self.bench, case, measured, self.exact.get(number), self.peak)
-        self.write("iteration", variant=name, round=number, **row)
-        self.seconds.setdefault(name, []).append(measured.seconds)
+        own = {"rewards": measured.rewards.tolist()} if name == REFERENCE else {}
+        exact = measured.rewards if own else results.rewards(number)
+        row = figures(self.bench, case, measured, exact)
+        results.write("iteration", variant=name, round=number, **limits, **row, **own)
         say(f"round {number}: {name} {measured.seconds:.2f} s, {row['rollouts_per_hour']:,.0f} rollouts/h")
         return True
 
-    def guess(self, variant: Variant) -> float:
-        """Seconds of an iteration: its own median, or that of the variant before it, which is seldom faster."""
-        if variant.name in self.seconds:
-            return median(self.seconds[variant.name])
-        return median(list(self.seconds.values())[-1]) if self.seconds else 0.0
+    def limits(self) -> dict[str, Any]:
+        """What the device can do right now, in the precision of the run: a clock that falls falls here as well."""
+        dtype = torch.bfloat16 if self.bench.on_gpu else torch.float32
+        peak, copied = matmul_peak(self.bench.device, dtype), copy_bandwidth(self.bench.device)
+        return {"dtype": str(dtype), "matmul_tflops": round(peak / 1e12, 4), "copy_gbs": round(copied / 1e9, 1)}
 
 
 def told(error: Exception) -> str:
@@ -176,13 +173,24 @@ def override(text: str) -> tuple[str, Any]:
     return name, yaml.safe_load(value)
 
 
+def variants(text: str) -> list[Variant]:
+    """Those of a list of names, in the order of VARIANTS."""
+    names, known = text.split(","), [variant.name for variant in VARIANTS]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is no variant; choose from {', '.join(known)}")
+    return [variant for variant in VARIANTS if variant.name in names]
+
+
 def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = ["digits", *ARCHITECTURES]
     parser.add_argument("--architecture", choices=names, help="default: sd35-medium-512 on a GPU, else digits")
     parser.add_argument("--minutes", type=float, default=9.0, help="all included")
-    parser.add_argument("--rounds", type=int, default=100, help="at most so many iterations of each variant")
-    parser.add_argument("--variants", default="", help="names, separated by commas; default: all")
+    parser.add_argument("--rounds", type=int, default=5, help="so many iterations of each variant, earlier calls' too")
+    parser.add_argument("--again", action="store_true", help="forget what the file has of this comparison")
+    parser.add_argument("--cache", type=Path, help="folder that keeps compiled code from call to call")
+    parser.add_argument("--variants", type=variants, default=list(VARIANTS), help="names, with commas; default: all")
     parser.add_argument("--set", type=override, action="append", default=[], metavar="section.field=value")
     parser.add_argument("--out", type=Path, help="folder of results; default: benchmarks/results/DEVICE")
     parser.add_argument("--smoke", action="store_true", help="one tiny iteration of each, to see that everything runs")
@@ -194,22 +202,26 @@ SMOKE = {"explore.prompts": 1, "explore.noises": 2, "explore.siblings": 3, "samp
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the comparison and draws its report."""
-    asked = options(arguments)
+    run(options(arguments))
+    return 0
+
+
+def run(asked: argparse.Namespace, file: Path | None = None) -> Comparison:
+    """The comparison, its rows in `file` or in the folder asked for, its report printed."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     name = asked.architecture or ("sd35-medium-512" if device.type == "cuda" else "digits")
-    chosen = [variant for variant in VARIANTS if not asked.variants or variant.name in asked.variants.split(",")]
     slug = torch.cuda.get_device_name().lower().replace(" ", "-") if device.type == "cuda" else "cpu"
     folder = asked.out or ROOT / "benchmarks" / "results" / slug
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32, as the released recipe; ours too
     overrides = (SMOKE if asked.smoke else {}) | dict(asked.set)
+    identity = environment(device) | {"architecture": name, "overrides": json.dumps(overrides, sort_keys=True)}
+    results = Results(file or folder / f"rollouts_{name}.jsonl", identity, asked.again)
     with tempfile.TemporaryDirectory(prefix="rollouts-") as workshop:
-        bench = Bench(name, device, Path(workshop), overrides)
-        comparison = Comparison(bench, folder / f"rollouts_{name}.jsonl", asked.minutes)
-        comparison.limits()
-        comparison.compare(chosen, 1 if asked.smoke else asked.rounds)
-    say(write_report(comparison.file))
-    return 0
+        comparison = Comparison(Bench(name, device, Path(workshop), overrides), results, asked.minutes)
+        comparison.compare(asked.variants, 1 if asked.smoke else asked.rounds)
+    say(write_report(results.file))
+    return comparison
 
 
 if __name__ == "__main__":

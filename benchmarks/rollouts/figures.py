@@ -46,12 +46,11 @@ def row_cost(bench: Bench, case: Case) -> RowCost:
     return ROW_COSTS[type(transformer).__name__](transformer.config, *bench.row_tokens())
 
 
-def figures(bench: Bench, case: Case, measured: Iteration, exact: Iteration | None, peak: float) -> dict[str, Any]:
-    """One row of results. `exact` is the same iteration by plain computation; `peak` in FLOP/s."""
+def figures(bench: Bench, case: Case, measured: Iteration, exact: Tensor | None) -> dict[str, Any]:
+    """One row of results. `exact` are the (S, R, K) rewards of the same iteration by plain computation."""
     cost = row_cost(bench, case)
     rows, adapters = network_rows(case, measured), case.trainer.config.model.train == "lora"
     rollouts, total = case.rollouts, rows.flops(cost, adapters)
-    tail_seconds = measured.phases["tails"]
     row = {
         "seconds": round(measured.seconds, 4),
         "cpu_seconds": round(measured.cpu_seconds, 4),
@@ -60,14 +59,12 @@ def figures(bench: Bench, case: Case, measured: Iteration, exact: Iteration | No
         "phase_seconds": measured.phases,
         "beside": beside(case),
         "rows": {"trunk": rows.trunk, "tails": rows.tails, "learn": rows.learn, "reference": rows.reference},
-        "network_tflop": round(total / 1e12, 3),
-        "mfu": round(total / measured.seconds / peak, 4),
-        "mfu_tails": round(rows.tails * cost.forward / tail_seconds / peak, 4),
-        "floor_seconds": round(total / peak, 4),
+        "network_tflop": round(total / 1e12, 6),
+        "tails_tflop": round(rows.tails * cost.forward / 1e12, 6),
         "working_gib": None if measured.gib is None else round(measured.gib, 3),
         "grad_norm": measured.grad_norm,
     }
-    return row | (agreement(measured.rewards, exact.rewards) if exact else {})
+    return row | ({} if exact is None else agreement(measured.rewards, exact))
 
 
 def beside(case: Case) -> list[str]:

@@ -1,7 +1,5 @@
 """The benchmarks measure the same thing on both sides, report every figure, and end in time with the right status."""
 
-import json
-import sys
 import time
 from types import SimpleNamespace
 
@@ -97,68 +95,55 @@ def test_report_of_rows(tmp_path):
 
 
 @pytest.fixture
-def gpu_check():
+def operator_times(monkeypatch):
     pytest.importorskip("triton")
-    from operators import gpu_check
+    from half_hour import operator_times
 
-    return gpu_check
-
-
-def test_gpu_check_judges_parts_by_what_their_process_did(gpu_check, tmp_path, monkeypatch):
-    script = tmp_path / "part.py"
-    script.write_text(
-        "import subprocess, sys, time\n"
-        "part = sys.argv[sys.argv.index('--part') + 1]\n"
-        "if part == 'sanitizer':\n"
-        "    subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "sys.exit({'numerics': 1, 'determinism': 0, 'graph': 77}[part])\n"
-    )
-    monkeypatch.setattr(gpu_check, "__file__", str(script))
-    monkeypatch.setattr(gpu_check, "LIMITS", dict.fromkeys(gpu_check.PARTS, 20) | {"sanitizer": 1})
-    options = SimpleNamespace(
-        out=tmp_path, device="cpu", tiny=True, parts=["numerics", "determinism", "graph", "sanitizer"],
-        deadline=time.monotonic() + 60,
-    )  # fmt: skip
-    start = time.monotonic()
-    assert gpu_check.run_parts(options) == 1
-    assert time.monotonic() - start < 40, "a part's children are ended with it"
-    found = json.loads((tmp_path / "verdicts.json").read_text())
-    assert [found[name] for name in options.parts] == ["FAILED", "ok", "skipped", "OUT OF TIME"]
-    options.parts = ["determinism", "graph"]
-    assert gpu_check.run_parts(options) == 0
-    options.deadline = time.monotonic()
-    assert gpu_check.run_parts(options) == 1, "no part starts when the time is over"
+    return operator_times
 
 
-def test_gpu_check_without_a_gpu_says_so(gpu_check, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py"])
-    assert gpu_check.main() == 2
-    assert "torch sees no GPU" in capsys.readouterr().err
+def times_options(folder, seconds):
+    from half_hour.measure import Options
+
+    return Options("cpu", True, folder, "operators", time.monotonic() + seconds)
 
 
-def test_gpu_speed_writes_each_row_at_once_and_stops_in_time(gpu_check, tmp_path, monkeypatch):
-    from operators import gpu_speed
+def test_times_are_written_at_once_and_gone_on_with(operator_times, tmp_path, monkeypatch):
+    """Out of time in the middle: what was measured is there, and the next call adds the rest, nothing twice."""
+    left = iter([100.0] * 5 + [-1.0])
+    monkeypatch.setattr(type(times_options(tmp_path, 1)), "left", lambda self: next(left))
+    with pytest.raises(operator_times.Unfinished):
+        operator_times.measure_operators(times_options(tmp_path, 1))
+    first = operator_times.rows_of(tmp_path / "operators.jsonl")
+    assert len(first) == 2 + 5, "two bounds and five points"
+    monkeypatch.setattr(type(times_options(tmp_path, 1)), "left", lambda self: 100.0)
+    operator_times.measure_operators(times_options(tmp_path, 100))
+    rows = operator_times.rows_of(tmp_path / "operators.jsonl")
+    places = [operator_times.place(row) for row in rows]
+    assert rows[:7] == first and len(set(places)) == len(places)
+    assert len(rows) == 2 + len(POINTS) * (1 + len(operator_times.MODES))
 
-    options = SimpleNamespace(out=tmp_path, device="cpu", tiny=True, deadline=4.5)
-    seen, measure = [], gpu_speed.timer("cpu")
 
-    def counting(call):
-        seen.append(len((tmp_path / "rows.jsonl").read_text().splitlines()))
-        return measure(call)
+def test_the_plan_of_times_begins_with_what_has_goals(operator_times):
+    """Large calls first, K = 1, 6, 24, then other ways of the same loss; nothing that cannot fit."""
+    jobs = operator_times.plan(SimpleNamespace(tiny=False, device="cuda"))
+    assert {s.siblings for s, provider, _ in jobs[:6] if provider == "fused"} >= {1, 6}
+    assert len(set(jobs)) == len(jobs) and {s.siblings for s, *_ in jobs} == {1, 6, 24}
+    large = [s for s, *_ in jobs[: 3 * len(operator_times.MODES)]]
+    assert all(bytes_moved("step", "forward", s) >= 2**26 for s in large)
+    assert ("stored", 128) in {(provider, s.rows) for s, provider, _ in jobs}
+    assert {s.shape for s, *_ in jobs} == set(operator_times.SHAPES)
+    assert all(4 * s.elements * s.siblings <= operator_times.MAX_BYTES for s, *_ in jobs)
 
-    clock = SimpleNamespace(monotonic=lambda: len(seen), perf_counter=time.perf_counter)
-    monkeypatch.setattr(gpu_speed, "time", clock)
-    monkeypatch.setattr(gpu_speed, "timer", lambda device: counting)
-    gpu_speed.measure_speed(options)
-    assert seen == [0, 1, 2, 3, 4] and len(kernel_report.read(tmp_path)) == 5
 
+def test_a_loss_of_stored_noise_is_the_same_loss():
+    """What the goal compares ours with: equal to the operator that is given the same noise."""
+    import tempflow_kernels as tk
+    from operators.eager import HIGH, LOW, eager_shared_loss
 
-def test_gpu_plan_puts_the_core_first_and_leaves_out_what_cannot_fit():
-    from operators import gpu_speed
-
-    plan = gpu_speed.plan(SimpleNamespace(tiny=False, device="cuda"))
-    assert [provider for _, provider in plan[:6]] == ["fused", "eager", "fused", "eager", "compiled", "compiled"]
-    assert len(set(plan)) == len(plan) and {s.siblings for s, _ in plan} == {1, 6, 24}
-    assert {s.rows for s, _ in plan} == {1, 4, 16, 64} and {s.shape for s, _ in plan} == set(gpu_speed.SHAPES)
-    assert all(4 * s.elements * s.siblings <= gpu_speed.MAX_BYTES for s, _ in plan)
+    i = Inputs(SETTING)
+    noise = tk.normal_like(i.latents, i.key, SETTING.siblings)
+    v_coef, std = (i.coef[:, column].view(-1, 1, 1, 1, 1) for column in (1, 2))
+    found = eager_shared_loss(i.velocity, i.velocity_old, noise, i.advantages, v_coef, std)
+    expected, _ = tk.branch_loss(i.velocity, i.velocity_old, i.advantages, i.terms, i.key, None, (LOW, HIGH))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)

@@ -1,16 +1,22 @@
 """The rollouts benchmark: its baseline learns what ours learns; FLOPs are those torch counts; its sums are right."""
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import diffusers
+import importable
 import pytest
 import torch
 from machine.flops import ROW_COSTS, counted
 from rollouts import compare as rollouts
 from rollouts import linearity, official, profile_iteration
 from rollouts.bench import Bench, bytes_of, forks_to_warm_up, iterate
+from rollouts.bench import _reset as timed_reset
 from rollouts.figures import figures, network_rows, rank_correlation
-from rollouts.report import read, summarise
+from rollouts.report import read, summarise, table, with_rates
+from rollouts.results_file import Results, read_rows
+from rollouts.set_up_times import kind_of
 from rollouts.variants import REFERENCE, VARIANTS, settings_of
 
 from tempflow.models.network.network import TrainedNetwork
@@ -151,9 +157,82 @@ def test_a_smoke_run_writes_rows_table_and_picture(tmp_path, capsys):
         assert sum(item.phases.values()) == pytest.approx(item.per_thousand, rel=0.02)
         assert item.rate == pytest.approx(item.rollouts / item.seconds * 3600)
     assert found["+merged"].correlation > 0.9
-    table = capsys.readouterr().out
-    assert "not run: `official-tuned`" in table and "| 1.00 |" in table
+    printed = capsys.readouterr().out
+    assert "not run: `official-tuned`" in printed and "| 1.00 |" in printed and "| approximation |" in printed
     assert (tmp_path / "rollouts_digits.png").stat().st_size > 10_000
+    assert all(row["matmul_tflops"] > 0 < row["copy_gbs"] for row in rows if row["kind"] == "iteration")
+
+
+def test_a_second_call_goes_on_where_the_first_ended(tmp_path, monkeypatch):
+    """Rounds in the file count; those of another commit do not; the reference's rewards are found again."""
+    command = ["--smoke", "--architecture", "digits", "--out", str(tmp_path), "--set", "tails.level=eager"]
+    file = tmp_path / "rollouts_digits.jsonl"
+    rollouts.main([*command, "--variants", REFERENCE])
+    rollouts.main([*command, "--variants", f"{REFERENCE},+merged"])
+    rows = [row for row in read_rows(file) if row["kind"] == "iteration"]
+    assert [row["variant"] for row in rows] == [REFERENCE, "+merged"]
+    assert rows[1]["rank_correlation"] > 0.9, "compared with the rewards that the first call wrote down"
+    rollouts.main([*command, "--variants", "+merged", "--again"])
+    assert [row["variant"] for row in read_rows(file) if row["kind"] == "iteration"] == ["+merged"]
+    other = rollouts.environment(torch.device("cpu")) | {"commit": "another"}
+    monkeypatch.setattr(rollouts, "environment", lambda device: other)
+    rollouts.main([*command, "--variants", "+merged"])
+    assert [row["commit"] for row in read_rows(file) if row["kind"] == "iteration"][1:] == ["another"]
+    assert len(read(file)) < len(read_rows(file)), "a report is of one comparison"
+
+
+def test_what_a_set_up_takes_is_known_by_kind(tmp_path):
+    """A long compilation elsewhere keeps no plain variant from starting; what was measured is believed."""
+    results = Results(tmp_path / "rows.jsonl", {"commit": "one"})
+    plain, compiled = (kind_of(settings_of(BY_NAME[name], True)) for name in ("+merged", "+compile"))
+    cold = results.set_up_seconds(compiled)
+    assert results.set_up_seconds(plain) < 30 < 60 < cold
+    warm = {"set_up_seconds": 5.0, "first_seconds": 4.0, "again_seconds": 1.0}
+    results.write("warm-up", variant="+compile", set_up_kind=compiled, **warm)
+    again = Results(tmp_path / "rows.jsonl", {"commit": "one"})
+    assert 10 <= again.set_up_seconds(compiled) < 20 and results.set_up_seconds(plain) < 30
+    assert Results(tmp_path / "rows.jsonl", {"commit": "two"}).set_up_seconds(compiled) == cold
+
+
+def canned(variant: str, number: int, peak: float, seconds: float = 1.0) -> dict:
+    """An iteration of 2 TFLOP."""
+    return {"kind": "iteration", "variant": variant, "round": number, "seconds": seconds, "cpu_seconds": seconds,
+            "rollouts": 10, "phase_seconds": {"tails": seconds}, "beside": [], "rows": {"tails": 1}, "network_tflop": 2,
+            "tails_tflop": 2, "matmul_tflops": peak, "copy_gbs": 5, "dtype": "torch.float32", "architecture": "digits",
+            "device": "some", "torch": "2", "commit": "c", "date": "today", "threads": 1}  # fmt: skip
+
+
+def test_utilisation_is_that_of_its_own_round_and_none_above_1_goes_unmarked():
+    """Round 1 was slow: its iterations are held against what the machine could do then."""
+    rows = [canned("official", 0, 4), canned(REFERENCE, 0, 8), canned("official", 1, 2, 2.0)]
+    found = summarise(with_rates(rows))
+    assert found["official"].mfu == pytest.approx((2 / 8 + 1 / 2) / 2) and found[REFERENCE].mfu == pytest.approx(0.25)
+    busy = with_rates([canned("official", 0, 1.6)])
+    assert summarise(busy)["official"].mfu == pytest.approx(1.25) and "1.25 (!)" in table(busy)
+    assert "(!) |" not in table(with_rates(rows))
+
+
+def test_every_timed_iteration_begins_with_no_cached_blocks(bench, monkeypatch):
+    """On a GPU, blocks cached for another variant's stream would make cudaMalloc retry within the timed iteration."""
+    calls, case = [], bench.case(BY_NAME[REFERENCE])
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("emptied"))
+    timed_reset(case)
+    assert calls == [], "a CPU caches nothing"
+    monkeypatch.setattr(case.trainer.policy, "device", torch.device("cuda"))
+    timed_reset(case)
+    assert calls == ["emptied"]
+
+
+def test_a_cache_folder_is_in_place_before_torch_is_imported(tmp_path):
+    """The variables are read when torch is imported: the script, run by itself, sets them first."""
+    code = "import sys; sys.argv = ['x', '--cache=kept']; sys.path.insert(0, 'benchmarks'); import importable; "
+    code += "importable.keep_cache(sys.argv); assert 'torch' not in sys.modules; import os; "
+    code += "print(os.environ['TORCHINDUCTOR_CACHE_DIR'], os.environ['TRITON_CACHE_DIR'])"
+    folder = importable.ROOT
+    printed = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
+    assert printed.stdout.split() == [str(folder / "kept" / name) for name in ("inductor", "triton")]
+    source = (folder / "benchmarks" / "rollouts" / "compare.py").read_text()
+    assert source.index("keep_cache(sys.argv)") < source.index("import torch")
 
 
 @pytest.mark.parametrize("name", ["small-sd3", "small-flux"])
@@ -166,7 +245,7 @@ def test_real_architectures_run_in_miniature(name, tmp_path):
         for variant in ("official", REFERENCE):
             case = bench.case(BY_NAME[variant])
             measured[variant] = iterate(case, 0)
-    row = figures(bench, case, measured[REFERENCE], measured["official"], 1e12)
+    row = figures(bench, case, measured[REFERENCE], measured["official"].rewards)
     assert measured[REFERENCE].rewards.shape == (2, 2, 2)
     assert row["network_tflop"] >= 0 and row["grad_norm"] > 0
     assert (measured["official"].rewards - measured[REFERENCE].rewards).abs().max() < 0.02
@@ -191,7 +270,7 @@ def test_cost_grows_with_size_and_the_curve_says_how(tmp_path):
     """Two sizes of one quantity on the real pipeline, and the exponent of a known curve."""
     sizes = {"siblings": (2, 3)}
     assert linearity.main(["--rounds", "1", "--out", str(tmp_path)], sizes, {"sample.steps": 2}) == 0
-    rows = read(tmp_path / "linearity_digits.jsonl")
+    rows = read_rows(tmp_path / "linearity_digits.jsonl")
     assert [(row["size"], row["rollouts"]) for row in rows] == [(2, 8), (2, 8), (3, 12), (3, 12)]
     assert (tmp_path / "linearity_digits.png").stat().st_size > 5_000
     assert linearity.exponent([(1, 3.0), (2, 12.0), (4, 48.0)]) == pytest.approx(2)

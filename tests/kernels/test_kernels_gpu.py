@@ -1,6 +1,4 @@
-"""The Triton kernels on a real device: contract, determinism, CUDA graphs. `gpu_check.py` adds the timing."""
-
-from types import SimpleNamespace
+"""The Triton kernels on a real device: contract, determinism, CUDA graphs. `first_half_hour.py` adds the timing."""
 
 import pytest
 import torch
@@ -16,12 +14,12 @@ from kernel_contract import (
     on_device,
     unnumbered,
 )
+from operators.noise_modes import MODES
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA or ROCm device"),
 ]
-OPTIONS = SimpleNamespace(device="cuda", tiny=False)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -53,8 +51,9 @@ def test_public_operators_dispatch_to_triton_and_train():
         tk.log_ratio(leaf, case.velocity_old.cpu(), case.coef, case.key, 3)
 
 
-@pytest.mark.parametrize("part", ["determinism", "graph"])
-def test_parts_of_the_gpu_check(part):
-    from operators.gpu_check import PARTS
+@pytest.mark.parametrize("mode", MODES)
+def test_repeats_and_graph_replays(mode):
+    from half_hour.kernel_checks import repeats_are_equal, replays_follow
 
-    PARTS[part](OPTIONS)
+    repeats_are_equal(Case(shape=(16, 64, 64), siblings=6, device="cuda"), mode, 100)
+    replays_follow("cuda", mode)

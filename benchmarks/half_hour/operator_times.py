@@ -1,0 +1,144 @@
+"""Times of every operator in the order of their worth, with device timers; one row is written at a time."""
+
+import statistics
+import time
+
+import torch
+from half_hour.measure import Unfinished
+from half_hour.runner import rows_of
+from machine.environment import peak_bytes
+from operators.callables import POINTS, Inputs, Setting, bytes_moved, callables, kernels_alone
+from operators.noise_modes import MODES, use_noise
+
+MAX_BYTES = 6 << 30  # largest (R, K, d) fp32 array; the eager sequences hold several of them
+CORE = [("sd35_512", 128, 6), ("sd35_512", 256, 1), ("sd35_512", 32, 24), ("sd35_512", 4, 6)]
+"""64 MiB and more, for which the goals are stated, and the size of one call of the trainer"""
+COMPILED = [("sd35_512", 128, 6), ("sd35_512", 4, 6)]
+SHAPES = ("sd35_512", "flux_1024", "sd35_1024", "wan_480p")
+COMPILATION = 45  # seconds that torch.compile may need for one sequence
+COUNTS = ((4, 6), (1, 1), (16, 6), (4, 24), (64, 1))
+GRAPHED = (("step", "forward"), ("loss", "full"))
+"""What is timed in a graph of eager and compiled sequences, too: goals compare it with ours."""
+
+
+def log(*parts):
+    print(*parts, flush=True)
+
+
+def plan(options):
+    """(setting, provider, noise) in the order of their worth: time may end the list anywhere."""
+    if options.tiny:
+        setting = Setting("tiny", 2, 6, torch.float32, options.device)
+        return [(setting, "fused", mode) for mode in MODES] + [(setting, "eager", None)]
+    sizes = list(dict.fromkeys([*CORE, *((shape, *counts) for counts in COUNTS for shape in SHAPES)]))
+    order = [(size, "fused", mode) for size in CORE for mode in MODES]
+    order += [(size, provider, None) for size in COMPILED for provider in ("eager", "compiled", "stored")]
+    order += [(size, "fused", MODES[0]) for size in sizes] + [(size, "eager", None) for size in sizes]
+    settings = [(Setting(*size, torch.bfloat16, options.device), *rest) for size, *rest in dict.fromkeys(order)]
+    return [job for job in settings if 4 * job[0].elements * job[0].siblings <= MAX_BYTES]
+
+
+def timer(device):
+    """A function from a callable to (median ms, interquartile range ms) on this device."""
+    if device == "cpu":
+        return _time_on_cpu
+    from triton.testing import do_bench
+
+    def measure(call):
+        middle, low, high = do_bench(call, warmup=15, rep=60, quantiles=[0.5, 0.25, 0.75])
+        return middle, high - low
+
+    return measure
+
+
+def _time_on_cpu(call):
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start), 0.0
+
+
+def graph_time(device, call, calls=20, replays=7):
+    """Median milliseconds per call inside a CUDA graph: device time without launches, caches warm; None on CPU."""
+    if device == "cpu" or call is None:
+        return None
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / calls)
+    return statistics.median(times)
+
+
+def measure_operators(options):
+    """A row per figure that is not in the file yet.
+
+    Raises:
+        Unfinished: the time was over before the last.
+    """
+    measure, done = timer(options.device), {place(row) for row in rows_of(options.file)}
+    if not done:
+        measure_bounds(options, measure)
+    for setting, provider, mode in plan(options):
+        use_noise(mode)
+        try:
+            _measure(options, measure, (setting, provider, mode), done)
+        except torch.OutOfMemoryError as error:
+            log(f"{setting.label} {provider} does not fit: {str(error).splitlines()[0]}")
+            torch.cuda.empty_cache()
+
+
+def place(row):
+    """What a figure is about."""
+    return tuple(row.get(name) for name in ("operator", "mode", "provider", "noise", "shape", "rows", "siblings"))
+
+
+def measure_bounds(options, measure):
+    """Copy bandwidth at 256 MiB and the cost of an operation that does nothing."""
+    count = 2**10 if options.tiny else 2**26
+    source = torch.randn(count, device=options.device)
+    target, one = torch.empty_like(source), torch.zeros(1, device=options.device)
+    for operator, call, size in (("copy", lambda: target.copy_(source), 8 * count), ("launch", lambda: one.add_(1), 8)):
+        median, spread = measure(call)
+        row = {"operator": operator, "provider": "bound", "bytes": size, "median_ms": median, "iqr_ms": spread}
+        options.write(**row, graph_ms=graph_time(options.device, call))
+        log(f"{operator}: {median:.4f} ms, {size / median / 1e6:.0f} GB/s")
+
+
+def _measure(options, measure, job, done):
+    """All points of one setting, provider and noise that are not done."""
+    setting, provider, mode = job
+    calls, alone, inputs = None, {}, None
+    for operator, way in POINTS:
+        row = {"operator": operator, "mode": way, "provider": provider, "noise": mode, **setting.row}
+        if place(row) in done:
+            continue
+        if options.left() < (COMPILATION if provider in ("compiled", "stored") and calls is None else 0):
+            raise Unfinished(f"at {setting.label} {provider}")
+        if calls is None:
+            inputs = Inputs(setting)
+            calls = callables(inputs, provider)
+            alone = kernels_alone(inputs) if provider == "fused" else {at: calls.get(at) for at in GRAPHED}
+        if (operator, way) in calls:
+            options.write(**row, **_figures(options, measure, setting, (operator, way), calls, alone))
+
+
+def _figures(options, measure, setting, point, calls, alone):
+    call = calls[point]
+    call()  # compiles
+    median, spread = measure(call)
+    in_graph = graph_time(options.device, alone.get(point))
+    log(f"{' '.join(point)} {setting.label}: {median:.4f} ms, in a graph {in_graph}")
+    return {"median_ms": median, "iqr_ms": spread, "graph_ms": in_graph, "bytes": bytes_moved(*point, setting),
+            "peak_bytes": peak_bytes(call, options.device)}  # fmt: skip

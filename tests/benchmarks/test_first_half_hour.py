@@ -1,0 +1,206 @@
+"""The first half hour on a GPU: walked on a CPU; goes on in a later call; a bad part costs itself alone; verdicts."""
+
+import json
+import subprocess
+import sys
+import time
+
+import first_half_hour
+import pytest
+import torch
+from half_hour import page, runner, verdicts
+from half_hour.parts import NAMES, PARTS, Part
+from half_hour.verdicts import FAIL, NO_VERDICT, NOT_RUN, PASS, Verdict
+from importable import ROOT
+
+SCRIPT = """
+import json, os, pathlib, signal, subprocess, sys, time
+name, folder = sys.argv[1], pathlib.Path(sys.argv[sys.argv.index("--folder") + 1])
+def write(passed):
+    with (folder / f"{name}.jsonl").open("a") as out:
+        out.write(json.dumps({"check": name, "passed": passed, "problem": "", "figure": None, "threads": 1}) + "\\n")
+write(name != "wrong")
+(folder / "calls").open("a").write(name + " ")
+if name == "crash":
+    print("about to die", flush=True)
+    os.kill(os.getpid(), signal.SIGSEGV)
+if name == "hang":
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    (folder / "child").write_text(str(child.pid))
+    time.sleep(60)
+sys.exit({"wrong": 1, "skip": 77, "later": 75}.get(name, 0))
+"""
+
+
+def part(folder, name, limit=20.0):
+    script = folder / "part.py"
+    script.write_text(SCRIPT)
+    return Part(name, f"what {name} does", limit, verdicts.checks, (str(script),), resumes=name == "later")
+
+
+def session(folder, seconds=60.0):
+    return runner.Session(folder, "cpu", True, time.monotonic() + seconds + runner.CLOSING)
+
+
+def called(folder):
+    return (folder / "calls").read_text().split()
+
+
+def test_the_walk_on_a_cpu(tmp_path):
+    """Every part runs; the page says that it is a CPU's, and gives no verdict on speed or memory."""
+    pytest.importorskip("triton")
+    command = [sys.executable, str(ROOT / "benchmarks" / "first_half_hour.py"), "--device", "cpu", "--tiny"]
+    done = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True)
+    times = [row["attention"] for row in runner.rows_of(tmp_path / "attention.jsonl")]
+    assert times[0] == "default" and "math" in times
+    assert done.returncode == 0, done.stdout + "".join(log.read_text() for log in tmp_path.glob("*.log"))
+    ended = {row["part"]: row for row in runner.rows_of(tmp_path / "parts.jsonl")}
+    assert list(ended) == NAMES
+    assert {name for name, row in ended.items() if row["ending"] == "skipped"} == {"graph", "sanitizer"}
+    text = (tmp_path / "page.md").read_text()
+    assert "no figure here says anything about a GPU" in text and (tmp_path / "page.png").stat().st_size > 20_000
+    for name in set(NAMES) - {"graph", "sanitizer"}:
+        rows = runner.rows_of(tmp_path / f"{name}.jsonl")
+        assert rows and all({"device", "torch", "commit", "date"} <= set(row) for row in rows), name
+    lines = [line for line in text.splitlines() if "% of copy" in line or "GiB (" in line or "x official" in line]
+    assert len(lines) >= 5 and all(line.endswith("| no verdict |") for line in lines)
+
+
+def test_a_bad_part_costs_itself_alone(tmp_path):
+    """A crash, a hang with a child of its own and a failure are told; the rest runs; rows of before stay."""
+    names = ("crash", "hang", "wrong", "skip", "later", "good")
+    parts = tuple(part(tmp_path, name, 3.0 if name == "hang" else 20.0) for name in names)
+    began = time.monotonic()
+    runner.run_parts(session(tmp_path), parts)
+    assert time.monotonic() - began < 30
+    endings = {name: row["ending"] for name, row in runner.endings(session(tmp_path)).items()}
+    assert endings == {"crash": "crashed", "hang": "hung", "wrong": "failed", "skip": "skipped",
+                       "later": "unfinished", "good": "done"}  # fmt: skip
+    assert not ended_child(tmp_path), "what the part had started is ended with it"
+    found = page.write_page(session(tmp_path), parts)
+    assert [section.outcome for section in found] == [FAIL, FAIL, FAIL, PASS, NOT_RUN, PASS]
+    assert page.exit_status(found, True) == 1 and page.exit_status(found[-1:], True) == 0
+    assert "about to die" in (tmp_path / "page.md").read_text()
+
+
+def ended_child(folder):
+    """Whether the child of the part that hung still runs."""
+    time.sleep(0.5)
+    status = runner.Path("/proc") / (folder / "child").read_text() / "stat"
+    return status.exists() and status.read_text().split()[2] != "Z"
+
+
+def test_a_later_call_goes_on(tmp_path, monkeypatch):
+    """Parts with a final ending are left alone, unfinished ones keep their rows; `again` and another commit do not."""
+    parts = [part(tmp_path, name) for name in ("good", "later", "wrong")]
+    runner.run_parts(session(tmp_path), parts[:2])
+    runner.run_parts(session(tmp_path), parts)
+    assert called(tmp_path) == ["good", "later", "wrong", "later"], "what was not run yet comes before the rest"
+    assert len(runner.rows_of(tmp_path / "later.jsonl")) == 2
+    runner.run_parts(session(tmp_path), parts[:1], again=["good"])
+    assert called(tmp_path)[4:] == ["good"] and len(runner.rows_of(tmp_path / "good.jsonl")) == 1
+    other = runner.environment("cpu") | {"commit": "another"}
+    monkeypatch.setattr(runner, "environment", lambda device: other)
+    runner.run_parts(session(tmp_path), parts[:1])
+    assert called(tmp_path)[5:] == ["good"]
+
+
+def test_the_whole_has_a_limit(tmp_path):
+    """What the time is not enough for is cut there and run by the next call; what hangs by itself is not."""
+    slow, good = part(tmp_path, "hang"), part(tmp_path, "good")
+    began = time.monotonic()
+    runner.run_parts(session(tmp_path, 9), [slow, good])
+    assert time.monotonic() - began < 15
+    endings = runner.endings(session(tmp_path))
+    assert [endings[name]["ending"] for name in ("hang", "good")] == ["out of time", "out of time"]
+    assert endings["good"]["last"] == "not started" and called(tmp_path) == ["hang"]
+    found = page.sections(session(tmp_path), (slow, good))
+    assert page.exit_status(found, True) == 1 and found[1].outcome == NOT_RUN
+    runner.run_parts(session(tmp_path), [good])
+    assert called(tmp_path) == ["hang", "good"]
+
+
+def test_a_line_cut_in_half_is_left_out(tmp_path):
+    (tmp_path / "rows").write_text('{"a": 1}\n{"a": ')
+    assert runner.rows_of(tmp_path / "rows") == [{"a": 1}]
+
+
+def test_wrong_use_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert first_half_hour.main([]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+    assert first_half_hour.main(["--device", "cpu"]) == 2
+    with pytest.raises(SystemExit) as stopped:
+        first_half_hour.main(["--again", "everything"])
+    assert stopped.value.code == 2 and "'everything' is no part" in capsys.readouterr().err
+
+
+def time_row(operator, mode, provider, milliseconds, noise=None, threads=None):
+    """128 rows, K = 6, 100 MB moved."""
+    return {"operator": operator, "mode": mode, "provider": provider, "noise": noise, "shape": "sd35_512", "rows": 128,
+            "siblings": 6, "bytes": 10**8, "median_ms": 9.0, "graph_ms": milliseconds, "device": "H100",
+            "threads": threads}  # fmt: skip
+
+
+@pytest.mark.parametrize(("share", "result"), [(0.86, PASS), (0.84, FAIL)])
+def test_operators_are_held_against_the_copy_bandwidth(share, result):
+    copy = {"operator": "copy", "provider": "bound", "bytes": 10**9, "graph_ms": 1.0, "median_ms": 1.0}
+    rows = [copy | {"threads": None}, time_row("step", "forward", "fused", 0.1 / share, "fast")]
+    found = {verdict.what: verdict for verdict in verdicts.operators(rows)}
+    step = found["step forward, K = 6, fast noise"]
+    assert (step.measured, step.goal, step.outcome) == (f"{100 * share:.0f} % of copy", "85 %", result)
+    on_cpu = [row | {"threads": 1} for row in rows]
+    assert {verdict.outcome for verdict in verdicts.operators(on_cpu)} == {NO_VERDICT}
+
+
+def test_the_loss_is_held_against_three_others():
+    copy = {"operator": "copy", "provider": "bound", "bytes": 10**9, "graph_ms": 1.0, "median_ms": 1.0, "threads": None}
+    times = {"fused": 1.0, "compiled": 2.6, "stored": 1.3, "eager": 8.1}
+    rows = [copy, *(time_row("loss", "full", provider, value) for provider, value in times.items())]
+    found = {verdict.what.split()[-1]: verdict.outcome for verdict in verdicts.operators(rows)[1:]}
+    assert found == {"compiled": PASS, "stored": FAIL, "eager": PASS}
+
+
+@pytest.mark.parametrize(("measured", "result"), [(10.9, PASS), (11.1, FAIL), (8.9, FAIL)])
+def test_memory_is_within_a_tenth_of_the_plan(measured, result):
+    row = {"measured_bytes": measured * 2**30, "planned_bytes": 10 * 2**30, "phase": "learning", "threads": None}
+    assert [verdict.outcome for verdict in verdicts.memory([row])] == [result]
+    assert [verdict.outcome for verdict in verdicts.memory([row | {"threads": 1}])] == [NO_VERDICT]
+
+
+@pytest.mark.parametrize(("largest", "result"), [(0.0, PASS), (2e-6, PASS), (2e-5, FAIL)])
+def test_the_first_log_ratio_is_small_beside_the_clip_range(largest, result):
+    row = {"compiled": False, "largest": largest, "clip": 1e-4, "threads": None}
+    assert [verdict.outcome for verdict in verdicts.ratio([row])] == [result]
+
+
+def rollout_row(variant, seconds):
+    return {"kind": "iteration", "variant": variant, "round": 0, "seconds": seconds, "cpu_seconds": seconds,
+            "rollouts": 216, "phase_seconds": {"tails": 1}, "beside": [], "rows": {}, "network_tflop": 1,
+            "tails_tflop": 1, "matmul_tflops": 600, "copy_gbs": 3000, "threads": None}  # fmt: skip
+
+
+def test_rollouts_are_held_against_the_released_algorithm():
+    rows = [rollout_row("official", 24), rollout_row("+overlap", 10), rollout_row("+multistep", 8)]
+    assert [verdict.outcome for verdict in verdicts.rollouts(rows)[:3]] == [PASS, FAIL, NOT_RUN]
+    assert verdicts.rollouts(rows)[0].measured == "2.40x by `+overlap`"
+
+
+def test_failed_checks_tests_and_backends_show():
+    checks = [{"check": name, "passed": name == "a", "problem": "off by one", "figure": None} for name in "ab"]
+    assert [verdict.outcome for verdict in verdicts.checks(checks)] == [PASS, FAIL]
+    tests = [{"test": "t", "outcome": outcome, "problem": ""} for outcome in ("passed", "failed", "skipped")]
+    assert [verdict.outcome for verdict in verdicts.tests(tests)] == [FAIL, FAIL]
+    assert verdicts.tests(tests[2:])[0].outcome == NO_VERDICT, "a test that was skipped passed nothing"
+    times = {"default": 1.2, "flash": 1.0, "cudnn": None}
+    rows = [{"attention": name, "milliseconds": value, "threads": None} for name, value in times.items()]
+    assert verdicts.attention(rows)[0].outcome == FAIL
+
+
+def test_rows_that_pass_save_no_part_that_crashed():
+    good = [Verdict("it", "1", outcome=PASS)]
+    crashed = page.Section(PARTS[0], "crashed", 1.0, "", good)
+    unfinished = page.Section(PARTS[0], "unfinished", 1.0, "", good)
+    assert (crashed.outcome, unfinished.outcome) == (FAIL, NOT_RUN)
+    assert page.Section(PARTS[0], "done", 1.0, "", good).outcome == PASS
+    assert json.dumps(runner.FINAL).count("un") == 1, "only `hung` is final of what did not end by itself"
