@@ -55,7 +55,7 @@ class ScoreQueue:
         on_gpu = decoder.device.type == "cuda"
         self.overlap = overlap and (on_gpu or reward.parallel > 0)
         judges = max(1, reward.parallel)
-        self.artist = workers("decode", 1, decoder.device) if self.overlap else DirectExecutor()
+        self.decoding = workers("decode", 1, decoder.device) if self.overlap else DirectExecutor()
         self.judge = workers("score", judges, decoder.device) if self.overlap else DirectExecutor()
         self.beside = self.overlap and on_gpu
         self.pending: list[Future] = []
@@ -64,7 +64,7 @@ class ScoreQueue:
     def submit(self, branches: FinishedBranches, prompts: Sequence[Prompt]) -> None:
         """Branches whose latents are not written to before `collect`; `prompts` are those of the trunks."""
         ready = torch.cuda.current_stream(self.decoder.device).record_event() if self.beside else None
-        images = self.artist.submit(self._decode, branches.latents, ready)
+        images = self.decoding.submit(self._decode, branches.latents, ready)
         self.pending.append(self.judge.submit(self._score, images, [prompts[row] for row in branches.trunks]))
         self.places.append(branches.places)
 
