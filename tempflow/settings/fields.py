@@ -124,7 +124,7 @@ class TailConfig:
     drop_below: Fraction = 0.0
     """Tails take no step from a sigma below this (SD3.5's last one of ten is .0089), but end one step earlier."""
     guidance_above: Fraction = 0.0
-    """Tails use guidance from this sigma on; below it conditional network rows alone, at half the cost (approximate)."""
+    """Tails use guidance from this sigma on; below, conditional network rows alone, at half the cost (approximate)."""
     autotune: bool = changeable(False)
     """Compiled blocks choose among more kernels by timing them: minutes of set-up; other rounding."""
     check: bool = changeable(False)

@@ -39,7 +39,7 @@ def test_levels_share_buffers_only_where_numerics_are_the_same(toy, schedule):
         engines = make_engines(toy, TailConfig(level="compile", merged=merged), 4, schedule, "one")
         (explore,) = engines.explore
         assert engines.level == "compile" and isinstance(explore, StaticEngine)
-        assert (explore.store is engines.evaluate.store) == (not merged)
+        assert (explore.store is engines.evaluate.engine.store) == (not merged)
         assert explore.work.computed == 0  # the trial does not count
 
 
@@ -49,14 +49,14 @@ def test_every_stride_of_a_list_is_a_tail_of_its_own(toy, schedule):
         engines = make_engines(toy, tails, 4, schedule, "one")
         fine, coarse = TailSolver(drop_below=0.3), TailSolver(stride=2, drop_below=0.3)
         assert [engine.solver for engine in engines.explore] == [fine, coarse]
-        assert engines.evaluate.solver == EXACT and [engine.work.computed for engine in engines.explore] == [0, 0]
+        assert engines.evaluate.engine.solver == EXACT and [engine.work.computed for engine in engines.explore] == [0, 0]
     assert engines.explore[0].store is engines.explore[1].store
 
 
 def test_evaluation_is_exact_whatever_tails_are(toy, schedule):
     tails = TailConfig(level="eager", solver="dpmpp_2m", stride=2, drop_below=0.3)
     engines = make_engines(toy, tails, 4, schedule, "one")
-    assert engines.evaluate.solver == EXACT
+    assert engines.evaluate.engine.solver == EXACT
     assert [engine.solver for engine in engines.explore] == [TailSolver("dpmpp_2m", 2, 0.3)]
     toy.merged().__enter__()  # makes the copy, which evaluation must not see once the weights have moved
     toy.own = (toy.scale, toy.bias)
