@@ -56,8 +56,9 @@ class IterationCost:
         held = self.state_bytes + self.branch_bytes + self.image_bytes
         return (
             f"{self.trunks} trunks x {self.forks} forks x {self.siblings} siblings, {self.images} images to decode "
-            f"and score an iteration; network rows{guided}: trunk {self.trunk_rows}, {window}tails {self.tail_rows}{once}, "
-            f"learning {self.learn_rows}, {total} in all; {held / 2**20:.1f} MiB of latents and images"
+            f"and score an iteration; network rows{guided}: trunk {self.trunk_rows}, {window}tails "
+            f"{self.tail_rows}{once}, learning {self.learn_rows}, {total} in all; "
+            f"{held / 2**20:.1f} MiB of latents and images"
         )
 
 

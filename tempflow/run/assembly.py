@@ -12,12 +12,11 @@ from tempflow.common.say import say
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.feed import Feed
 from tempflow.explore.schedule import NoiseSchedule, build_schedule
-from tempflow.explore.tails.choose import choose_engines, measure_rows, prepare_weights
+from tempflow.explore.tails.choose import check_tails, choose_engines, measure_rows, prepare_weights
 from tempflow.explore.tails.chunks import tail_lengths
 from tempflow.explore.tails.compiled import CompiledBlocks
-from tempflow.explore.tails.levels import Engines
+from tempflow.explore.tails.levels import LEVELS, Engines, levels_of
 from tempflow.explore.tails.solver import tail_solvers
-from tempflow.forecast.memory import learning_bytes
 from tempflow.forecast.words import Forecast
 from tempflow.learn.average import MovingAverage
 from tempflow.learn.optimizers import make_optimizer
@@ -94,6 +93,7 @@ def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[Metho
     """
     check_consistency(config, ranks.size)
     skeleton = load_skeleton(config.model, config.sample)
+    check_tails(config.tails, skeleton.network_rows, ranks.device)
     method, schedule = read_method(config, skeleton.sigmas(config.sample.steps))
     forecast = Forecast(config, skeleton, method, schedule, ranks.size)
     say(forecast.describe(ranks.device.type))
@@ -121,10 +121,21 @@ def _engines(
     prepare_weights(tails, policy)
     if rows == "auto":
         branches = config.explore.prompts * config.explore.noises // ranks.size * config.explore.siblings
-        lengths = tail_lengths(method.rule, branches, tail_solvers(tails)[0], schedule)
-        rows = known_rows or measure_rows(tails, policy, lengths, text, learning_bytes(config, policy)).rows
+        solver = tail_solvers(tails)[0]
+        lengths, unguided = tail_lengths(method.rule, branches, solver, schedule), solver.table(schedule).unguided[0]
+        rows = known_rows or measure_rows(
+            tails, policy, lengths, text, _held_back(config, policy, method, schedule, ranks), unguided
+        ).rows
         rows = int(ranks.gather(torch.tensor([rows]), 0).min())
     return choose_engines(tails, policy, schedule, rows, text)
+
+
+def _held_back(config: Config, policy: Policy, method: Method, schedule: NoiseSchedule, ranks: Ranks) -> int:
+    """Bytes that chunks have to leave to the rest of the run; nothing where memory is no limit."""
+    if policy.device.type != "cuda":
+        return 0
+    forecast = Forecast(config, load_skeleton(config.model, config.sample), method, schedule, ranks.size)
+    return forecast.beside_tails(bool(LEVELS[levels_of(policy.device, config.tails)[0]].uncaptured))
 
 
 def _stepper(config: Config, policy: Policy) -> Stepper:
