@@ -134,7 +134,7 @@ def test_chunks_leave_what_a_captured_call_would_take_from_learning():
     """Stand-in numbers: moments of 100; learning 8 + 70 at its peak, tails 8 + 20 beside their call."""
     plan = MemoryPlan(
         stays={"weights": 1000, "optimizer state": 100, "captured tails": 0},
-        phases={"tails": {"decisions": 8, "tail chunk": 500, "decoding": 20}, "learning": {"decisions": 8, "batch": 70}},
+        phases={"tails": {"decisions": 8, "tail chunk": 500, "decoding": 20}, "learning": {"batch": 78}},
         compared={},
     )
     assert (plan.beside_tails(captured=True), plan.beside_tails(captured=False)) == (178, 128)

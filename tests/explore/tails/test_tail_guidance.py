@@ -124,7 +124,8 @@ def test_models_without_classifier_free_guidance_refuse():
 @pytest.mark.parametrize("name", ["sd3", "qwen_image", "flux2_klein", "z_image"])
 def test_every_guided_family_switches(load_tiny, name):
     """Against its own formula with and without the unconditional half; no rows are spent below the limit."""
-    policy, solver = load_tiny(name, 3.0), TailSolver(guidance_above=0.6)
+    policy = load_tiny(name, 3.0)
+    solver = TailSolver(guidance_above=policy.sigmas(4)[2].item())
     steps = build_schedule(policy.sigmas(4), "flow_sde", 0.7)
     texts, noise = policy.encode(tiny_pipelines.TEXTS), torch.randn(3, *policy.latent_shape)
     found, expected, rows = noise.clone(), noise.clone(), []
@@ -169,7 +170,19 @@ def test_a_merged_copy_in_bf16_needs_no_autocast(load_tiny, disturb, name, train
         policy.network._merged.all_bf16 = False
         modes.clear()
         expected = policy.velocity(*arguments)
+    assert (found - expected).square().mean().sqrt() < 2e-2 * expected.std()
+    policy.velocity(*arguments)  # the trained network, from which evaluation and learning are
     hook.remove()
-    assert all(modes) and (found - expected).square().mean().sqrt() < 2e-2 * expected.std()
-    modes.clear()
-    policy.velocity(*arguments)
+    assert all(modes)
+
+
+@torch.no_grad()
+def test_other_precisions_are_called_as_before(load_tiny):
+    for dtype, autocast in (("fp16", True), ("fp32", False)):
+        policy, modes = load_tiny("sd3", 2.0, dtype=dtype), []
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda *_, modes=modes: modes.append(torch.is_autocast_enabled("cpu")))  # fmt: skip
+        with policy.merged():
+            policy.velocity(torch.randn(1, *policy.latent_shape), torch.ones(1), policy.encode(["three fours"]))
+        hook.remove()
+        assert modes and all(mode == autocast for mode in modes)
