@@ -112,5 +112,3 @@ class EagerEngine:
                 velocity = self.policy.velocity(latents[alive], sigma, conditioning.rows(alive), some)
             tail_step(latents[alive], velocity, now[alive], no_noise[alive], None if memory is None else memory[alive])
             self.work.add(count, count, guided)
-
-

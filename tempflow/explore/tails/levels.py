@@ -100,9 +100,7 @@ class Trial:
             engine.work.read()
 
 
-def make_engines(
-    policy: Policy, tails: TailConfig, rows: int, schedule: NoiseSchedule, text: str
-) -> Engines:
+def make_engines(policy: Policy, tails: TailConfig, rows: int, schedule: NoiseSchedule, text: str) -> Engines:
     """The engines of the level asked for, or of the first of AUTO that works; each has finished one branch by then,
     but for evaluation's, which does so at its first use.
 

@@ -180,9 +180,10 @@ def test_a_merged_copy_in_bf16_needs_no_autocast(load_tiny, disturb, name, train
 def test_other_precisions_are_called_as_before(load_tiny):
     for dtype, autocast in (("fp16", True), ("fp32", False)):
         policy, modes = load_tiny("sd3", 2.0, dtype=dtype), []
+        texts = policy.encode(["three fours"])
         hook = torch.nn.modules.module.register_module_forward_pre_hook(
             lambda *_, modes=modes: modes.append(torch.is_autocast_enabled("cpu")))  # fmt: skip
         with policy.merged():
-            policy.velocity(torch.randn(1, *policy.latent_shape), torch.ones(1), policy.encode(["three fours"]))
+            policy.velocity(torch.randn(1, *policy.latent_shape), torch.ones(1), texts)
         hook.remove()
         assert modes and all(mode == autocast for mode in modes)
