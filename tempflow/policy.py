@@ -65,8 +65,15 @@ class Policy(ImageDecoder, Protocol):
         """Encoded prompts, without gradient."""
         ...
 
-    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """Guided velocity `noise - data`: latents (R, D...) fp32, sigma (R,) fp32 -> (R, D...) fp32."""
+    def velocity(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guided: Tensor | bool = True
+    ) -> Tensor:
+        """Velocity `noise - data`: latents (R, D...) fp32, sigma (R,) fp32 -> (R, D...) fp32.
+
+        Args:
+            guided: which rows take guidance, (R,) bool, the others being those of the text alone; or all of them, or
+                none, which costs one network row each. Without effect where `network_rows` is 1.
+        """
         ...
 
     def trainable(self) -> dict[str, Parameter]:

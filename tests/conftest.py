@@ -43,7 +43,7 @@ class ToyPolicy(nn.Module):
     def encode(self, texts: Sequence[str]) -> Conditioning:
         return Conditioning({"shift": torch.tensor([float(len(text)) for text in texts]) / 10})
 
-    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guided: object = True) -> Tensor:
         self.calls.append(len(latents))
         shift = conditioning.tensors["shift"].view(-1, 1, 1) * sigma.view(-1, 1, 1)
         scale, bias = self.own

@@ -35,6 +35,8 @@ class IterationCost:
     window_rows: int
     """rows of decisions after the first of a window, one per sibling"""
     tail_rows: int
+    unguided_rows: int
+    """of the tails' rows, those that take no guidance"""
     learn_rows: int
     images: int
     """decoded and scored: one per branch and tail"""
@@ -48,12 +50,15 @@ class IterationCost:
         """The cost in words; `halves` is 2 where guidance needs a second network row for each."""
         guided = " (each twice, for guidance)" if halves == 2 else ""
         total = halves * (self.trunk_rows + self.window_rows + self.tail_rows + self.learn_rows)
+        total -= (halves - 1) * self.unguided_rows
+        once = f" ({self.unguided_rows} of them once)" if self.unguided_rows else ""
         window = f"windows {self.window_rows}, " if self.window_rows else ""
         held = self.state_bytes + self.branch_bytes + self.image_bytes
         return (
             f"{self.trunks} trunks x {self.forks} forks x {self.siblings} siblings, {self.images} images to decode "
-            f"and score an iteration; network rows{guided}: trunk {self.trunk_rows}, {window}tails {self.tail_rows}, "
-            f"learning {self.learn_rows}, {total} in all; {held / 2**20:.1f} MiB of latents and images"
+            f"and score an iteration; network rows{guided}: trunk {self.trunk_rows}, {window}tails "
+            f"{self.tail_rows}{once}, learning {self.learn_rows}, {total} in all; "
+            f"{held / 2**20:.1f} MiB of latents and images"
         )
 
 
@@ -64,15 +69,17 @@ def iteration_cost(
     earliest, forks = rule.forks.pool[: rule.forks.take], rule.forks.take
     branches, later = shape.trunks * forks * shape.siblings, (rule.window - 1) * forks * shape.trunks * shape.siblings
     decisions = forks * shape.trunks + later
-    lengths = [solver.table(schedule).lengths for solver in tails]
-    tail_rows = sum(length[rule.after(step)] for length in lengths for step in earliest) * shape.trunks * shape.siblings
+    tables = [solver.table(schedule) for solver in tails]
+    starts = [(table, rule.after(step)) for table in tables for step in earliest]
+    of_each_step = shape.trunks * shape.siblings
     return IterationCost(
         trunks=shape.trunks,
         forks=forks,
         siblings=shape.siblings,
         trunk_rows=shape.trunks * (rule.forks.pool[-1] + 1),
         window_rows=later,
-        tail_rows=tail_rows,
+        tail_rows=sum(table.lengths[step] for table, step in starts) * of_each_step,
+        unguided_rows=sum(table.unguided[step] for table, step in starts) * of_each_step,
         learn_rows=decisions * shape.passes,
         images=branches * len(tails),
         state_bytes=8 * shape.latent_elements * decisions,

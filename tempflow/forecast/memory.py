@@ -14,7 +14,9 @@ operator by operator without data (`models/without_weights/`); phases do not mee
     text encoders      beside all else, or with model.offload_text only while new prompts are encoded
     learning           one batch: what its forward pass keeps, and the peak of its backward pass
     tails, decoding    one chunk's network call and one decoder call; they meet with reward.overlap
-    captured tails     that network call where CUDA graphs hold it: they never give their memory back
+    captured tails     that network call where CUDA graphs hold it: they never give their memory back; evaluation's,
+                       with adapters that are not merged, shares it
+    evaluation         its calls before they are captured, beside the captured ones
     CUDA               1 GiB for context, libraries, workspaces
 
 Scorers are not counted: their weights are known to them alone.
@@ -30,7 +32,6 @@ from tempflow.learn.optimizers import estimated_state_bytes
 from tempflow.models.without_weights.peaks import DryModel
 from tempflow.models.without_weights.skeleton import Skeleton
 from tempflow.parallel.ranks import BUCKET
-from tempflow.policy import Policy
 from tempflow.settings.fields import Config
 
 CUDA = 2**30
@@ -59,6 +60,16 @@ class MemoryPlan:
         """The peak of the whole run."""
         return sum(self.stays.values()) + sum(self.phases[self.peak_phase].values())
 
+    def beside_tails(self, captured: bool) -> int:
+        """What a call of the tails has to leave free of what is free when weights, average and scorers are there.
+
+        Args:
+            captured: CUDA graphs hold the call: its memory is there no less while the policy learns.
+        """
+        sizes = {name: sum(parts.values()) for name, parts in self.phases.items()}
+        sizes["tails"] -= self.phases["tails"]["tail chunk"]
+        return self.stays["optimizer state"] + (max(sizes.values()) if captured else sizes["tails"])
+
     def describe(self) -> str:
         """The plan as lines of text."""
         lines = [f"memory per process, estimated: {_gib(self.total)} at the peak, which is {self.peak_phase}"]
@@ -80,13 +91,15 @@ def plan_memory(config: Config, skeleton: Skeleton, cost: IterationCost, ranks: 
                                                                          + cost.images)  # fmt: skip
     asked = AUTO_ROWS if config.tails.rows == "auto" else config.tails.rows
     chunk = min(asked, cost.trunks * cost.forks * cost.siblings)
-    trunk_call, tail_call = dry.sampling(learn.rows).peak, dry.sampling(chunk).peak
+    trunk_call, exact_call = dry.sampling(learn.rows).peak, dry.sampling(chunk).peak
+    tail_call = dry.sampling(chunk, merged=True).peak if config.tails.merged else exact_call
     decode = dry.decoding(config.reward.rows).peak
     with_reference = config.objective.kl > 0
     batch = {choice: _learning(dry, learn.rows, choice, with_reference, trunk_call) for choice in (False, True)}
     encoding = {"encoding": {"text encoders": text}} if config.model.offload_text else {}
     averaging = {"averaging": min(BUCKET, trainable)} if ranks > 1 else {}
-    captured = tail_call if config.tails.level in CAPTURED else 0
+    evaluated = config.prompts.test is not None
+    captured = max(tail_call, exact_call * evaluated) if config.tails.level in CAPTURED else 0
     other = "without" if checkpointing else "with"
     return MemoryPlan(
         stays={
@@ -103,11 +116,11 @@ def plan_memory(config: Config, skeleton: Skeleton, cost: IterationCost, ranks: 
         },
         phases=encoding | {
             "trunk": {"decisions": states, "network call": trunk_call},
-            "tails": {"decisions": states, "branches": branches, "tail chunk": tail_call - captured,
+            "tails": {"decisions": states, "branches": branches, "tail chunk": 0 if captured else tail_call,
                       "decoding": decode},
             "learning": {"decisions": states, "branches": departures, "gradients": trainable,
                          "batch": batch[checkpointing]} | averaging,
-        },
+        } | ({"evaluation": {"network call": exact_call}} if evaluated else {}),
         compared={f"a learning batch {other} gradient checkpointing": batch[not checkpointing]},
     )  # fmt: skip
 
@@ -132,9 +145,3 @@ def _table(title: str, parts: dict[str, int]) -> list[str]:
 def _gib(size: int) -> str:
     """Bytes in the unit that suits them."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"
-
-
-def learning_bytes(config: Config, policy: Policy) -> int:
-    """What learning will hold in memory, but does not yet: moving average and gradients in fp32, optimizer state."""
-    sizes = [parameter.numel() for parameter in policy.trainable().values()]
-    return 8 * sum(sizes) + estimated_state_bytes(config.learn, sizes)

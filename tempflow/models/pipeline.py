@@ -43,14 +43,19 @@ class PipelinePolicy:
     def encode(self, texts: Sequence[str]) -> Conditioning:
         return Conditioning(self.texts.rows(texts))
 
-    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guided: Tensor | bool = True
+    ) -> Tensor:
         text = conditioning.tensors
-        if self.network_rows == 1:
+        if self.network_rows == 1 or guided is False:
             return self._network(latents, sigma, text)
         rows = len(latents)
         both = {name: torch.cat((self.blank[name].expand(rows, *row.shape[1:]), row)) for name, row in text.items()}
         uncond, cond = self._network(torch.cat((latents, latents)), torch.cat((sigma, sigma)), both).chunk(2)
-        return self.family.guide(uncond, cond)
+        velocity = self.family.guide(uncond, cond)
+        if guided is True:
+            return velocity
+        return torch.where(guided.view(-1, *[1] * (cond.dim() - 1)), velocity, cond)
 
     def _network(self, latents: Tensor, sigma: Tensor, text: dict[str, Tensor]) -> Tensor:
         inputs = self.family.network_inputs(latents.to(self.network.dtype), sigma, text)

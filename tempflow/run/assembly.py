@@ -10,19 +10,14 @@ import torch
 
 from tempflow.common.clock import PhaseClock
 from tempflow.common.say import say
-from tempflow.credit.decoding import FullCalls, even_rows
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.feed import Feed
 from tempflow.explore.schedule import NoiseSchedule, build_schedule
-from tempflow.explore.tails.choose import choose_engines, measure_rows, prepare_weights
-from tempflow.explore.tails.chunks import free_memory, tail_lengths
+from tempflow.explore.tails.choose import check_tail_settings, choose_engines, prepare_weights
 from tempflow.explore.tails.compiled import CompiledBlocks
 from tempflow.explore.tails.levels import Engines
-from tempflow.explore.tails.solver import tail_solvers
-from tempflow.forecast.memory import learning_bytes
 from tempflow.forecast.words import Forecast
 from tempflow.learn.average import MovingAverage
-from tempflow.learn.noise import LossNoise, Shape, choose_noise
 from tempflow.learn.optimizers import make_optimizer
 from tempflow.learn.stepper import LossScale, Stepper
 from tempflow.method import Method, read_method
@@ -39,6 +34,7 @@ from tempflow.run.evaluation import Evaluator
 from tempflow.run.folder import check_folder, write_settings
 from tempflow.run.journal import Journal
 from tempflow.run.noise_mode import settle_mode
+from tempflow.run.parts import chunk_rows, decoders, loss_noise, memory_held_back
 from tempflow.run.trainer import Trainer
 from tempflow.settings.checks import check_consistency, longest_wait
 from tempflow.settings.fields import Config
@@ -68,8 +64,12 @@ def set_up(
     stepper, folder = _stepper(config, policy), Path(config.run.dir).expanduser()
     progress = checkpoint.restore(folder / "checkpoints", stepper)
     progress, config = _with_noise_mode(progress, config, ranks)
-    engines = _engines(config, policy, method, schedule, prompts[0].text, ranks, progress.tail_rows)
-    own, light, decode_rows = _decoders(config, policy, engines.explore[0].rows)
+    held_back = memory_held_back(config, policy, method, schedule, ranks)
+    prepare_weights(config.tails, policy)
+    rows = config.tails.rows if config.tails.rows != "auto" else progress.tail_rows
+    rows = rows or chunk_rows(config, policy, method, schedule, ranks, prompts[0].text, held_back)
+    engines = choose_engines(config.tails, policy, schedule, rows, prompts[0].text)
+    own, light, decode_rows = decoders(config, policy, engines.explore[0].rows)
     evaluator = _evaluator(config, policy, held_out, (rewards, gold), ranks, engines)
     if evaluator is not None:
         evaluator = replace(evaluator, decoder=own, decode_rows=decode_rows)
@@ -87,7 +87,7 @@ def set_up(
         decoder=own,
         scores=ScoreQueue(light, rewards, decode_rows, clock, config.reward.overlap),
         rewards=rewards,
-        noise=_loss_noise(config, policy, ranks),
+        noise=loss_noise(config, policy, ranks, held_back),
         stepper=stepper,
         ranks=ranks,
         clock=clock,
@@ -105,6 +105,7 @@ def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[Metho
     """
     check_consistency(config, ranks.size)
     skeleton = load_skeleton(config.model, config.sample)
+    check_tail_settings(config.tails, skeleton.network_rows, ranks.device)
     method, schedule = read_method(config, skeleton.sigmas(config.sample.steps))
     forecast = Forecast(config, skeleton, method, schedule, ranks.size)
     say(forecast.describe(ranks.device.type))
@@ -123,42 +124,10 @@ def _accepted(panels: tuple[Panel, Panel], prompts: list[Prompt], held_out: list
     return panels
 
 
-def _engines(
-    config: Config, policy: Policy, method: Method, schedule: NoiseSchedule, text: str, ranks: Ranks,
-    known_rows: int | None,
-) -> Engines:  # fmt: skip
-    """What carries the tails, in chunks that every process has the same size of."""
-    tails, rows = config.tails, config.tails.rows
-    prepare_weights(tails, policy)
-    if rows == "auto":
-        branches = config.explore.prompts * config.explore.noises // ranks.size * config.explore.siblings
-        lengths = tail_lengths(method.rule, branches, tail_solvers(tails)[0], schedule)
-        rows = known_rows or measure_rows(tails, policy, lengths, text, learning_bytes(config, policy)).rows
-        rows = int(ranks.gather(torch.tensor([rows]), 0).min())
-    return choose_engines(tails, policy, schedule, rows, text)
-
-
 def _with_noise_mode(progress: Progress, config: Config, ranks: Ranks) -> tuple[Progress, Config]:
     """Both with the mode in which noise is drawn from now on, so that it is written to the folder."""
     mode = settle_mode(config.run.noise, progress.noise, ranks)
     return replace(progress, noise=mode), replace(config, run=replace(config.run, noise=mode))
-
-
-def _loss_noise(config: Config, policy: Policy, ranks: Ranks) -> LossNoise:
-    """Where the loss takes its noise from, in batches of this run's shape."""
-    shape = Shape(config.learn.rows, config.explore.siblings, policy.latent_shape, config.objective.kl > 0)
-    free = free_memory(policy.device) - learning_bytes(config, policy)
-    return choose_noise(config.learn.noise, shape, ranks, free)
-
-
-def _decoders(config: Config, policy: Policy, tail_rows: int) -> tuple[ImageDecoder, ImageDecoder, int]:
-    """What decodes for evaluation, what decodes branches for their rewards, and how many latents a call."""
-    path, compiled, most = config.tails.decoder, config.tails.compile_vae, config.reward.rows
-    light = policy.light_decoder(path, compiled) if path else policy
-    if not compiled:
-        return policy, light, most
-    rows = even_rows(tail_rows, most)
-    return FullCalls(policy, rows), FullCalls(light, rows), rows
 
 
 def _stepper(config: Config, policy: Policy) -> Stepper:

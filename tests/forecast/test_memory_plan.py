@@ -125,8 +125,30 @@ def test_a_learning_batch_is_the_peak_of_its_backward_pass(sd3):
     config = load([*SETTINGS, f"model.path={sd3}"])
     dry = DryModel(load_skeleton(config.model, config.sample), config.model)
     assert planned(sd3, *SETTINGS).phases["learning"]["batch"] == dry.learning(2, False).peak
-    assert planned(sd3, *SETTINGS).phases["tails"]["tail chunk"] == dry.sampling(6).peak
-    assert planned(sd3, *SETTINGS, "tails.rows=1000").phases["tails"]["tail chunk"] == dry.sampling(48).peak
+    assert planned(sd3, *SETTINGS).phases["tails"]["tail chunk"] == dry.sampling(6, merged=True).peak
+    most = planned(sd3, *SETTINGS, "tails.rows=1000")
+    assert most.phases["tails"]["tail chunk"] == dry.sampling(48, merged=True).peak < dry.sampling(48).peak
+
+
+def test_chunks_leave_what_a_captured_call_would_take_from_learning():
+    """Stand-in numbers: moments of 100; learning 8 + 70 at its peak, tails 8 + 20 beside their call."""
+    plan = MemoryPlan(
+        stays={"weights": 1000, "optimizer state": 100, "captured tails": 0},
+        phases={"tails": {"decisions": 8, "tail chunk": 500, "decoding": 20}, "learning": {"batch": 78}},
+        compared={},
+    )
+    assert (plan.beside_tails(captured=True), plan.beside_tails(captured=False)) == (178, 128)
+
+
+def test_captured_calls_hold_the_larger_of_tails_and_evaluation(sd3):
+    """And evaluation's, captured later, are first made beside them."""
+    graphs = [*SETTINGS[:-1], "tails.level=compiled_graph"]
+    alone, evaluated = planned(sd3, *graphs, "prompts.test=null"), planned(sd3, *graphs)
+    config = load([*SETTINGS, f"model.path={sd3}"])
+    dry = DryModel(load_skeleton(config.model, config.sample), config.model)
+    assert alone.stays["captured tails"] == dry.sampling(6, merged=True).peak and "evaluation" not in alone.phases
+    exact = dry.sampling(6).peak
+    assert evaluated.stays["captured tails"] == evaluated.phases["evaluation"]["network call"] == exact
 
 
 def published(tmp_path, name: str, preset: str) -> MemoryPlan:

@@ -71,7 +71,7 @@ class BytesPolicy(nn.Module):
     def encode(self, texts: Sequence[str]) -> Conditioning:
         return Conditioning({"shift": torch.tensor([shift_of(text) for text in texts])})
 
-    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+    def velocity(self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guided: object = True) -> Tensor:
         rows = (-1, 1, 1)
         return field_of(self.own, latents, sigma.view(rows), conditioning.tensors["shift"].view(rows))
 

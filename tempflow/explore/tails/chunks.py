@@ -55,7 +55,9 @@ class ChunkChoice:
         )
 
 
-def choose_rows(lengths: Sequence[int], probes: Sequence[Probe], free: float, padded: bool) -> ChunkChoice:
+def choose_rows(
+    lengths: Sequence[int], probes: Sequence[Probe], free: float, padded: bool, unguided: int = 0
+) -> ChunkChoice:
     """The chunk size with which an iteration's tails take least time.
 
     Args:
@@ -63,13 +65,15 @@ def choose_rows(lengths: Sequence[int], probes: Sequence[Probe], free: float, pa
         probes: of growing size.
         free: bytes a call may take beyond what is held already.
         padded: every call has the full chunk's rows (static engines); else only those under way (eager).
+        unguided: how many evaluations at the end of a tail take no guidance, at the price of half as many rows.
     """
     most = min(len(lengths), BEYOND * probes[-1].rows, _fitting(probes, free))
     sizes = sorted({size for count in range(1, len(lengths) + 1) if (size := -(-len(lengths) // count)) <= most})
-    seconds = {size: _seconds(lengths, probes, size, padded) for size in sizes}
+    calls = {size: _calls(lengths, size, padded, unguided) for size in sizes}
+    seconds = {size: sum(_call_seconds(probes, rows) for rows in calls[size]) for size in sizes}
     rows = next(size for size in sizes if seconds[size] <= NEAR_ENOUGH * min(seconds.values()))
-    computed = sum(sum(_calls(lengths[part], rows, padded)) for part in chunks(len(lengths), rows))
-    return ChunkChoice(rows, 1 - sum(lengths) / computed, tuple(probes))
+    needed = sum(length - min(length, unguided) / 2 for length in lengths)
+    return ChunkChoice(rows, 1 - needed / sum(calls[rows]), tuple(probes))
 
 
 def _fitting(probes: Sequence[Probe], free: float) -> float:
@@ -80,19 +84,17 @@ def _fitting(probes: Sequence[Probe], free: float) -> float:
     return max(1, small.rows + (free - small.peak) * (large.rows - small.rows) / (large.peak - small.peak))
 
 
-def _seconds(lengths: Sequence[int], probes: Sequence[Probe], size: int, padded: bool) -> float:
-    parts = chunks(len(lengths), size)
-    return sum(_call_seconds(probes, rows) for part in parts for rows in _calls(lengths[part], size, padded))
+def _calls(lengths: Sequence[int], size: int, padded: bool, unguided: int) -> list[float]:
+    """Rows of each network call of all chunks of `size`; one without its unconditional half counts half of them."""
+    calls: list[float] = []
+    for part in chunks(len(lengths), size):
+        for left in range(lengths[part.start], 0, -1):
+            rows = size if padded else sum(length >= left for length in lengths[part])
+            calls.append(rows / 2 if left <= unguided else rows)
+    return calls
 
 
-def _calls(lengths: Sequence[int], size: int, padded: bool) -> list[int]:
-    """Rows of each network call of one chunk."""
-    if padded:
-        return [size] * lengths[0]
-    return [sum(length >= left for length in lengths) for left in range(lengths[0], 0, -1)]
-
-
-def _call_seconds(probes: Sequence[Probe], rows: int) -> float:
+def _call_seconds(probes: Sequence[Probe], rows: float) -> float:
     """Straight lines between what was measured; below that the smallest call, beyond in proportion to the largest."""
     for left, right in pairwise(probes):
         if left.rows <= rows <= right.rows:

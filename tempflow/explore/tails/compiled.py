@@ -13,16 +13,21 @@ RECOMPILE_LIMIT = 64
 blocks beyond it run uncompiled."""
 
 
+AUTOTUNED = "max-autotune-no-cudagraphs"
+"""torch.compile's mode that times more kernels than it would choose from else; graphs are captured around the blocks"""
+
+
 class CompiledBlocks:
     """Blocks whose forward pass is torch.compile's within a context, and their own outside of it.
 
-    Fixed shapes: a call with another number of rows compiles again.
+    Fixed shapes: a call with another number of rows compiles again. `mode` is torch.compile's.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module]):
+    def __init__(self, blocks: Sequence[nn.Module], mode: str | None = None):
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
         self.blocks = list(blocks)
-        self.forwards = [torch.compile(type(block).forward.__get__(block), dynamic=False) for block in self.blocks]
+        own = [type(block).forward.__get__(block) for block in self.blocks]
+        self.forwards = [torch.compile(forward, dynamic=False, mode=mode) for forward in own]
 
     @contextmanager
     def __call__(self) -> Iterator[None]:

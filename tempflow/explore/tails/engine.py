@@ -12,7 +12,7 @@ from tempflow_kernels import transition_step
 from torch import Tensor
 
 from tempflow.explore.schedule import NoiseSchedule
-from tempflow.explore.tails.solver import EXACT, KEEP_V, KEEP_X, MEMORY, SIGMA, TailSolver
+from tempflow.explore.tails.solver import EXACT, GUIDED, KEEP_V, KEEP_X, MEMORY, SIGMA, TailSolver
 from tempflow.policy import Conditioning, Policy
 
 Numerics = Callable[[], AbstractContextManager[None]]
@@ -21,14 +21,15 @@ Numerics = Callable[[], AbstractContextManager[None]]
 
 @dataclass
 class TailWork:
-    """Network rows of tails since the last `read`."""
+    """Velocities of tails since the last `read`; one without its unconditional half counts 1/2."""
 
-    computed: int = 0
-    needed: int = 0
+    computed: float = 0
+    needed: float = 0
 
-    def add(self, computed: int, needed: int) -> None:
-        self.computed += computed
-        self.needed += needed
+    def add(self, rows: int, under_way: int, guided: int) -> None:
+        """A call for `rows` branches, of which so many have set out, and so many of these take guidance."""
+        self.computed += rows if guided else rows / 2
+        self.needed += (under_way + guided) / 2
 
     def read(self) -> float:
         """The part of the computed rows that nobody needed (branches that had not set out, padding); starts again."""
@@ -70,7 +71,7 @@ def tail_step(latents: Tensor, velocity: Tensor, now: Tensor, no_noise: Tensor, 
 
     Args:
         latents, velocity: (R, D...) fp32.
-        now: (R, 7) fp32, a row of `TailTable.stages`.
+        now: (R, 8) fp32, a row of `TailTable.stages`.
         no_noise: (R, 2) int64 zeros.
         memory: (R, D...) fp32, what a multistep solver keeps from the step before; None where it keeps nothing.
     """
@@ -86,7 +87,8 @@ def tail_step(latents: Tensor, velocity: Tensor, now: Tensor, no_noise: Tensor, 
 
 @dataclass(frozen=True)
 class EagerEngine:
-    """Plain network calls; branches that have not set out yet cost nothing."""
+    """Plain network calls; branches that have not set out yet cost nothing, and where no branch takes guidance, a
+    velocity costs one network row."""
 
     policy: Policy
     rows: int
@@ -102,12 +104,11 @@ class EagerEngine:
         memory = torch.zeros_like(latents) if table.remembers else None
         no_noise = torch.zeros(len(latents), 2, dtype=torch.int64, device=latents.device)
         stages = table.stages(first_steps, latents.device)
-        for now, count in zip(stages, table.under_way(first_steps), strict=True):
+        for now, count, guided in zip(stages, table.under_way(first_steps), table.guided(first_steps), strict=True):
             alive = slice(count)
+            some = now[alive, GUIDED] > 0 if 0 < guided < count else guided > 0
             sigma = now[alive, SIGMA].contiguous()
             with self.numerics():
-                velocity = self.policy.velocity(latents[alive], sigma, conditioning.rows(alive))
+                velocity = self.policy.velocity(latents[alive], sigma, conditioning.rows(alive), some)
             tail_step(latents[alive], velocity, now[alive], no_noise[alive], None if memory is None else memory[alive])
-            self.work.add(count, count)
-
-
+            self.work.add(count, count, guided)

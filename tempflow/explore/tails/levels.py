@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from tempflow.common.errors import BadInput
 from tempflow.common.say import say
 from tempflow.explore.schedule import NoiseSchedule
-from tempflow.explore.tails.compiled import CompiledBlocks
-from tempflow.explore.tails.engine import EagerEngine, Numerics, TailEngine
-from tempflow.explore.tails.recorded import BufferStore, CudaGraphs, Direct, Recorder, StaticEngine
-from tempflow.explore.tails.solver import EXACT, tail_solvers
-from tempflow.policy import Policy
+from tempflow.explore.tails.compiled import AUTOTUNED, CompiledBlocks
+from tempflow.explore.tails.engine import EagerEngine, Numerics, TailEngine, TailWork
+from tempflow.explore.tails.recorded import BufferStore, CaptureBroken, CudaGraphs, Direct, Recorder, StaticEngine
+from tempflow.explore.tails.solver import EXACT, TailSolver, tail_solvers
+from tempflow.policy import Conditioning, Policy
 from tempflow.settings.fields import TailConfig
 
 
@@ -27,16 +30,23 @@ class Level:
     """the repeated blocks are torch.compile's"""
     recorder: Callable[[torch.device], Recorder] | None
     """what repeats a call on fixed buffers; None makes calls of the branches that are under way only"""
+    uncaptured: str = ""
+    """where calls are captured in CUDA graphs, which keep their memory: the same level without them"""
 
 
 LEVELS = {
     "eager": Level(False, None),
-    "graph": Level(False, CudaGraphs),
+    "graph": Level(False, CudaGraphs, "eager"),
     "compile": Level(True, lambda device: Direct()),
-    "compiled_graph": Level(True, CudaGraphs),
+    "compiled_graph": Level(True, CudaGraphs, "compile"),
 }
 AUTO = {"cuda": ("compiled_graph", "compile", "graph", "eager")}
 """What tails.level=auto tries in turn, per device; eager elsewhere."""
+ONLY_COMPILED = {
+    "fp8": "rounding inputs apart from the products costs more than 8-bit products save",
+    "autotune": "kernels are chosen only in compiled blocks",
+}
+"""Settings that need a level that compiles, and why."""
 
 
 @dataclass(frozen=True)
@@ -46,78 +56,155 @@ class Engines:
     level: str
     explore: tuple[TailEngine, ...]
     """V, one for each way from a branch to an image"""
-    evaluate: TailEngine
+    evaluate: EngineAtFirstUse
     """exact: Euler on every sigma, in the numerics of training"""
 
 
-def make_engines(
-    policy: Policy, tails: TailConfig, rows: int, schedule: NoiseSchedule, text: str
-) -> Engines:
-    """The engines of the level asked for, or of the first of AUTO that works; each has finished one branch by then.
+class EngineAtFirstUse:
+    """The engine that `make` gives, compiled and captured when the first branches are to be finished: a run without
+    evaluation never pays for it. `finish` also raises what `make` does."""
+
+    def __init__(self, rows: int, make: Callable[[], TailEngine]):
+        self.rows, self.make = rows, make
+
+    @cached_property
+    def engine(self) -> TailEngine:
+        return self.make()
+
+    @property
+    def work(self) -> TailWork:
+        return self.engine.work
+
+    def finish(
+        self, latents: Tensor, first_steps: Sequence[int], conditioning: Conditioning, schedule: NoiseSchedule
+    ) -> None:
+        self.engine.finish(latents, first_steps, conditioning, schedule)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What engines are made for, and tried with."""
+
+    policy: Policy
+    tails: TailConfig
+    rows: int
+    schedule: NoiseSchedule
+    text: str
+
+    def run(self, engines: Sequence[TailEngine]) -> None:
+        """Every engine finishes one branch: it compiles and captures all it ever will."""
+        conditioning = self.policy.encode([self.text])
+        for engine in engines:
+            latents = torch.zeros(1, *self.policy.latent_shape, device=self.policy.device)
+            engine.finish(latents, [self.schedule.num_steps - 1], conditioning, self.schedule)
+            engine.work.read()
+
+
+def make_engines(policy: Policy, tails: TailConfig, rows: int, schedule: NoiseSchedule, text: str) -> Engines:
+    """The engines of the level asked for, or of the first of AUTO that works; each has finished one branch by then,
+    but for evaluation's, which does so at its first use.
 
     Args:
         schedule, text: what the trial uses.
     Raises:
-        BadInput: the level asked for does not work here, with torch's own words.
+        BadInput: the level asked for does not work here, with torch's own words; a setting needs compilation and what
+            serves does not compile; or a capture broke, after which no other level may be tried.
     """
-    levels = levels_of(policy, tails)
-    if "graph" in tails.level and policy.device.type != "cuda":
-        raise BadInput("tails.level", tails.level, "CUDA graphs need a GPU; use compile, eager or auto")
-    for level in levels[:-1]:
+    return first_that_works(Trial(policy, tails, rows, schedule, text), levels_of(policy.device, tails), _make)
+
+
+Made = TypeVar("Made")
+
+
+def first_that_works(trial: Trial, levels: Sequence[str], make: Callable[[Trial, Sequence[str]], Made]) -> Made:
+    """What `make` gives for the first of `levels` that does not fail; it gets the levels from that one on.
+
+    Raises:
+        BadInput: as `make_engines`.
+    """
+    asked = trial.tails.level
+    for place, level in enumerate(levels):
         try:
-            return _tried(policy, tails, rows, level, schedule, text)
+            return make(trial, levels[place:])
+        except CaptureBroken as error:
+            hint = (f"CUDA broke off the capture of {level} ({_reason(error)}), after which this process cannot go on; "
+                    f"start again with tails.level={LEVELS[level].uncaptured}")  # fmt: skip
+            raise BadInput("tails.level", asked, hint) from error
         except RuntimeError as error:
+            if level == "eager":
+                raise
+            if level == levels[-1]:
+                hint = f"does not work here ({_reason(error)}); use tails.level=auto or eager"
+                raise BadInput("tails.level", asked, hint) from error
             say(f"tails.level={level} does not work here ({_reason(error)})")
-    if levels[-1] == "eager":
-        return _tried(policy, tails, rows, "eager", schedule, text)
-    try:
-        return _tried(policy, tails, rows, levels[-1], schedule, text)
-    except RuntimeError as error:
-        hint = f"does not work here ({_reason(error)}); use tails.level=auto or eager"
-        raise BadInput("tails.level", tails.level, hint) from error
+    raise AssertionError("the last level returns or raises")
 
 
-def levels_of(policy: Policy, tails: TailConfig) -> tuple[str, ...]:
-    """What is tried in turn."""
-    return AUTO.get(policy.device.type, ("eager",)) if tails.level == "auto" else (tails.level,)
+def levels_of(device: torch.device, tails: TailConfig) -> tuple[str, ...]:
+    """What is tried in turn.
+
+    Raises:
+        BadInput: CUDA graphs asked for without a GPU.
+    """
+    if "graph" in tails.level and device.type != "cuda":
+        raise BadInput("tails.level", tails.level, "CUDA graphs need a GPU; use compile, eager or auto")
+    return AUTO.get(device.type, ("eager",)) if tails.level == "auto" else (tails.level,)
 
 
-def _reason(error: RuntimeError) -> str:
+def check_compiled(tails: TailConfig, level: str) -> None:
+    """
+    Raises:
+        BadInput: a setting that needs compilation, where `level` serves and does not compile.
+    """
+    for name, reason in ONLY_COMPILED.items():
+        if getattr(tails, name) and not LEVELS[level].compiled:
+            hint = f"tails.level={tails.level} is {level} here, without compilation: {reason}; use tails.level=compile"
+            raise BadInput(f"tails.{name}", True, f"{hint}, or tails.{name}=false")
+
+
+def _reason(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def _tried(
-    policy: Policy, tails: TailConfig, rows: int, level: str, schedule: NoiseSchedule, text: str
-) -> Engines:
-    engines = _build(policy, tails, rows, level)
-    conditioning = policy.encode([text])
-    for engine in (engines.evaluate, *engines.explore):
-        latents = torch.zeros(1, *policy.latent_shape, device=policy.device)
-        engine.finish(latents, [schedule.num_steps - 1], conditioning, schedule)
-        engine.work.read()
-    return engines
+def _make(trial: Trial, levels: Sequence[str]) -> Engines:
+    """The engines of the first of `levels`, of which those of an iteration have finished a branch."""
+    policy, tails, level = trial.policy, trial.tails, LEVELS[levels[0]]
+    check_compiled(tails, levels[0])
+    recorder = level.recorder(policy.device) if level.recorder else None
+    engine = _kind(trial, level, recorder, policy.merged if tails.merged else nullcontext)
+    explore = tuple(engine(solver) for solver in tail_solvers(tails))
+    trial.run(explore)
+
+    def evaluation(trial: Trial, still: Sequence[str]) -> TailEngine:
+        other = LEVELS[still[0]]
+        own = recorder if other is level else other.recorder and other.recorder(policy.device)
+        shared = engine if other is level and not tails.merged else _kind(trial, other, own, nullcontext)
+        exact = shared(EXACT)
+        trial.run([exact])
+        return exact
+
+    late = EngineAtFirstUse(trial.rows, lambda: first_that_works(trial, levels, evaluation))
+    return Engines(levels[0], explore, late)
 
 
-def _build(policy: Policy, tails: TailConfig, rows: int, name: str) -> Engines:
-    level, solvers = LEVELS[name], tail_solvers(tails)
-    merged = policy.merged if tails.merged else nullcontext
-    fast = _numerics(policy, merged, level.compiled)
-    plain = _numerics(policy, nullcontext, level.compiled) if tails.merged else fast
-    if level.recorder is None:
-        explore = tuple(EagerEngine(policy, rows, solver, fast) for solver in solvers)
-        return Engines(name, explore, EagerEngine(policy, rows, EXACT, plain))
-    recorder = level.recorder(policy.device)
-    store = BufferStore(policy, rows, recorder, fast)
-    exact = BufferStore(policy, rows, recorder, plain) if tails.merged else store
-    return Engines(name, tuple(StaticEngine(store, solver) for solver in solvers), StaticEngine(exact, EXACT))
+def _kind(
+    trial: Trial, level: Level, recorder: Recorder | None, weights: Numerics
+) -> Callable[[TailSolver], TailEngine]:
+    """Makes engines that share their compiled blocks and their buffers."""
+    policy, rows = trial.policy, trial.rows
+    numerics = numerics_of(policy, weights, level.compiled, AUTOTUNED if trial.tails.autotune else None)
+    if recorder is None:
+        return lambda solver: EagerEngine(policy, rows, solver, numerics)
+    store = BufferStore(policy, rows, recorder, numerics)
+    return lambda solver: StaticEngine(store, solver)
 
 
-def _numerics(policy: Policy, weights: Numerics, compiled: bool) -> Numerics:
+def numerics_of(policy: Policy, weights: Numerics, compiled: bool, mode: str | None) -> Numerics:
     """The context of a tail's network call: its weights, and its blocks compiled or not."""
     if not compiled:
         return weights
     with weights():
-        blocks = CompiledBlocks(policy.blocks())
+        blocks = CompiledBlocks(policy.blocks(), mode)
 
     @contextmanager
     def both() -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -11,15 +12,28 @@ from torch import Tensor
 from tempflow.common.tensors import to_device
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.engine import Numerics, TailWork, tail_step
-from tempflow.explore.tails.solver import EXACT, IDLE, SIGMA, TailSolver
+from tempflow.explore.tails.solver import EXACT, GUIDED, IDLE, SIGMA, TailSolver, TailTable
 from tempflow.policy import Conditioning, Policy
+
+
+class CaptureBroken(Exception):
+    """A capture that CUDA itself broke off; from then on the process must not go on sampling or learning.
+
+    torch's `capture_end` stops before it has closed the graph's memory pool: the allocator believes for ever that a
+    capture is under way, and never again returns cached memory, not even to serve an allocation that does not fit.
+    """
 
 
 class Recorder(Protocol):
     """Turns work on tensors that stay where they are into something that repeats it."""
 
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        """Runs `work` as often as it needs to, and returns what does the same to the same tensors once more."""
+        """Runs `work` as often as it needs to, and returns what does the same to the same tensors once more.
+
+        Raises:
+            RuntimeError: it does not work; nothing has come to harm.
+            CaptureBroken: it does not work, and neither does this process any more.
+        """
         ...
 
 
@@ -48,42 +62,76 @@ class CudaGraphs:
     def record(self, work: Callable[[], None]) -> Callable[[], None]:
         """
         Raises:
-            RuntimeError: something in the work cannot be captured; torch's own words.
+            RuntimeError: the work fails, or makes the host wait; torch's own words.
+            CaptureBroken: CUDA does not capture it all the same.
         """
         before = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(before)
         with torch.cuda.stream(self.stream):
             for _ in range(self.WARM_UP):
                 work()
-        graph = torch.cuda.CUDAGraph()
+            with waiting_is_an_error():
+                work()  # within the capture the same would break it
         try:
-            # thread_local: a thread that decodes beside the sampler may allocate memory meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-                work()
+            graph = self._captured(work)
         finally:
             torch.cuda.set_stream(before)  # torch leaves the capturing one in place where a capture fails
         before.wait_stream(self.stream)
         return graph.replay
 
+    def _captured(self, work: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        graph, failed = torch.cuda.CUDAGraph(), []
+
+        def watched() -> None:
+            try:
+                work()
+            except RuntimeError as error:
+                failed.append(error)
+                raise
+
+        try:
+            # thread_local: a thread that decodes beside the sampler may allocate memory meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                watched()
+        except RuntimeError as error:
+            if error in failed:  # such as too little memory: the work's own error, and the capture was ended in order
+                raise
+            raise CaptureBroken(str(error)) from error
+        return graph
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Within this context an operator that makes the host wait for the GPU raises a RuntimeError, in all threads."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
 
 class TailBuffers:
-    """One network call and one step on tensors that stay where they are, recorded once for every step of every tail."""
+    """One network call and one step on tensors that stay where they are, recorded once for every step of every tail;
+    where some steps take no guidance, a second time with the conditional rows alone."""
 
-    def __init__(self, policy: Policy, like: Conditioning, rows: int, remembers: bool, recorder: Recorder,
+    def __init__(self, policy: Policy, like: Conditioning, rows: int, table: TailTable, recorder: Recorder,
                  numerics: Numerics):  # fmt: skip
         self.policy, self.numerics = policy, numerics
         self.latents = torch.zeros(rows, *policy.latent_shape, device=policy.device)
-        self.memory = torch.zeros_like(self.latents) if remembers else None
+        self.memory = torch.zeros_like(self.latents) if table.remembers else None
         self.now = torch.tensor(IDLE, device=policy.device).repeat(rows, 1)
         self.no_noise = torch.zeros(rows, 2, dtype=torch.int64, device=policy.device)
         # real rows, for a network may not take zeros
         filled = {name: tensor[:1].repeat(rows, *[1] * (tensor.dim() - 1)) for name, tensor in like.tensors.items()}
         self.conditioning = Conditioning(filled)
-        self.replay = recorder.record(self._work)
+        self.replay = recorder.record(lambda: self._work((self.now[:, GUIDED] > 0) if table.switches else True))
+        self.replay_unguided = recorder.record(lambda: self._work(False)) if table.switches else self.replay
 
-    def _work(self) -> None:
+    def _work(self, guided: Tensor | bool) -> None:
         with self.numerics():
-            velocity = self.policy.velocity(self.latents, self.now[:, SIGMA].contiguous(), self.conditioning)
+            sigma = self.now[:, SIGMA].contiguous()
+            velocity = self.policy.velocity(self.latents, sigma, self.conditioning, guided)
         tail_step(self.latents, velocity, self.now, self.no_noise, self.memory)
 
     def load(self, latents: Tensor, conditioning: Conditioning) -> None:
@@ -102,11 +150,11 @@ class BufferStore:
         self.policy, self.rows, self.recorder, self.numerics = policy, rows, recorder, numerics
         self.known: dict[tuple, TailBuffers] = {}
 
-    def buffers(self, like: Conditioning, remembers: bool) -> TailBuffers:
+    def buffers(self, like: Conditioning, table: TailTable) -> TailBuffers:
         shapes = tuple((name, tensor.shape[1:], tensor.dtype) for name, tensor in like.tensors.items())
-        key = (remembers, *shapes)
+        key = (table.remembers, table.switches, *shapes)
         if key not in self.known:
-            self.known[key] = TailBuffers(self.policy, like, self.rows, remembers, self.recorder, self.numerics)
+            self.known[key] = TailBuffers(self.policy, like, self.rows, table, self.recorder, self.numerics)
         return self.known[key]
 
 
@@ -125,18 +173,18 @@ class StaticEngine:
         self, latents: Tensor, first_steps: Sequence[int], conditioning: Conditioning, schedule: NoiseSchedule
     ) -> None:
         table = self.solver.table(schedule)
-        buffers = self.store.buffers(conditioning, table.remembers)
+        buffers = self.store.buffers(conditioning, table)
         buffers.load(latents, conditioning)
         stages = _padded(table.stages(first_steps, latents.device), self.rows)
-        for now in stages:
+        for now, count, guided in zip(stages, table.under_way(first_steps), table.guided(first_steps), strict=True):
             buffers.now.copy_(now)
-            buffers.replay()
+            (buffers.replay if guided else buffers.replay_unguided)()
+            self.work.add(self.rows, count, guided)
         latents.copy_(buffers.latents[: len(latents)])
-        self.work.add(self.rows * len(stages), sum(table.lengths[step] for step in first_steps))
 
 
 def _padded(stages: Tensor, rows: int) -> Tensor:
-    """(stages, B, 7) to (stages, rows, 7): rows without a branch stay idle."""
+    """(stages, B, 8) to (stages, rows, 8): rows without a branch stay idle."""
     missing = rows - stages.shape[1]
     if not missing:
         return stages

@@ -21,6 +21,9 @@ class MergedNetwork:
 
     All weights that training leaves alone are shared with `module`. With full training every parameter is copied in
     `dtype`, unless it has that precision already: then it is shared as well.
+
+    In bf16 the copy needs no autocast, which on a GPU would give norms and softmaxes fp32 outputs: they round to bf16,
+    as every product after them does anyway. (Not in fp16, whose range these fp32 outputs may exceed.)
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype):
@@ -35,6 +38,7 @@ class MergedNetwork:
             self.cast = {name: p for name, p in module.named_parameters() if p.dtype != dtype}
             for name, source in self.cast.items():
                 self._put(name, Parameter(source.detach().to(dtype), requires_grad=False))
+        self.all_bf16 = all(parameter.dtype == torch.bfloat16 for parameter in self.module.parameters())
         self.refresh()
 
     def _take_adapter_off(self, name: str, base: nn.Module) -> None:

@@ -54,9 +54,13 @@ class TrainedNetwork:
         return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
     def forward(self, inputs: dict[str, Any], device: torch.device) -> Tensor:
-        """The network's output, fp32; in autocast where its precision is not fp32."""
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+        """The network's output, fp32; in autocast where its precision is not fp32, but for a merged copy in bf16."""
+        with torch.autocast(device.type, self.dtype, enabled=self._in_autocast()):
             return self.active(**inputs, return_dict=False)[0].float()
+
+    def _in_autocast(self) -> bool:
+        merged = self._merged is not None and self.active is self._merged.module
+        return self.dtype != torch.float32 and not (merged and self._merged.all_bf16)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -36,9 +36,19 @@ class DryModel:
             for parameter in self.trained:
                 parameter.grad = None
 
-    def sampling(self, rows: int) -> Peak:
-        """One call for `rows` branches."""
-        return self._network(rows, backward=False)
+    def sampling(self, rows: int, merged: bool = False) -> Peak:
+        """One call for `rows` branches, with adapters or by the merged copy: without them, in bf16 without autocast."""
+        if not merged:
+            return self._network(rows, backward=False)
+        adapted = bool(getattr(self.module, "peft_config", None))
+        dtype = self.dtypes["transformer"]
+        if adapted:
+            self.module.disable_adapters()
+        try:
+            return self._network(rows, False, torch.float32 if dtype == torch.bfloat16 and adapted else dtype)
+        finally:
+            if adapted:
+                self.module.enable_adapters()
 
     def decoding(self, rows: int) -> Peak:
         """Decoding of `rows` latents; one at a time if the decoder is sliced."""
@@ -49,7 +59,7 @@ class DryModel:
             lambda: self.family.decode(latents[:1] if sliced else latents).float(), torch.float32, False, present
         )
 
-    def _network(self, rows: int, backward: bool) -> Peak:
+    def _network(self, rows: int, backward: bool, autocast: torch.dtype | None = None) -> Peak:
         rows *= self.skeleton.network_rows
         dtype = self.dtypes["transformer"]
         latents = torch.empty(rows, *self.skeleton.latent_shape, device=META, dtype=dtype)
@@ -58,7 +68,8 @@ class DryModel:
         inputs = {name: value.to(META) if isinstance(value, Tensor) else value for name, value in inputs.items()}
         gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         present = [*self.module.parameters(), *self.module.buffers(), *gradients, latents, *text.values()]
-        return rehearse(lambda: self.module(**inputs, return_dict=False)[0].float(), dtype, backward, present)
+        call = lambda: self.module(**inputs, return_dict=False)[0].float()  # noqa: E731
+        return rehearse(call, autocast or dtype, backward, present)
 
     @property
     def _clip_tokens(self) -> bool:

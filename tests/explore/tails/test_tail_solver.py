@@ -62,7 +62,7 @@ def test_stride_and_dropped_steps(schedule):
 def test_tails_of_a_chunk_end_together(schedule):
     table = TailSolver(stride=2).table(schedule)  # lengths 5 5 4 4 3 3 2 2 1 1
     stages = table.stages([3, 3, 6, 9], torch.device("cpu"))
-    assert stages.shape == (4, 4, 7) and stages.dtype == torch.float32
+    assert stages.shape == (4, 4, 8) and stages.dtype == torch.float32
     assert table.under_way([3, 3, 6, 9]) == [2, 2, 3, 4]
     sigmas = schedule.sigmas.float()
     assert torch.equal(stages[:, 0, SIGMA], sigmas[[3, 5, 7, 9]])

@@ -60,7 +60,7 @@ def test_engines_follow_their_tables(toy, schedule, strict_recorder, solver):
     static(toy, 6, strict_recorder, solver).finish(found, firsts, conditioning, schedule)
     for row, first in enumerate(firsts):
         x, kept = noise[row : row + 1], torch.zeros(1, 2, 3)
-        for x_coef, v_coef, _, sigma, memory, keep_x, keep_v in table.steps[first][-table.lengths[first] :].tolist():
+        for x_coef, v_coef, _, sigma, memory, keep_x, keep_v, _ in table.steps[first][-table.lengths[first] :].tolist():
             v = toy.velocity(x, torch.tensor([sigma]), conditioning.rows(slice(row, row + 1)))
             x, kept = x_coef * x + v_coef * v + memory * kept, keep_x * x + keep_v * v
         assert (found[row] - x[0]).abs().max() < 1e-5
@@ -209,7 +209,7 @@ def test_compiled_tails_equal_plain_ones(toy, schedule):
     torch.manual_seed(1)
     blocks = nn.Sequential(Block(), Block()).requires_grad_(False)
     plain = toy.velocity
-    toy.velocity = lambda latents, sigma, conditioning: plain(
+    toy.velocity = lambda latents, sigma, conditioning, guided=True: plain(
         latents + blocks(torch.cat((latents.flatten(1), latents.flatten(1)[:, :2]), 1))[:, :6].view_as(latents),
         sigma,
         conditioning,

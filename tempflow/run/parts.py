@@ -1,0 +1,54 @@
+"""What carries the branches of a run, and what they are decoded by: chosen for its shapes and the memory it has."""
+
+from __future__ import annotations
+
+import torch
+
+from tempflow.credit.decoding import FullCalls, even_rows
+from tempflow.explore.schedule import NoiseSchedule
+from tempflow.explore.tails.choose import measure_rows
+from tempflow.explore.tails.chunks import free_memory, tail_lengths
+from tempflow.explore.tails.levels import LEVELS, levels_of
+from tempflow.explore.tails.solver import tail_solvers
+from tempflow.forecast.words import Forecast
+from tempflow.learn.noise import LossNoise, Shape, choose_noise
+from tempflow.method import Method
+from tempflow.models.load import load_skeleton
+from tempflow.parallel.ranks import Ranks
+from tempflow.policy import ImageDecoder, Policy
+from tempflow.settings.fields import Config
+
+
+def chunk_rows(
+    config: Config, policy: Policy, method: Method, schedule: NoiseSchedule, ranks: Ranks, text: str, held_back: int
+) -> int:
+    """Branches that travel together where `tails.rows` is auto: measured, the same on every process."""
+    branches = config.explore.prompts * config.explore.noises // ranks.size * config.explore.siblings
+    solver = tail_solvers(config.tails)[0]
+    lengths, unguided = tail_lengths(method.rule, branches, solver, schedule), solver.table(schedule).unguided[0]
+    rows = measure_rows(config.tails, policy, lengths, text, held_back, unguided).rows
+    return int(ranks.gather(torch.tensor([rows]), 0).min())
+
+
+def memory_held_back(config: Config, policy: Policy, method: Method, schedule: NoiseSchedule, ranks: Ranks) -> int:
+    """Bytes that chunks have to leave to the rest of the run; nothing where memory is no limit."""
+    if policy.device.type != "cuda":
+        return 0
+    forecast = Forecast(config, load_skeleton(config.model, config.sample), method, schedule, ranks.size)
+    return forecast.beside_tails(bool(LEVELS[levels_of(policy.device, config.tails)[0]].uncaptured))
+
+
+def loss_noise(config: Config, policy: Policy, ranks: Ranks, held_back: int) -> LossNoise:
+    """Where the loss takes its noise from, in batches of this run's shape."""
+    shape = Shape(config.learn.rows, config.explore.siblings, policy.latent_shape, config.objective.kl > 0)
+    return choose_noise(config.learn.noise, shape, ranks, free_memory(policy.device) - held_back)
+
+
+def decoders(config: Config, policy: Policy, tail_rows: int) -> tuple[ImageDecoder, ImageDecoder, int]:
+    """What decodes for evaluation, what decodes branches for their rewards, and how many latents a call."""
+    path, compiled, most = config.tails.decoder, config.tails.compile_vae, config.reward.rows
+    light = policy.light_decoder(path, compiled) if path else policy
+    if not compiled:
+        return policy, light, most
+    rows = even_rows(tail_rows, most)
+    return FullCalls(policy, rows), FullCalls(light, rows), rows
