@@ -33,6 +33,7 @@ if importlib.util.find_spec("tempflow_kernels") is None:
     sys.path.insert(0, str(ROOT / "kernels"))  # not installed: the sources beside this file
 
 import kernel_contract as contract  # noqa: E402
+import tempflow_kernels as tk  # noqa: E402
 import torch  # noqa: E402
 from kernel_cases import Case  # noqa: E402
 from machine.environment import environment  # noqa: E402
@@ -56,7 +57,8 @@ def log(*parts):
 
 
 def check_numerics(options):
-    """The contract of the backends, on this device."""
+    """The contract of the backends, on this device: with exact noise; then what fast noise may differ by."""
+    tk.use_noise("exact")
     failures = []
     for case in contract.CASES:
         case = contract.on_device(case, options.device)
@@ -70,6 +72,7 @@ def check_numerics(options):
                 failures.append(f"{check.__name__} {arguments}: {error}")
     contract.check_nan(triton_ops, Case(device=options.device))
     assert not failures, "\n".join(failures)
+    contract.check_fast_noise(triton_ops, Case(siblings=6, device=options.device))
     log(f"  {len(contract.CASES)} cases within twice the error of plain torch")
 
 
@@ -89,7 +92,8 @@ def all_outputs(case):
 
 
 def check_determinism(options):
-    """Bit-identical repeats, and the same noise as on the CPU."""
+    """Bit-identical repeats, and the same exact noise as on the CPU."""
+    tk.use_noise("exact")
     size = (4, 8, 8) if options.tiny else (16, 64, 64)
     case = Case(shape=size, siblings=6, device=options.device)
     first = all_outputs(case)

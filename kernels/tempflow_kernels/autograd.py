@@ -6,7 +6,8 @@ the incoming scalar and writes the gradient once, in its final dtype: a finished
 cost 8 bytes more of traffic per element. On CPUs drawing the noise costs more than memory: the forward finishes the
 gradient, in fp32, so that each noise is drawn once instead of twice.
 
-`branches` are the fields of `Branches` one by one, of which the first, the velocity, gets a gradient.
+`branches` are the fields of `Branches` one by one, of which the first, the velocity, gets a gradient. The noise mode of
+the forward goes along: drawing other noise in the backward is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from . import library  # noqa: F401 - registers the operators
 from ._ops import ops
+from .noise_setting import noise_mode
 
 
 class LogProb(torch.autograd.Function):
@@ -37,13 +39,14 @@ class LogRatio(torch.autograd.Function):
     @staticmethod
     def forward(ctx, siblings: int, *branches) -> Tensor:
         *tensors, ctx.kl_coef = branches
+        ctx.noise_mode = noise_mode()
         ctx.save_for_backward(*tensors)
         return ops.log_ratio(*branches, siblings)
 
     @staticmethod
     def backward(ctx, slopes: Tensor):
         one = slopes.new_ones(())
-        gradient = ops.velocity_gradient(*ctx.saved_tensors, ctx.kl_coef, slopes, one)
+        gradient = ops.velocity_gradient(*ctx.saved_tensors, ctx.kl_coef, slopes, one, ctx.noise_mode)
         return None, gradient, *[None] * len(ctx.saved_tensors)
 
 
@@ -54,6 +57,7 @@ class BranchLoss(torch.autograd.Function):
     def forward(ctx, advantages: Tensor, clip_low: float, clip_high: float, *branches) -> tuple[Tensor, Tensor]:
         *tensors, ctx.kl_coef = branches
         loss, stats, slopes = ops.branch_loss(*branches, advantages, clip_low, clip_high)
+        ctx.noise_mode = noise_mode()
         ctx.save_for_backward(slopes, *tensors)
         ctx.mark_non_differentiable(stats)
         return loss, stats
@@ -61,7 +65,7 @@ class BranchLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, scale: Tensor, _):
         slopes, *tensors = ctx.saved_tensors
-        gradient = ops.velocity_gradient(*tensors, ctx.kl_coef, slopes, scale)
+        gradient = ops.velocity_gradient(*tensors, ctx.kl_coef, slopes, scale, ctx.noise_mode)
         return None, None, None, gradient, *[None] * len(tensors)
 
 
