@@ -139,7 +139,7 @@ def test_worst_case_over_all_words():
     square = [np.where(replaced, 2 - 2 * u, -2 * math.log(2) * (log2 + s * error) * (1 - s * 2.0**-23)) for s in (-1, 1)]
     assert min(map(np.min, square)) >= 0, "no root of a negative number"
     radius = np.sqrt(-2 * np.log(u))
-    apart = np.maximum(*(np.abs(np.sqrt(s) - radius) for s in square)) + radius * (2.0**-23 + 2.0**-22)
+    apart = np.maximum(*(np.abs(np.sqrt(s) - radius) for s in square)) + radius * 2.0**-22  # roots
     assert (apart + radius * (2.0**-20.5 + 1.5e-7 + turn_error() + 2.0**-23)).max() < 1e-5
 
 
@@ -215,11 +215,11 @@ def test_the_mode_is_chosen_and_told():
 
 @pytest.mark.parametrize("enough", [1, 40, 10**6])
 def test_dealing_siblings_to_more_programs_changes_no_bit(enough, monkeypatch):
-    case = Case(shape=(1500,), siblings=5)
+    case = Case(shape=(1030,), siblings=3)
 
     def results():
         triton_ops.geometry.cache_clear()
-        following, log_prob = triton_ops.transition_step(case.latents, case.velocity, case.coef, case.key, 5, None, 1.0)
+        following, log_prob = triton_ops.transition_step(case.latents, case.velocity, case.coef, case.key, 3, None, 1.0)
         again = triton_ops.transition_log_prob(following, case.latents, case.velocity, case.coef)
         return [following, log_prob, again, *triton_ops.branch_loss(*case.loss_arguments)]
 

@@ -54,4 +54,4 @@ def test_slots_of_a_listing():
         "BAR.SYNC.DEFER_BLOCKING 0x0", "@P1 BRA 0x10", "EXIT", "BRA 0x80",
     ]  # fmt: skip
     instructions = [kernel_sass.Instruction(16 * place, text) for place, text in enumerate(listing)]
-    assert kernel_sass.slots(instructions) == kernel_sass.Slots(outside=2, loop=4, barriers=1)
+    assert kernel_sass.slots(instructions) == kernel_sass.Slots(2, 4, barriers=1, special=1, shortest=4)

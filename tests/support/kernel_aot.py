@@ -131,17 +131,18 @@ def _amd(asm):
 
 
 def narrow_addresses(ttir):
-    """Pointer additions with 32-bit offsets, other than constants and places within one block.
+    """Pointer additions with 32-bit offsets, other than constants, counts and places within one block.
 
     A row or an element offset beyond 2**31 must be 64 bits wide from its first multiplication.
     """
-    small = set(re.findall(r"(%\S+) = (?:arith\.constant|tt\.make_range)", ttir))
+    small = {f"%{name}" for name, kind in TYPES.items() if kind == COUNT}
+    places = set(re.findall(r"(%\S+) = (?:arith\.constant|tt\.make_range)", ttir))
     derived = re.findall(r"(%\S+) = (?:arith\.\w+|tt\.\w+) ([^:{]*?)(?: \{[^}]*\})? : [^\n]*i32", ttir)
     for name, operands in derived:
-        if set(re.findall(r"%[\w#:]+", operands)) <= small:
-            small.add(name)
+        if set(re.findall(r"%[\w#:]+", operands)) <= places:
+            places.add(name)
     found = re.findall(r"tt\.addptr \S+, (%\S+) : \S+, (?:i32|tensor<[\dx]+xi32>)", ttir)
-    return [offset for offset in found if offset not in small]
+    return [offset for offset in found if offset not in small | places]
 
 
 def main():

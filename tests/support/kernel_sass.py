@@ -38,6 +38,14 @@ class Slots:
     outside: int
     loop: int
     barriers: int
+    special: int = 0
+    """Of the loop: roots, logarithms, sines, which one unit in eight computes;"""
+    wide: int = 0
+    """products of 64 bits;"""
+    loads: int = 0
+    """loads of global memory."""
+    shortest: int = 0
+    """Instructions of the shortest loop: of the step, that of rows without noise."""
 
 
 def read(cubin):
@@ -83,5 +91,6 @@ def slots(instructions):
     bodies = [[i for i in main if a <= i.address <= b] for a, b in found]
     longest = max(bodies, key=len, default=[])
     inside = {i.address for body in bodies for i in body}
-    barriers = sum(i.opcode.startswith("BAR") for i in longest)
-    return Slots(len([i for i in main if i.address not in inside]), len(longest), barriers)
+    kinds = [sum(i.opcode.startswith(kind) for i in longest) for kind in ("BAR", "MUFU", ("IMAD.WIDE", "IMAD.HI"), "LDG")]
+    outside = len([i for i in main if i.address not in inside])
+    return Slots(outside, len(longest), *kinds, shortest=min(map(len, bodies), default=0))

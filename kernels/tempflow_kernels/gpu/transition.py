@@ -105,7 +105,7 @@ def sum_blocks(partial, line, inside, blocks, LANES: tl.constexpr):
     for first in range(0, blocks, LANES):
         block = first + lane
         here = inside[:, None] & (block < blocks)[None, :]
-        total += tl.load(partial + line[:, None] * blocks + block[None, :], mask=here, other=0.0)
+        total += tl.load(partial + line[:, None] * blocks + block[None, :].to(tl.int64), mask=here, other=0.0)
     return tl.sum(total, axis=1)
 
 
