@@ -4,6 +4,7 @@ import json
 import statistics
 import time
 
+import tempflow_kernels as tk
 import torch
 from machine.environment import environment, peak_bytes
 from operators.callables import POINTS, Inputs, Setting, bytes_moved, callables, kernels_alone
@@ -128,6 +129,7 @@ def _measure(options, measure, setting, provider, add):
         median, spread = measure(call)
         row = {"operator": operator, "mode": mode, "provider": provider, **setting.row, "median_ms": median}
         row |= {"iqr_ms": spread, "graph_ms": graph_time(options.device, alone.get((operator, mode)))}
+        row |= {"noise": tk.noise_mode()}
         row |= {"bytes": bytes_moved(operator, mode, setting), "peak_bytes": peak_bytes(call, options.device)}
         in_graph = f", {row['graph_ms']:.4f} in a graph" if row["graph_ms"] else ""
         log(f"  {operator} {mode} {provider} {setting.label}: {median:.4f} ms{in_graph}")

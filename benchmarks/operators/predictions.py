@@ -4,8 +4,8 @@
     python benchmarks/operators/predictions.py --count         counts again (needs triton, no GPU): slots.json
     python benchmarks/operators/predictions.py --readme        writes the table into kernels/README.md
 
-Time is the largest of three bounds: bytes over the copy bandwidth, instructions over the issue rate, and the work of the
-two slow units, each divided by the share of it that is assumed to be reached. Launches are left out: all is for large
+Time is the largest of the bounds: bytes over the copy bandwidth, instructions over the issue rate, and the work of two
+slow units, each divided by the share of it that is assumed to be reached. Launches are left out: all is for large
 inputs, in bf16.
 """
 
@@ -32,7 +32,7 @@ class Chip:
 
 CHIPS = {"H100": Chip(132, 1.755, 3.0), "H200": Chip(132, 1.755, 4.3)}
 MEMORY_SHARE, ISSUE_SHARE = 0.93, 0.72
-"""Of the copy bandwidth, and of the issue slots, that a kernel is assumed to reach; the second is uncertain by a fifth."""
+"""Shares of the copy bandwidth and of the issue slots that a kernel is assumed to reach; the second is uncertain."""
 LANES = {"issue": 128, "special functions": 16, "wide products": 32}
 """Instructions of a thread that one multiprocessor starts in a clock."""
 ELEMENTS = 2**25
@@ -84,7 +84,7 @@ def predict(operator: str, siblings: int, chip: str, noise: str = "fast") -> Pre
     spec, limits = OPERATORS[operator], CHIPS[chip]
     noise = noise if len(spec.noises) > 1 else "none"
     counts = json.loads(SLOTS.read_text())["kernels"]
-    bounds = {name: 0.0 for name in LANES}
+    bounds = dict.fromkeys(LANES, 0.0)
     for kernel in spec.kernels:
         for name, number in _numbers(counts[f"{kernel} {noise}"], siblings).items():
             bounds[name] += 1e3 * number / (limits.processors * limits.gigahertz * LANES[name] * ISSUE_SHARE)
@@ -111,12 +111,14 @@ def table(measured: Path | None = None) -> str:
         "(the second uncertain by a fifth). Per row element in bf16; us at 64 MiB of latents, without launches; the",
         "share is of the copy bandwidth; measured ps where rows of `gpu_speed.py` were given.",
         "",
-        _line(["operator", "noise", "K", *(f"{n} {c}" for n in CHIPS for c in ("ps", "us", "bound", "share", "measured"))]),
+        _line(
+            ["operator", "noise", "K", *(f"{n} {c}" for n in CHIPS for c in ("ps", "us", "bound", "share", "measured"))]
+        ),
         "|" + "---|" * (3 + 5 * len(CHIPS)),
     ]
     for operator, spec in OPERATORS.items():
         lines += [
-            _line([operator, noise, siblings, *(cell for chip in CHIPS for cell in _cells(rows, operator, siblings, chip, noise))])
+            _line([operator, noise, siblings, *(c for n in CHIPS for c in _cells(rows, operator, siblings, n, noise))])
             for noise in spec.noises for siblings in SIBLINGS
         ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -130,7 +132,13 @@ def _cells(rows, operator: str, siblings: int, chip: str, noise: str) -> list[st
     found = predict(operator, siblings, chip, noise)
     microseconds = 1e-6 * found.picoseconds * ELEMENTS
     share = f"{100 * found.copy_share:.0f} %"
-    return [f"{found.picoseconds:.1f}", f"{microseconds:.0f}", found.bound, share, _measured(rows, operator, siblings, chip, noise)]
+    return [
+        f"{found.picoseconds:.1f}",
+        f"{microseconds:.0f}",
+        found.bound,
+        share,
+        _measured(rows, operator, siblings, chip, noise),
+    ]
 
 
 def _measured(rows, operator: str, siblings: int, chip: str, noise: str) -> str:

@@ -100,7 +100,9 @@ def pairs_of(words, pair):
 def extreme_words():
     """Words at both ends and about 1 - 2^-11, where the logarithm gives way, with any second word; and any pair."""
     seeded = torch.Generator().manual_seed(0)
-    ends = torch.cat([torch.arange(4096), 2**32 - 1 - torch.arange(16384), 2**32 - 2**21 + torch.arange(-8192, 8192) * 16])
+    ends = torch.cat(
+        [torch.arange(4096), 2**32 - 1 - torch.arange(16384), 2**32 - 2**21 + torch.arange(-8192, 8192) * 16]
+    )
     near = 2**32 - 2**21 + torch.randint(-(2**20), 2**20, (COUNT - ends.numel(),), generator=seeded)
     first = torch.cat([ends, near, torch.randint(0, 2**32, (3 * COUNT,), generator=seeded)])
     second = torch.cat([torch.randint(0, 2**32, (COUNT,), generator=seeded), extremes_of_angles(seeded)])
@@ -136,7 +138,9 @@ def test_worst_case_over_all_words():
     log2 = np.log2(u)
     error = 2.0**-22 * np.maximum(1, np.abs(log2))
     replaced = u > 0.99951171875
-    square = [np.where(replaced, 2 - 2 * u, -2 * math.log(2) * (log2 + s * error) * (1 - s * 2.0**-23)) for s in (-1, 1)]
+    square = [
+        np.where(replaced, 2 - 2 * u, -2 * math.log(2) * (log2 + s * error) * (1 - s * 2.0**-23)) for s in (-1, 1)
+    ]
     assert min(map(np.min, square)) >= 0, "no root of a negative number"
     radius = np.sqrt(-2 * np.log(u))
     apart = np.maximum(*(np.abs(np.sqrt(s) - radius) for s in square)) + radius * 2.0**-22  # roots

@@ -40,9 +40,7 @@ def test_no_spills_and_no_fp64(name, target, noise):
 
 @pytest.mark.parametrize(("target", "instruction"), [("sm_90", "lg2.approx.ftz.f32"), ("gfx942", "v_log_f32")])
 def test_fast_noise_is_made_of_the_instructions_of_the_gpu(target, instruction):
-    text = {
-        noise: kernel_aot.compile_kernel("normal", kernel_aot.TARGETS[target], noise=noise).asm for noise in NOISES
-    }
+    text = {noise: kernel_aot.compile_kernel("normal", kernel_aot.TARGETS[target], noise=noise).asm for noise in NOISES}
     code = {noise: asm["amdgcn"] if "amdgcn" in asm else asm["ptx"] for noise, asm in text.items()}
     assert instruction in code["fast"] and instruction not in code["exact"]
 

@@ -33,7 +33,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Slots:
-    """Of one kernel, per thread: instructions outside loops, and of the loop over siblings instructions and barriers."""
+    """Of one kernel, per thread: instructions outside loops, then what the loop over siblings holds."""
 
     outside: int
     loop: int
@@ -91,6 +91,7 @@ def slots(instructions):
     bodies = [[i for i in main if a <= i.address <= b] for a, b in found]
     longest = max(bodies, key=len, default=[])
     inside = {i.address for body in bodies for i in body}
-    kinds = [sum(i.opcode.startswith(kind) for i in longest) for kind in ("BAR", "MUFU", ("IMAD.WIDE", "IMAD.HI"), "LDG")]
+    kinds = ("BAR", "MUFU", ("IMAD.WIDE", "IMAD.HI"), "LDG")
+    kinds = [sum(i.opcode.startswith(kind) for i in longest) for kind in kinds]
     outside = len([i for i in main if i.address not in inside])
     return Slots(outside, len(longest), *kinds, shortest=min(map(len, bodies), default=0))

@@ -1,12 +1,11 @@
 """Fast normals: Box-Muller by the logarithm, root, sine and cosine instructions of the GPU.
 
-| | logarithm | root | sine, cosine |
-|---|---|---|---|
-| NVIDIA (PTX ISA) | lg2.approx.ftz: 2^-22 absolute on (1/2, 2), relative elsewhere | sqrt.approx.ftz: relative 2^-23 | 2^-20.5 absolute within 2 pi |
-| AMD CDNA 3 | v_log_f32: 1 ulp | v_sqrt_f32: 1 ulp | of revolutions; no bound is documented |
+Errors on NVIDIA (PTX ISA): lg2.approx.ftz 2^-22, absolute on (1/2, 2) and relative elsewhere; sqrt.approx.ftz 2^-23,
+relative; sin and cos.approx.ftz 2^-20.5, absolute within a turn. AMD CDNA 3: v_log_f32 and v_sqrt_f32 1 ulp; for
+v_sin_f32 and v_cos_f32, which count revolutions, no bound is documented.
 
-Near u = 1 the logarithm vanishes, and an absolute error of 2^-22 would be all of it: from 1 - 2^-11 on it is replaced by
-its first term, `-2 log(u) = 2 (1 - u) + (1 - u)^2 + ...`. With these bounds every normal is within 1e-5 of the exact
+Near u = 1 the logarithm vanishes, and an absolute error of 2^-22 would be all of it: from 1 - 2^-11 on its first term
+takes its place, `-2 log(u) = 2 (1 - u) + (1 - u)^2 + ...`. With these bounds every normal is within 1e-5 of the exact
 one, and none is NaN. The angle is rounded as the exact one is.
 """
 
