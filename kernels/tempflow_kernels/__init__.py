@@ -5,6 +5,7 @@ Imports only torch (and triton where it is used). Every operator is defined by i
 """
 
 from .info import backend_info
+from .noise_setting import noise_mode, use_noise
 from .ops import branch_loss, gaussian_terms, log_ratio, normal_like, transition_log_prob, transition_step
 from .plain.philox import fold_key, philox4x32
 from .plain.reference import BranchLossStats
@@ -18,8 +19,10 @@ __all__ = [
     "fold_key",
     "gaussian_terms",
     "log_ratio",
+    "noise_mode",
     "normal_like",
     "philox4x32",
     "transition_log_prob",
     "transition_step",
+    "use_noise",
 ]

@@ -7,7 +7,8 @@ cost 8 bytes more of traffic per element. On CPUs drawing the noise costs more t
 gradient, in fp32, so that each noise is drawn once instead of twice.
 
 `branches` are the fields of `Branches` one by one, of which the first, the velocity, gets a gradient. Statistics get no
-gradient, and none is made up for them: that would be one more launch of a kernel.
+gradient, and none is made up for them: that would be one more launch of a kernel. The noise mode of the forward goes
+along: drawing other noise in the backward is refused.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from ._ops import ops
 from .library import run
+from .noise_setting import noise_mode
 
 
 def _gradient(name: str, *arguments) -> Tensor:
@@ -43,13 +45,14 @@ class LogRatio(torch.autograd.Function):
     @staticmethod
     def forward(ctx, siblings: int, *branches) -> Tensor:
         *tensors, ctx.kl_coef = branches
+        ctx.noise_mode = noise_mode()
         ctx.save_for_backward(*tensors)
         return run("log_ratio", *branches, siblings)
 
     @staticmethod
     def backward(ctx, slopes: Tensor):
         one = slopes.new_ones(())
-        gradient = _gradient("velocity_gradient", *ctx.saved_tensors, ctx.kl_coef, slopes, one)
+        gradient = _gradient("velocity_gradient", *ctx.saved_tensors, ctx.kl_coef, slopes, one, ctx.noise_mode)
         return None, gradient, None, None, None, None, None, None
 
 
@@ -64,6 +67,7 @@ class BranchLoss(torch.autograd.Function):
     def forward(ctx, advantages: Tensor, clip_low: float, clip_high: float, *branches) -> tuple[Tensor, Tensor]:
         *tensors, ctx.kl_coef = branches
         loss, stats, slopes = run("branch_loss", *branches, advantages, clip_low, clip_high)
+        ctx.noise_mode = noise_mode()
         ctx.save_for_backward(slopes, *tensors)
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)
@@ -74,7 +78,7 @@ class BranchLoss(torch.autograd.Function):
         if scale is None:
             return NO_GRADIENTS
         slopes, *tensors = ctx.saved_tensors
-        gradient = _gradient("velocity_gradient", *tensors, ctx.kl_coef, slopes, scale)
+        gradient = _gradient("velocity_gradient", *tensors, ctx.kl_coef, slopes, scale, ctx.noise_mode)
         return None, None, None, gradient, None, None, None, None, None, None
 
 

@@ -8,6 +8,7 @@ import torch
 
 from .cpu import library as native
 from .library import CHOSEN, NAMESPACE
+from .noise_setting import noise_mode
 
 
 def _triton_version() -> str:
@@ -19,12 +20,20 @@ def _triton_version() -> str:
         return "installed, version unknown"
 
 
+def _noise() -> str:
+    """Which normals each device draws: only Triton has a choice."""
+    served = {"cpu": CHOSEN["CPU"], "cuda": CHOSEN["CUDA"], "other devices": CHOSEN["CompositeExplicitAutograd"]}
+    modes = {device: noise_mode() if backend == "triton" else "exact" for device, backend in served.items()}
+    return ", ".join(f"{device}: {mode}" for device, mode in modes.items())
+
+
 def backend_info() -> dict[str, str]:
-    """Backends per device, versions, and why the C++ twin is absent if it is."""
+    """Backends and normals (exact or fast) per device, versions, and why the C++ twin is absent if it is."""
     return {
         "cpu": CHOSEN["CPU"],
         "cuda": CHOSEN["CUDA"],
         "other devices": CHOSEN["CompositeExplicitAutograd"],
+        "noise": _noise(),
         "native": native.describe(),
         "triton": _triton_version(),
         "torch": torch.__version__,

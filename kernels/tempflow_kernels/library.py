@@ -48,7 +48,7 @@ SCHEMAS = {
     "log_ratio": BRANCHES + "SymInt siblings) -> Tensor",
     "branch_loss": _LOSS,
     "branch_loss_gradient": _LOSS,
-    "velocity_gradient": BRANCHES + "Tensor slopes, Tensor scale) -> Tensor",
+    "velocity_gradient": BRANCHES + "Tensor slopes, Tensor scale, str forward_noise='') -> Tensor",
 }
 
 

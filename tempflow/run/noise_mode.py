@@ -47,7 +47,5 @@ def settle_mode(setting: str, saved: str | None, ranks: Ranks) -> str:
     everyone = ranks.gather(torch.tensor([MODES.index(mode)]), 0)
     if everyone.min() != everyone.max():
         raise BadInput("run.noise", setting, f"processes differ in {VARIABLE}; set run.noise=exact or fast")
-    use = getattr(tempflow_kernels, "use_noise", None)
-    if use is not None:
-        use(mode)
+    tempflow_kernels.use_noise(mode)
     return mode

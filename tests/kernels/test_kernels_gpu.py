@@ -1,10 +1,12 @@
 """The Triton kernels on a real device: contract, determinism, CUDA graphs. `first_half_hour.py` adds the timing."""
 
 import pytest
+import tempflow_kernels as tk
 import torch
 from kernel_cases import Case
 from kernel_contract import (
     CASES,
+    check_fast_noise,
     check_log_prob,
     check_log_ratio,
     check_loss,
@@ -22,6 +24,15 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def noise():
+    """The exact noise of the contract; the setting of the process comes back."""
+    before = tk.noise_mode()
+    tk.use_noise("exact")
+    yield
+    tk.use_noise(before)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_contract(case):
     from tempflow_kernels.gpu import ops as triton_ops
@@ -33,6 +44,13 @@ def test_contract(case):
         check(triton_ops, unnumbered(case))
 
 
+@pytest.mark.parametrize("shape", [(16, 64, 64), (3, 7, 11)])
+def test_fast_noise(shape):
+    from tempflow_kernels.gpu import ops as triton_ops
+
+    check_fast_noise(triton_ops, Case(shape=shape, siblings=6, device="cuda"))
+
+
 def test_nan_is_not_clipped_away():
     from tempflow_kernels.gpu import ops as triton_ops
 
@@ -40,8 +58,7 @@ def test_nan_is_not_clipped_away():
 
 
 def test_public_operators_dispatch_to_triton_and_train():
-    import tempflow_kernels as tk
-
+    tk.use_noise("fast")
     case = Case(shape=(16, 16, 16), dtype=torch.bfloat16, device="cuda")
     leaf = case.velocity.clone().requires_grad_()
     loss, _ = tk.branch_loss(leaf, case.velocity_old, case.advantages, case.terms, case.key)

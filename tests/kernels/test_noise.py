@@ -1,6 +1,9 @@
 """The noise: known answers, the mapping from elements to counters, and whether it is normal and independent."""
 
 import math
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -123,3 +126,18 @@ def test_independence_of_steps_and_of_neighbouring_seeds():
         noise = backend.normal(key, 1, 200_000)[:, 0].double()
         correlation = torch.corrcoef(noise) - torch.eye(8)
         assert correlation.abs().max() * math.sqrt(200_000) < 4.5
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("", "fast"), ("exact", "exact"), ("fast", "fast"), ("quick", "TEMPFLOW_KERNELS_NOISE: found 'quick'")],
+)
+def test_noise_mode_from_the_environment(value, expected):
+    program = "import tempflow_kernels as tk; print(tk.noise_mode(), tk.backend_info()['noise'])"
+    environment = os.environ | {"TEMPFLOW_KERNELS_NOISE": value, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment |= {"TRITON_INTERPRET": "0", "TEMPFLOW_KERNELS_BACKEND": ""}
+    run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert expected in run.stdout + run.stderr
+    assert (run.returncode == 0) == (value != "quick")
+    if run.returncode == 0:
+        assert run.stdout.split(" ", 1)[1].startswith(f"cpu: exact, cuda: {expected}"), "a CPU draws exact noise"

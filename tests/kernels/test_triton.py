@@ -12,6 +12,7 @@ import kernel_aot
 
 SUITE = Path(__file__).with_name("test_interpreter.py")
 LOSS = Path(__file__).with_name("test_loss.py")
+FAST = Path(__file__).with_name("test_fast_noise.py")
 
 
 def test_every_kernel_in_the_interpreter():
@@ -20,7 +21,7 @@ def test_every_kernel_in_the_interpreter():
         "TEMPFLOW_KERNELS_BACKEND": "triton",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", SUITE, LOSS]
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", SUITE, LOSS, FAST]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=SUITE.parents[2])
     assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
     assert " passed" in run.stdout and "failed" not in run.stdout
@@ -40,7 +41,7 @@ def test_kernels_take_no_float_arguments():
         for name, value in vars(module).items()
         if name.endswith("_kernel") and isinstance(value, triton.runtime.jit.JITFunction)
     ]
-    assert len(kernels) == 10
+    assert len(kernels) == 9
     for kernel in kernels:
         for parameter in kernel.params:
             assert parameter.is_constexpr == parameter.name.isupper(), (kernel, parameter.name)
@@ -70,10 +71,10 @@ def test_nothing_is_fused_behind_our_back():
     assert "fma." in kernel_aot.compile_kernel("normal", kernel_aot.TARGETS["sm_90"]).asm["ptx"]
 
 
-COUNTS = ("rows", "siblings", "elements", "blocks")
+COUNTS = ("rows", "siblings", "elements", "blocks", "span")
 
 
-@pytest.mark.parametrize("ones", [("rows", "siblings", "blocks"), COUNTS, ("siblings",)], ids="-".join)
+@pytest.mark.parametrize("ones", [("rows", "siblings", "blocks", "span"), COUNTS, ("siblings", "span")], ids="-".join)
 @pytest.mark.parametrize("name", kernel_aot.KERNELS | kernel_aot.FINISHERS)
 def test_counts_of_one_compile(name, ones):
     """The launcher turns counts of 1 into constants; the interpreter does not, so only compilation can show it."""
@@ -89,10 +90,10 @@ def test_finishing_kernels_compile_without_spills_and_fp64(name, target):
 
 @pytest.mark.parametrize("name", ["moments", "velocity_gradient", "step"])
 def test_variants_without_options_compile(name, monkeypatch):
-    """Stored noise, no guidance, no reference policy."""
+    """Stored noise, no guidance, no reference policy, rows that end within a block."""
     kernel, constants = kernel_aot.KERNELS[name]
-    plain = {argument: argument == "STORED" for argument, value in constants.items() if isinstance(value, bool)}
-    changed = constants | plain | ({"KL_COEF": 0.0} if "KL_COEF" in constants else {})
+    plain = {"STORED": True, "REFERENCE": False, "WHOLE": False, "GUIDANCE": None, "KL_COEF": 0.0}
+    changed = {argument: plain[argument] for argument in constants}
     monkeypatch.setitem(kernel_aot.KERNELS, name, (kernel, changed))
     for half in ("*fp32", "*fp16"):
         monkeypatch.setattr(kernel_aot, "TYPES", {k: half if v == "*bf16" else v for k, v in kernel_aot.TYPES.items()})

@@ -4,24 +4,15 @@
 """
 
 import re
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
+import kernel_sass
 import triton
-from tempflow_kernels.gpu import (
-    loss as triton_loss,
-)
-from tempflow_kernels.gpu import (
-    noise as triton_noise,
-)
-from tempflow_kernels.gpu import (
-    ops as triton_ops,
-)
-from tempflow_kernels.gpu import (
-    transition as triton_transition,
-)
+from tempflow_kernels.gpu import loss as triton_loss
+from tempflow_kernels.gpu import noise as triton_noise
+from tempflow_kernels.gpu import ops as triton_ops
+from tempflow_kernels.gpu import transition as triton_transition
+from tempflow_kernels.gpu.fast import NOISES
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -32,35 +23,36 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 HALF, COUNT = "*bf16", "i32"
+NUMBERS = triton_ops.BLOCK // (32 * triton_ops.OPTIONS["num_warps"])
+"""Elements of a block per thread on NVIDIA."""
 TYPES = {
     name: kind
     for kind, names in {
-        "*fp32": "coef terms next_latents partial slopes scale noise log_prob log_ratio kl advantages loss stats",
+        "*fp32": "coef terms next_latents partial arrived slopes scale noise log_prob log_ratio advantages loss stats",
         "*i64": "key",
         HALF: "latents velocity velocity_old velocity_ref uncond gradient",
-        COUNT: "rows siblings elements blocks",
+        COUNT: "rows siblings elements blocks span",
     }.items()
     for name in names.split()
 }
-GUIDED = {"GUIDED": True, "GUIDANCE": 4.5}
+WHOLE = {"WHOLE": True}
 KERNELS = {
-    "normal": (triton_noise.normal_kernel, {}),
-    "step": (triton_transition.step_kernel, GUIDED),
-    "log_prob": (triton_transition.log_prob_kernel, {}),
-    "log_prob_gradient": (triton_transition.log_prob_gradient_kernel, {}),
-    "moments": (triton_loss.moments_kernel, {"REFERENCE": True, "STORED": False}),
-    "velocity_gradient": (triton_loss.velocity_gradient_kernel, {"KL_COEF": 0.004, "STORED": False}),
+    "normal": (triton_noise.normal_kernel, WHOLE),
+    "step": (triton_transition.step_kernel, WHOLE | {"GUIDANCE": 4.5}),
+    "log_prob": (triton_transition.log_prob_kernel, WHOLE),
+    "log_prob_gradient": (triton_transition.log_prob_gradient_kernel, WHOLE),
+    "moments": (triton_loss.moments_kernel, WHOLE | {"REFERENCE": True, "STORED": False}),
+    "velocity_gradient": (triton_loss.velocity_gradient_kernel, WHOLE | {"KL_COEF": 0.004, "STORED": False}),
 }
-
-
-LANES = {"LANES": triton_ops.LANES}
+DRAWING = ("normal", "step", "moments", "velocity_gradient")
+"""Kernels that draw noise: each compiles in every noise mode."""
+LINES = {"LINES": triton_ops.LINES, "LANES": triton_ops.LANES}
 FINISHERS = {
-    "log_prob_finish": (triton_transition.log_prob_finish_kernel, LANES),
-    "log_ratio": (triton_loss.log_ratio_kernel, LANES),
-    "reference_kl": (triton_loss.reference_kl_kernel, LANES),
+    "log_prob_finish": (triton_transition.log_prob_finish_kernel, LINES),
+    "log_ratio": (triton_loss.log_ratio_kernel, LINES),
     "objective": (
         triton_loss.objective_kernel,
-        LANES | {"LOW": 1e-4, "HIGH": 1e-4, "KL_COEF": 0.004, "REFERENCE": True},
+        LINES | {"LOW": 1e-4, "HIGH": 1e-4, "KL_COEF": 0.004, "REFERENCE": True},
     ),
 }
 
@@ -69,8 +61,7 @@ FINISHERS = {
 class Figures:
     """What one compilation came to; `wide` counts vector loads (and stores) of global memory.
 
-    A program handles 1024 elements. On NVIDIA its 128 threads take 8 each and move 128 bits at a time. On AMD the
-    same 4 warps are 256 threads with 4 elements each: 128 bits of fp32, but 64 of bf16, which is all a thread has.
+    The four numbers of a counter stay in one thread, so it moves four at a time: 128 bits of fp32, 64 of bf16.
     """
 
     registers: int
@@ -80,16 +71,19 @@ class Figures:
     wide_stores: int
     fp64: int
     ttir: str
+    slots: kernel_sass.Slots | None = None
+    """Of NVIDIA's machine code."""
 
 
-def compile_kernel(name, target, ones=()):
+def compile_kernel(name, target, ones=(), noise="exact"):
     """The compiled kernel, pointers and row length being multiples of 16 as for all latents of real models.
 
-    `ones`: counts that are 1; the launcher compiles a variant of its own for these.
+    `ones`: counts that are 1; the launcher compiles a variant of its own for these. `noise`: exact or fast.
     """
     kernel, constants = (KERNELS | FINISHERS)[name]
     names = kernel.arg_names
-    constants = ({"BLOCK": triton_ops.BLOCK} if name in KERNELS else {}) | constants
+    shared = {"BLOCK": triton_ops.BLOCK, "PAIR": NOISES[noise][target.backend]}
+    constants = {argument: value for argument, value in shared.items() if argument in names} | constants
     constants |= {argument: 1 for argument in ones if argument in names}
     signature = {argument: "constexpr" if argument in constants else TYPES[argument] for argument in names}
     aligned = [i for i, argument in enumerate(names) if signature[argument][0] == "*" or argument == "elements"]
@@ -102,29 +96,23 @@ def compile_kernel(name, target, ones=()):
     return triton.compile(source, target=target, options=dict(triton_ops.OPTIONS))
 
 
-def figures(name, target_name):
+def figures(name, target_name, noise="exact"):
     """Compile for one target and read registers, spills, instructions and access widths."""
-    compiled = compile_kernel(name, TARGETS[target_name])
+    compiled = compile_kernel(name, TARGETS[target_name], noise=noise)
     return (_amd if "amdgcn" in compiled.asm else _nvidia)(compiled.asm)
 
 
 def _nvidia(asm):
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(asm["cubin"])
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    used = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", usage))
-    instructions = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w+)", sass, re.MULTILINE)
+    used, instructions = kernel_sass.read(asm["cubin"])
     return Figures(
         registers=int(used["REG"]),
         spills=int(used["STACK"]) + int(used["LOCAL"]),
-        instructions=sum(instruction != "NOP" for instruction in instructions),
-        wide_loads=len(re.findall(r"ld\.global\S*\.v4\.b32", asm["ptx"])),
-        wide_stores=len(re.findall(r"st\.global\S*\.v4\.b32", asm["ptx"])),
+        instructions=len(instructions),
+        wide_loads=len(re.findall(r"ld\.global\S*\.v[24]\.b32", asm["ptx"])),
+        wide_stores=len(re.findall(r"st\.global\S*\.v[24]\.b32", asm["ptx"])),
         fp64=len(re.findall(r"\.f64", asm["ptx"])),
         ttir=asm["ttir"],
+        slots=kernel_sass.slots(instructions),
     )
 
 
@@ -143,23 +131,31 @@ def _amd(asm):
 
 
 def narrow_addresses(ttir):
-    """Pointer additions with 32-bit offsets, other than the number of a sibling and constants.
+    """Pointer additions with 32-bit offsets, other than constants, counts and places within one block.
 
     A row or an element offset beyond 2**31 must be 64 bits wide from its first multiplication.
     """
-    constants = set(re.findall(r"(%\S+) = arith\.constant", ttir))
-    found = re.findall(r"tt\.addptr \S+, (%\S+) : \S+, (?:i32|tensor<\d+xi32>)", ttir)
-    return [offset for offset in found if offset not in constants and offset != "%sibling"]
+    small = {f"%{name}" for name, kind in TYPES.items() if kind == COUNT}
+    places = set(re.findall(r"(%\S+) = (?:arith\.constant|tt\.make_range)", ttir))
+    derived = re.findall(r"(%\S+) = (?:arith\.\w+|tt\.\w+) ([^:{]*?)(?: \{[^}]*\})? : [^\n]*i32", ttir)
+    for name, operands in derived:
+        if set(re.findall(r"%[\w#:]+", operands)) <= places:
+            places.add(name)
+    found = re.findall(r"tt\.addptr \S+, (%\S+) : \S+, (?:i32|tensor<[\dx]+xi32>)", ttir)
+    return [offset for offset in found if offset not in small | places]
 
 
 def main():
     print(f"triton {triton.__version__}, BLOCK {triton_ops.BLOCK}, {triton_ops.OPTIONS['num_warps']} warps, bf16")
-    print("| kernel | target | registers | spills | instructions | vector loads | stores | fp64 |\n|" + "---|" * 8)
+    header = "kernel | noise | target | registers | spills | instructions | per number and sibling | loads | stores"
+    print(f"| {header} | fp64 |\n|" + "---|" * 10)
     for name in KERNELS:
-        for target in TARGETS:
-            f = figures(name, target)
-            row = (f.registers, f.spills, f.instructions, f.wide_loads, f.wide_stores, f.fp64)
-            print(f"| {name} | {target} | " + " | ".join(map(str, row)) + " |", flush=True)
+        for noise in ("exact", "fast") if name in DRAWING else ("",):
+            for target in TARGETS:
+                f = figures(name, target, noise or "exact")
+                loop = f"{f.slots.loop / NUMBERS:.1f}" if f.slots and f.slots.loop else ""
+                row = (f.registers, f.spills, f.instructions, loop, f.wide_loads, f.wide_stores, f.fp64)
+                print(f"| {name} | {noise} | {target} | " + " | ".join(map(str, row)) + " |", flush=True)
 
 
 if __name__ == "__main__":

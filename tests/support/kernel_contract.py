@@ -2,6 +2,7 @@
 same dtypes, plus a few ulp. Run by the tests of the C++ twin, of Triton in the interpreter, and of Triton on a GPU.
 """
 
+import tempflow_kernels as tk
 import torch
 from kernel_cases import (
     Case,
@@ -113,6 +114,26 @@ def check_loss_gradient(module, case, expected, oracle):
     error, scale = float((at_once.double() - oracle).abs().max()), float(oracle.abs().max())
     assert at_once.dtype == torch.float32
     assert error <= 1e-5 * scale, f"gradient at once: error {error:.3g} of {scale:.3g}"
+
+
+def check_fast_noise(module, case):
+    """Fast normals are within 1e-5 of the exact ones, and step, log-ratio, loss and gradient all draw the same."""
+    normals = {}
+    for mode in ("exact", "fast"):
+        tk.use_noise(mode)
+        normals[mode] = module.normal(case.key, case.siblings, case.elements)
+    assert 0 < (normals["fast"] - normals["exact"]).abs().max() < 1e-5
+    std, v_coef, x_coef = (case.coef[:, i].view(-1, 1, 1) for i in (2, 1, 0))
+    mean = x_coef * case.latents.float().flatten(1)[:, None] + v_coef * case.velocity.float().flatten(1)[:, None]
+    step = module.transition_step(case.latents, case.velocity, case.coef, case.key, case.siblings, None, 1.0)[0]
+    torch.testing.assert_close(step.flatten(2), mean + std * normals["fast"], rtol=1e-6, atol=1e-6)
+    stored = case.branches._replace(key=None, noise=normals["fast"].view(-1, case.siblings, *case.shape))
+    drawn, kept = (module.branch_loss(b, *case.loss_arguments[1:]) for b in (case.branches, stored))
+    for found, expected in zip(drawn, kept, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+    one = torch.ones((), device=case.device)
+    found, expected = (module.velocity_gradient(b, case.advantages, one) for b in (case.branches, stored))
+    torch.testing.assert_close(found, expected, rtol=2e-6, atol=1e-7)
 
 
 def check_nan(module, case):

@@ -110,7 +110,8 @@ def branch_loss_gradient(branches: Branches, advantages: Tensor, *clip_range: fl
     return _loss("tfk_branch_loss_gradient", gradient, branches, advantages, *clip_range)
 
 
-def velocity_gradient(branches: Branches, slopes: Tensor, scale: Tensor) -> Tensor:
+def velocity_gradient(branches: Branches, slopes: Tensor, scale: Tensor, forward_noise: str = "") -> Tensor:
+    """`forward_noise` does not matter: the normals are always exact."""
     velocity, memory = branches.velocity, _Memory()
     gradient = _empty(velocity, *velocity.shape, dtype=velocity.dtype)
     batch, given = memory.branches(branches, slopes.shape[1])

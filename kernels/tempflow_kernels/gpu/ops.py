@@ -1,39 +1,69 @@
 """The operators of the library on Triton: allocation, launch geometry, and nothing else.
 
 BLOCK and WARPS fix the order of additions; they are chosen once for all shapes so that results never depend on a
-heuristic. Inputs that are not contiguous are copied first, because noise is numbered in the order of elements.
+heuristic. What moves work between programs without moving an addition (siblings per program) follows the size. Inputs
+that are not contiguous are copied first, because noise is numbered in the order of elements.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import os
+from contextlib import nullcontext
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from ..noise_setting import expect_noise_mode, noise_mode
 from ..plain.gradients import loss_then_gradient
 from ..plain.reference import Branches
 from . import loss as loss_kernels
 from . import noise as noise_kernels
 from . import transition as step_kernels
+from .fast import NOISES
 from .noise import LAUNCH
 
 BLOCK = 1024
-LANES = 256
+LINES, LANES = 4, 64
+"""Sums finished by one program, and blocks added at a time."""
 OPTIONS = {"num_warps": 4, **LAUNCH}
+ENOUGH = 1024
+"""Programs that fill a large GPU (132 SMs with 8 each); with fewer, siblings are dealt out to more programs."""
+RUNNER = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "hip" if torch.version.hip else "cuda"
+PAIRS = {mode: pairs[RUNNER] for mode, pairs in NOISES.items()}
+HERE = nullcontext()
 
 
-def _flat(tensor: Tensor | None, stand_in: Tensor) -> Tensor:
-    """Contiguous memory of a tensor; a tensor that is not given needs a pointer that is never read."""
-    return stand_in if tensor is None else tensor.contiguous()
+class Geometry(NamedTuple):
+    """How rows are cut into programs."""
+
+    rows: int
+    elements: int
+    blocks: int
+    span: int
+    """Siblings of one program."""
+    programs: int
+    """Of one row: blocks, times groups of siblings."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether rows are whole blocks, so that nothing needs a mask."""
+        return self.elements % BLOCK == 0
 
 
-def _geometry(tensor: Tensor) -> tuple[int, int, int]:
-    """rows, elements per row, blocks per row."""
+@lru_cache(maxsize=256)
+def geometry(rows: int, elements: int, siblings: int, block: int) -> Geometry:
+    """Enough programs for the GPU, with as many siblings in each as that allows: they share what they read."""
+    blocks = -(-elements // block)
+    groups = min(siblings, max(1, ENOUGH // (rows * blocks)))
+    span = -(-siblings // groups)
+    return Geometry(rows, elements, blocks, span, blocks * -(-siblings // span))
+
+
+def _geometry(tensor: Tensor, siblings: int) -> Geometry:
     rows = tensor.shape[0]
-    elements = tensor.numel() // rows
-    return rows, elements, triton.cdiv(elements, BLOCK)
+    return geometry(rows, tensor.numel() // rows, siblings, BLOCK)
 
 
 def _fp32(tensor: Tensor) -> Tensor:
@@ -42,129 +72,136 @@ def _fp32(tensor: Tensor) -> Tensor:
 
 def _device(tensor: Tensor):
     """The device of the launch: kernels run where their data is, not on the current device."""
-    return torch.cuda.device(tensor.device if tensor.is_cuda else -1)
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return HERE
+    return torch.cuda.device(tensor.device)
+
+
+def _empty(like: Tensor, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def normal(key: Tensor, siblings: int, elements: int) -> Tensor:
-    rows, blocks = key.shape[0], triton.cdiv(elements, BLOCK)
-    noise = torch.empty(rows, siblings, elements, dtype=torch.float32, device=key.device)
+    rows, blocks = key.shape[0], -(-elements // BLOCK)
+    noise = _empty(key, rows, siblings, elements)
     with _device(key):
         noise_kernels.normal_kernel[(rows * siblings * blocks,)](
-            key.contiguous(), noise, siblings, elements, blocks, BLOCK=BLOCK, **OPTIONS
-        )
+            key.contiguous(), noise, siblings, elements, blocks,
+            PAIR=PAIRS[noise_mode()], WHOLE=elements % BLOCK == 0, BLOCK=BLOCK, **OPTIONS,
+        )  # fmt: skip
     return noise
 
 
 def transition_step(latents, velocity, coef, key, siblings, velocity_uncond, guidance) -> tuple[Tensor, Tensor]:
-    rows, elements, blocks = _geometry(latents)
-    following = torch.empty(rows, siblings, *latents.shape[1:], dtype=torch.float32, device=latents.device)
-    partial = torch.empty(rows * blocks * siblings, dtype=torch.float32, device=latents.device)
-    velocity, coef = velocity.contiguous(), _fp32(coef)
+    size = _geometry(latents, siblings)
+    following = _empty(latents, size.rows, siblings, *latents.shape[1:])
+    sums = _empty(latents, size.rows * size.blocks * siblings)
+    velocity, coef, guided = velocity.contiguous(), _fp32(coef), velocity_uncond is not None
     with _device(latents):
-        step_kernels.step_kernel[(rows * blocks,)](
-            latents.contiguous(), velocity, _flat(velocity_uncond, velocity), coef, key.contiguous(), following,
-            partial, siblings, elements, blocks,
-            GUIDED=velocity_uncond is not None, GUIDANCE=float(guidance), BLOCK=BLOCK, **OPTIONS,
+        step_kernels.step_kernel[(size.rows * size.programs,)](
+            latents.contiguous(), velocity, velocity_uncond.contiguous() if guided else velocity, coef,
+            key.contiguous(), following, sums, siblings, size.elements, size.blocks, size.span,
+            GUIDANCE=float(guidance) if guided else None, PAIR=PAIRS[noise_mode()], WHOLE=size.whole, BLOCK=BLOCK,
+            **OPTIONS,
         )  # fmt: skip
-        return following, _finish_log_prob(partial, coef, rows, siblings, elements, blocks)
+        return following, _finish_log_prob(sums, coef, size, siblings)
 
 
-def _finish_log_prob(partial: Tensor, coef: Tensor, rows: int, siblings: int, elements: int, blocks: int) -> Tensor:
-    log_prob = torch.empty(rows, siblings, dtype=torch.float32, device=partial.device)
-    step_kernels.log_prob_finish_kernel[(rows * siblings,)](
-        partial, coef, log_prob, siblings, elements, blocks, LANES=LANES, **OPTIONS
+def _finish_log_prob(sums: Tensor, coef: Tensor, size: Geometry, siblings: int) -> Tensor:
+    log_prob = _empty(sums, size.rows, siblings)
+    step_kernels.log_prob_finish_kernel[(-(-size.rows * siblings // LINES),)](
+        sums, coef, log_prob, size.rows, siblings, size.elements, size.blocks, LINES=LINES, LANES=LANES, **OPTIONS
     )
     return log_prob
 
 
 def transition_log_prob(next_latents, latents, velocity, coef) -> Tensor:
-    rows, elements, blocks = _geometry(latents)
     siblings = next_latents.shape[1]
-    partial = torch.empty(rows * blocks * siblings, dtype=torch.float32, device=latents.device)
-    coef = _fp32(coef)
+    size = _geometry(latents, siblings)
+    sums, coef = _empty(latents, size.rows * size.blocks * siblings), _fp32(coef)
     with _device(latents):
-        step_kernels.log_prob_kernel[(rows * blocks,)](
-            next_latents.contiguous(), latents.contiguous(), velocity.contiguous(), coef, partial, siblings, elements,
-            blocks, BLOCK=BLOCK, **OPTIONS,
+        step_kernels.log_prob_kernel[(size.rows * size.programs,)](
+            next_latents.contiguous(), latents.contiguous(), velocity.contiguous(), coef, sums, siblings,
+            size.elements, size.blocks, size.span, WHOLE=size.whole, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
-        return _finish_log_prob(partial, coef, rows, siblings, elements, blocks)
+        return _finish_log_prob(sums, coef, size, siblings)
 
 
 def transition_log_prob_gradient(slopes, next_latents, latents, velocity, coef) -> Tensor:
-    rows, elements, blocks = _geometry(latents)
+    siblings = next_latents.shape[1]
+    size = _geometry(latents, siblings)
     gradient = torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
     with _device(latents):
-        step_kernels.log_prob_gradient_kernel[(rows * blocks,)](
+        step_kernels.log_prob_gradient_kernel[(size.rows * size.blocks,)](
             _fp32(slopes), next_latents.contiguous(), latents.contiguous(), velocity.contiguous(), _fp32(coef),
-            gradient, next_latents.shape[1], elements, blocks, BLOCK=BLOCK, **OPTIONS,
+            gradient, siblings, size.elements, size.blocks, WHOLE=size.whole, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
     return gradient
 
 
-def _log_ratios(branches: Branches, siblings: int) -> tuple[Tensor, Tensor]:
-    """Pass 1 and its finish: log-ratios (R, K) and the partial sums, for the KL. Of contiguous branches."""
-    velocity, velocity_old, terms, key, noise, velocity_ref, _ = branches
-    rows, elements, blocks = _geometry(velocity)
-    partial = torch.empty(rows * blocks * (siblings + 2), dtype=torch.float32, device=velocity.device)
-    log_ratios = torch.empty(rows, siblings, dtype=torch.float32, device=velocity.device)
-    loss_kernels.moments_kernel[(rows * blocks,)](
-        velocity, velocity_old, _flat(velocity_ref, velocity), terms, _flat(key, partial), _flat(noise, velocity),
-        partial, siblings, elements, blocks,
-        REFERENCE=velocity_ref is not None, STORED=noise is not None, BLOCK=BLOCK, **OPTIONS,
-    )  # fmt: skip
-    loss_kernels.log_ratio_kernel[(rows * siblings,)](
-        partial, terms, log_ratios, siblings, elements, blocks, LANES=LANES, **OPTIONS
-    )
-    return log_ratios, partial
-
-
 def _contiguous(branches: Branches) -> Branches:
-    *tensors, kl_coef = branches._replace(terms=_fp32(branches.terms))
-    return Branches(*(None if tensor is None else tensor.contiguous() for tensor in tensors), float(kl_coef))
+    """Contiguous memory; a tensor that is not given needs a pointer that is never read."""
+    velocity, velocity_old, terms, key, noise, velocity_ref, kl_coef = branches
+    velocity, terms = velocity.contiguous(), _fp32(terms)
+    return Branches(
+        velocity, velocity_old.contiguous(), terms, terms if key is None else key.contiguous(),
+        terms if noise is None else noise.contiguous(), velocity if velocity_ref is None else velocity_ref.contiguous(),
+        float(kl_coef),
+    )  # fmt: skip
+
+
+def _moments(given: Branches, siblings: int, arrived: Tensor) -> tuple[Tensor, Geometry, Tensor]:
+    """Pass 1: partial sums with room for R (K + 1) numbers behind them, the geometry, terms. `arrived` becomes 0."""
+    velocity, velocity_old, terms, key, noise, velocity_ref, _ = _contiguous(given)
+    size = _geometry(velocity, siblings)
+    sums = _empty(velocity, size.rows * (size.blocks * (siblings + 2) + siblings + 1))
+    loss_kernels.moments_kernel[(size.rows * size.programs,)](
+        velocity, velocity_old, velocity_ref, terms, key, noise, sums, arrived, siblings, size.elements, size.blocks,
+        size.span,
+        REFERENCE=given.velocity_ref is not None, STORED=given.noise is not None, PAIR=PAIRS[noise_mode()],
+        WHOLE=size.whole, BLOCK=BLOCK, **OPTIONS,
+    )  # fmt: skip
+    return sums, size, terms
 
 
 def log_ratio(branches: Branches, siblings: int) -> Tensor:
-    with _device(branches.velocity):
-        return _log_ratios(_contiguous(branches), siblings)[0]
-
-
-def _reference_kl(partial: Tensor, branches: Branches, siblings: int) -> Tensor:
-    rows, elements, blocks = _geometry(branches.velocity)
-    kl = torch.empty(rows, dtype=torch.float32, device=partial.device)
-    loss_kernels.reference_kl_kernel[(rows,)](
-        partial, branches.terms, kl, siblings, elements, blocks, LANES=LANES, **OPTIONS
-    )
-    return kl
+    ratios = _empty(branches.velocity, branches.velocity.shape[0], siblings)
+    with _device(ratios):
+        sums, size, terms = _moments(branches, siblings, ratios)
+        loss_kernels.log_ratio_kernel[(-(-ratios.numel() // LINES),)](
+            sums, terms, ratios, size.rows, siblings, size.elements, size.blocks, LINES=LINES, LANES=LANES, **OPTIONS
+        )
+    return ratios
 
 
 def branch_loss(
     branches: Branches, advantages: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    branches, advantages = _contiguous(branches), _fp32(advantages)
-    rows, siblings = advantages.shape
-    loss, stats, slopes = (advantages.new_empty(shape) for shape in ((), 7, (rows, siblings)))
-    has_reference = branches.velocity_ref is not None
+    siblings = advantages.shape[1]
+    loss, stats, slopes = _empty(advantages), _empty(advantages, 7), _empty(advantages, *advantages.shape)
     with _device(advantages):
-        log_ratios, partial = _log_ratios(branches, siblings)
-        kl = _reference_kl(partial, branches, siblings) if has_reference else partial
-        loss_kernels.objective_kernel[(1,)](
-            log_ratios, kl, advantages, branches.terms, loss, stats, slopes, rows, siblings,
-            LOW=float(clip_low), HIGH=float(clip_high), KL_COEF=branches.kl_coef, REFERENCE=has_reference, LANES=LANES,
-            **OPTIONS,
+        sums, size, terms = _moments(branches, siblings, loss)
+        loss_kernels.objective_kernel[(-(-slopes.numel() // LINES),)](
+            sums, _fp32(advantages), terms, loss, stats, slopes, size.rows, siblings, size.elements, size.blocks,
+            LOW=float(clip_low), HIGH=float(clip_high), KL_COEF=float(branches.kl_coef),
+            REFERENCE=branches.velocity_ref is not None, LINES=LINES, LANES=LANES, **OPTIONS,
         )  # fmt: skip
     return loss, stats, slopes
 
 
-def velocity_gradient(branches: Branches, slopes: Tensor, scale: Tensor) -> Tensor:
-    branches, slopes = _contiguous(branches), _fp32(slopes)
-    velocity, velocity_old, terms, key, noise, velocity_ref, kl_coef = branches
-    rows, elements, blocks = _geometry(velocity)
+def velocity_gradient(given: Branches, slopes: Tensor, scale: Tensor, forward_noise: str = "") -> Tensor:
+    if given.noise is None:
+        expect_noise_mode(forward_noise)
+    velocity, velocity_old, terms, key, noise, velocity_ref, kl_coef = _contiguous(given)
+    siblings = slopes.shape[1]
+    size = _geometry(velocity, siblings)
     gradient = torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
     with _device(velocity):
-        loss_kernels.velocity_gradient_kernel[(rows * blocks,)](
-            slopes, _fp32(scale), velocity, velocity_old, _flat(velocity_ref, velocity), terms, _flat(key, slopes),
-            _flat(noise, velocity), gradient, rows, slopes.shape[1], elements, blocks,
-            KL_COEF=0.0 if velocity_ref is None else kl_coef, STORED=noise is not None, BLOCK=BLOCK, **OPTIONS,
+        loss_kernels.velocity_gradient_kernel[(size.rows * size.blocks,)](
+            _fp32(slopes), _fp32(scale), velocity, velocity_old, velocity_ref, terms, key, noise, gradient, size.rows,
+            siblings, size.elements, size.blocks,
+            KL_COEF=0.0 if given.velocity_ref is None else kl_coef, STORED=given.noise is not None,
+            PAIR=PAIRS[noise_mode()], WHOLE=size.whole, BLOCK=BLOCK, **OPTIONS,
         )  # fmt: skip
     return gradient
 

@@ -35,14 +35,14 @@ def branch_slopes(log_ratios: Tensor, gain: Tensor, low: float, high: float) -> 
     return torch.where(active, -gain * (1 + excess), 0.0) / log_ratios.numel()
 
 
-def velocity_gradient(branches: Branches, slopes: Tensor, scale: Tensor) -> Tensor:
+def velocity_gradient(branches: Branches, slopes: Tensor, scale: Tensor, forward_noise: str = "") -> Tensor:
     """Gradient of `scale * loss` in `velocity`, in its shape and dtype.
 
     With `dv = v_old - v` and slopes g_j:
     `scale / d * (2 square (sum_j g_j) dv + product sum_j g_j noise_j + 2 kl_coef kl (v - v_ref) / R)`.
 
     Args:
-        branches: as in the loss. slopes: (R, K) fp32. scale: () fp32.
+        branches: as in the loss. slopes: (R, K) fp32. scale: () fp32. forward_noise: no matter, always exact here.
     """
     dtype = compute_dtype(*branches.tensors())
     rows, siblings = slopes.shape

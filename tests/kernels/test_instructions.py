@@ -1,0 +1,55 @@
+"""What the kernels issue: instructions per number and sibling, barriers, spills and fp64, compiled for real GPUs.
+
+A thread issues the instructions of the loop over siblings once for each of its 8 numbers of a block; slow paths of a
+square root, which a branch skips, are not counted. On these counts the predictions of kernels/README.md rest.
+"""
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+import kernel_aot
+import kernel_sass
+
+MOST = {
+    "sm_80": {"step": (52, 27), "moments": (49, 24), "velocity_gradient": (47, 22)},
+    "sm_90": {"step": (55, 30), "moments": (48, 24), "velocity_gradient": (46, 22)},
+    "sm_100": {"step": (43, 28), "moments": (40, 24), "velocity_gradient": (38, 21)},
+}
+"""Issue slots per number and sibling with exact and with fast noise."""
+BARRIERS = {"step": 2, "moments": 2, "velocity_gradient": 0}
+NOISES = ("exact", "fast")
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("target", MOST)
+@pytest.mark.parametrize("name", BARRIERS)
+def test_issue_slots_and_barriers_per_sibling(name, target, noise):
+    slots = kernel_aot.figures(name, target, noise).slots
+    most = MOST[target][name][NOISES.index(noise)]
+    assert 10 < slots.loop / kernel_aot.NUMBERS <= most
+    assert slots.barriers <= BARRIERS[name]
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("target", kernel_aot.TARGETS)
+@pytest.mark.parametrize("name", kernel_aot.DRAWING)
+def test_no_spills_and_no_fp64(name, target, noise):
+    figures = kernel_aot.figures(name, target, noise)
+    assert figures.spills == 0 and figures.fp64 == 0 and figures.registers <= 80
+
+
+@pytest.mark.parametrize(("target", "instruction"), [("sm_90", "lg2.approx.ftz.f32"), ("gfx942", "v_log_f32")])
+def test_fast_noise_is_made_of_the_instructions_of_the_gpu(target, instruction):
+    text = {noise: kernel_aot.compile_kernel("normal", kernel_aot.TARGETS[target], noise=noise).asm for noise in NOISES}
+    code = {noise: asm["amdgcn"] if "amdgcn" in asm else asm["ptx"] for noise, asm in text.items()}
+    assert instruction in code["fast"] and instruction not in code["exact"]
+
+
+def test_slots_of_a_listing():
+    """The counter itself: of the loop, a skipped call and the way there do not count."""
+    listing = [
+        "S2R R0, SR_TID.X", "MUFU.RSQ R1, R2", "@!P0 BRA 0x50", "MOV R9, 0x40", "CALL.REL.NOINC 0x90",
+        "BAR.SYNC.DEFER_BLOCKING 0x0", "@P1 BRA 0x10", "EXIT", "BRA 0x80",
+    ]  # fmt: skip
+    instructions = [kernel_sass.Instruction(16 * place, text) for place, text in enumerate(listing)]
+    assert kernel_sass.slots(instructions) == kernel_sass.Slots(2, 4, barriers=1, special=1, shortest=4)
