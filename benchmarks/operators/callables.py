@@ -163,7 +163,7 @@ def fused(i):
 
 def eager(i, transform=lambda function: function):
     """The sequences that the operators replace; `transform` may be torch.compile."""
-    coef = per_branch(i.coef, i.setting.siblings, i.latents.dim())
+    coef, ode_coef = (per_branch(given, i.setting.siblings, i.latents.dim()) for given in (i.coef, i.ode_coef))
     latents, old, value, leaf = i.branch_latents, i.branch_old, i.value, i.branch_velocity
     sigmas, advantages = SIGMAS.to(i.setting.device), i.advantages.flatten()
     compat = (SCHEDULER, old, i.timesteps, latents)
@@ -174,7 +174,7 @@ def eager(i, transform=lambda function: function):
         "normal": (lambda: torch.randn(i.next_latents.shape, device=latents.device), None),
         "step": (lambda: step(latents, old, *coef), None),
         "guided_step": (lambda: guided_step(latents, old, latents, *coef), None),
-        "ode_step": (lambda: eager_ode_step(latents, old, *coef[:2]), None),
+        "ode_step": (lambda: eager_ode_step(latents, old, *ode_coef[:2]), None),
         "log_prob": (lambda v: log_prob(v, latents, value, *coef), leaf),
         "log_ratio": (lambda v: log_ratio(v, latents, value, i.old_log_prob, *coef), leaf),
         "loss": (lambda v: loss(v, latents, value, i.old_log_prob, advantages, *coef), leaf),

@@ -18,7 +18,7 @@ from tempflow.explore.tails.solver import EXACT, TailSolver, tail_solvers
 from tempflow.forecast.cost import Shape, iteration_cost
 from tempflow.settings.fields import TailConfig
 
-SOLVERS = [TailSolver(guidance_above=0.5), TailSolver("adams_2", stride=2, guidance_above=0.65)]
+SOLVERS = [TailSolver(guidance_above=0.5), TailSolver("adams_2", stride=2, guidance_above=0.75)]
 IDS = [solver.describe() for solver in SOLVERS]
 
 
@@ -91,6 +91,7 @@ def test_stages_without_guidance_cost_half(toy, schedule):
     """Of the ten sigmas .4649, .278, .0089 lie below .5: by hand for tails from steps 1 and 8."""
     solver = SOLVERS[0]
     table = solver.table(schedule)
+    assert TailSolver(guidance_above=schedule.sigmas[8].item()).table(schedule).unguided[1] == 1  # not below itself
     assert table.unguided[1] == 3 and table.unguided[8] == 2 and EXACT.table(schedule).unguided == (0,) * 10
     engine = EagerEngine(toy, 2, solver)
     engine.finish(torch.zeros(2, 2, 3), [1, 8], toy.encode(["a", "b"]), schedule)
