@@ -99,7 +99,7 @@ def _on_first_call(name: str, dispatch_key: str) -> Callable:
 def run(name: str, *arguments):
     """The operator `name`, past the dispatcher where nobody else wants to see the call: 5 to 15 us less on the host.
 
-    For calls that need no gradient of their own. The numbers are those of `torch.ops`.
+    For calls that need no gradient of their own. The numbers are those of the dispatcher's call.
     """
     if is_watched(arguments):
         return getattr(ops, name)(*arguments)

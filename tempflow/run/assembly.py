@@ -24,7 +24,7 @@ from tempflow.method import Method, read_method
 from tempflow.models.load import load_policy, load_skeleton
 from tempflow.parallel import ranks as processes
 from tempflow.parallel.ranks import Ranks
-from tempflow.policy import ImageDecoder, Policy
+from tempflow.policy import Policy
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.records.trackers import check_trackers
 from tempflow.rewards.panel import Panel, load_panels

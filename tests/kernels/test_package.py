@@ -113,7 +113,7 @@ def test_import_needs_no_triton_and_a_gpu_call_without_it_is_an_error():
         "import tempflow_kernels, torch\n"
         "from tempflow_kernels import library\n"
         "print(tempflow_kernels.normal_like(torch.zeros(1, 4), torch.tensor([[1, 0]])).shape)\n"
-        "try:\n    library._on_first_call('triton', 'normal')()\n"
+        "try:\n    library._on_first_call('normal', 'CUDA')()\n"
         "except ImportError as error:\n    print('refused:', error)\n"
     )
     run = run_python(program)

@@ -87,8 +87,7 @@ class BranchLossStats:
         return self.table[place]
 
     def __repr__(self) -> str:
-        pairs = zip(self._fields, self.table.tolist(), strict=True)
-        return f"BranchLossStats({', '.join(f'{name}={value:g}' for name, value in pairs)})"
+        return f"BranchLossStats({', '.join(f'{name}={float(getattr(self, name)):g}' for name in self._fields)})"
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
