@@ -13,6 +13,7 @@ from tempflow_kernels.gpu import noise as triton_noise
 from tempflow_kernels.gpu import ops as triton_ops
 from tempflow_kernels.gpu import transition as triton_transition
 from tempflow_kernels.gpu.fast import NOISES
+from tempflow_kernels.gpu.launch import OPTIONS
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -23,7 +24,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 HALF, COUNT = "*bf16", "i32"
-NUMBERS = triton_ops.BLOCK // (32 * triton_ops.OPTIONS["num_warps"])
+NUMBERS = triton_ops.BLOCK // (32 * OPTIONS["num_warps"])
 """Elements of a block per thread on NVIDIA."""
 TYPES = {
     name: kind
@@ -93,7 +94,7 @@ def compile_kernel(name, target, ones=(), noise="exact"):
         constexprs={(names.index(argument),): value for argument, value in constants.items()},
         attrs={(i,): [["tt.divisibility", 16]] for i in aligned if names[i] not in constants},
     )
-    return triton.compile(source, target=target, options=dict(triton_ops.OPTIONS))
+    return triton.compile(source, target=target, options=dict(OPTIONS))
 
 
 def figures(name, target_name, noise="exact"):
@@ -146,7 +147,7 @@ def narrow_addresses(ttir):
 
 
 def main():
-    print(f"triton {triton.__version__}, BLOCK {triton_ops.BLOCK}, {triton_ops.OPTIONS['num_warps']} warps, bf16")
+    print(f"triton {triton.__version__}, BLOCK {triton_ops.BLOCK}, {OPTIONS['num_warps']} warps, bf16")
     header = "kernel | noise | target | registers | spills | instructions | per number and sibling | loads | stores"
     print(f"| {header} | fp64 |\n|" + "---|" * 10)
     for name in KERNELS:

@@ -22,17 +22,26 @@ from . import loss as loss_kernels
 from . import noise as noise_kernels
 from . import transition as step_kernels
 from .fast import NOISES
-from .noise import LAUNCH
+from .launch import Launcher
 
 BLOCK = 1024
 LINES, LANES = 4, 64
 """Sums finished by one program, and blocks added at a time."""
-OPTIONS = {"num_warps": 4, **LAUNCH}
 ENOUGH = 1024
 """Programs that fill a large GPU (132 SMs with 8 each); with fewer, siblings are dealt out to more programs."""
 RUNNER = "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "hip" if torch.version.hip else "cuda"
 PAIRS = {mode: pairs[RUNNER] for mode, pairs in NOISES.items()}
 HERE = nullcontext()
+
+draw_normals = Launcher(noise_kernels.normal_kernel)
+step = Launcher(step_kernels.step_kernel)
+sum_log_prob = Launcher(step_kernels.log_prob_kernel)
+finish_log_prob = Launcher(step_kernels.log_prob_finish_kernel)
+log_prob_gradient = Launcher(step_kernels.log_prob_gradient_kernel)
+sum_moments = Launcher(loss_kernels.moments_kernel)
+finish_log_ratio = Launcher(loss_kernels.log_ratio_kernel)
+finish_objective = Launcher(loss_kernels.objective_kernel)
+mix_gradient = Launcher(loss_kernels.velocity_gradient_kernel)
 
 
 class Geometry(NamedTuple):
@@ -67,7 +76,7 @@ def _geometry(tensor: Tensor, siblings: int) -> Geometry:
 
 
 def _fp32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32).contiguous()
+    return (tensor if tensor.dtype is torch.float32 else tensor.float()).contiguous()
 
 
 def _device(tensor: Tensor):
@@ -85,10 +94,8 @@ def normal(key: Tensor, siblings: int, elements: int) -> Tensor:
     rows, blocks = key.shape[0], -(-elements // BLOCK)
     noise = _empty(key, rows, siblings, elements)
     with _device(key):
-        noise_kernels.normal_kernel[(rows * siblings * blocks,)](
-            key.contiguous(), noise, siblings, elements, blocks,
-            PAIR=PAIRS[noise_mode()], WHOLE=elements % BLOCK == 0, BLOCK=BLOCK, **OPTIONS,
-        )  # fmt: skip
+        constants = (PAIRS[noise_mode()], elements % BLOCK == 0, BLOCK)
+        draw_normals(rows * siblings * blocks, (key.contiguous(), noise), (siblings, elements, blocks), constants)
     return noise
 
 
@@ -97,21 +104,21 @@ def transition_step(latents, velocity, coef, key, siblings, velocity_uncond, gui
     following = _empty(latents, size.rows, siblings, *latents.shape[1:])
     sums = _empty(latents, size.rows * size.blocks * siblings)
     velocity, coef, guided = velocity.contiguous(), _fp32(coef), velocity_uncond is not None
+    uncond = velocity_uncond.contiguous() if guided else velocity
     with _device(latents):
-        step_kernels.step_kernel[(size.rows * size.programs,)](
-            latents.contiguous(), velocity, velocity_uncond.contiguous() if guided else velocity, coef,
-            key.contiguous(), following, sums, siblings, size.elements, size.blocks, size.span,
-            GUIDANCE=float(guidance) if guided else None, PAIR=PAIRS[noise_mode()], WHOLE=size.whole, BLOCK=BLOCK,
-            **OPTIONS,
-        )  # fmt: skip
+        step(
+            size.rows * size.programs,
+            (latents.contiguous(), velocity, uncond, coef, key.contiguous(), following, sums),
+            (siblings, size.elements, size.blocks, size.span),
+            (float(guidance) if guided else None, PAIRS[noise_mode()], size.whole, BLOCK),
+        )
         return following, _finish_log_prob(sums, coef, size, siblings)
 
 
 def _finish_log_prob(sums: Tensor, coef: Tensor, size: Geometry, siblings: int) -> Tensor:
     log_prob = _empty(sums, size.rows, siblings)
-    step_kernels.log_prob_finish_kernel[(-(-size.rows * siblings // LINES),)](
-        sums, coef, log_prob, size.rows, siblings, size.elements, size.blocks, LINES=LINES, LANES=LANES, **OPTIONS
-    )
+    numbers = (size.rows, siblings, size.elements, size.blocks)
+    finish_log_prob(-(-size.rows * siblings // LINES), (sums, coef, log_prob), numbers, (LINES, LANES))
     return log_prob
 
 
@@ -120,10 +127,12 @@ def transition_log_prob(next_latents, latents, velocity, coef) -> Tensor:
     size = _geometry(latents, siblings)
     sums, coef = _empty(latents, size.rows * size.blocks * siblings), _fp32(coef)
     with _device(latents):
-        step_kernels.log_prob_kernel[(size.rows * size.programs,)](
-            next_latents.contiguous(), latents.contiguous(), velocity.contiguous(), coef, sums, siblings,
-            size.elements, size.blocks, size.span, WHOLE=size.whole, BLOCK=BLOCK, **OPTIONS,
-        )  # fmt: skip
+        sum_log_prob(
+            size.rows * size.programs,
+            (next_latents.contiguous(), latents.contiguous(), velocity.contiguous(), coef, sums),
+            (siblings, size.elements, size.blocks, size.span),
+            (size.whole, BLOCK),
+        )
         return _finish_log_prob(sums, coef, size, siblings)
 
 
@@ -131,78 +140,85 @@ def transition_log_prob_gradient(slopes, next_latents, latents, velocity, coef) 
     siblings = next_latents.shape[1]
     size = _geometry(latents, siblings)
     gradient = torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
+    given = (_fp32(slopes), next_latents.contiguous(), latents.contiguous(), velocity.contiguous(), _fp32(coef))
     with _device(latents):
-        step_kernels.log_prob_gradient_kernel[(size.rows * size.blocks,)](
-            _fp32(slopes), next_latents.contiguous(), latents.contiguous(), velocity.contiguous(), _fp32(coef),
-            gradient, siblings, size.elements, size.blocks, WHOLE=size.whole, BLOCK=BLOCK, **OPTIONS,
-        )  # fmt: skip
+        numbers = (siblings, size.elements, size.blocks)
+        log_prob_gradient(size.rows * size.blocks, (*given, gradient), numbers, (size.whole, BLOCK))
     return gradient
 
 
-def _contiguous(branches: Branches) -> Branches:
-    """Contiguous memory; a tensor that is not given needs a pointer that is never read."""
-    velocity, velocity_old, terms, key, noise, velocity_ref, kl_coef = branches
+def _contiguous(branches: Branches) -> tuple[Tensor, ...]:
+    """The tensors in contiguous memory; one that is not given needs a pointer that is never read."""
+    velocity, velocity_old, terms, key, noise, velocity_ref, _ = branches
     velocity, terms = velocity.contiguous(), _fp32(terms)
-    return Branches(
-        velocity, velocity_old.contiguous(), terms, terms if key is None else key.contiguous(),
-        terms if noise is None else noise.contiguous(), velocity if velocity_ref is None else velocity_ref.contiguous(),
-        float(kl_coef),
+    return (
+        velocity, velocity_old.contiguous(), velocity if velocity_ref is None else velocity_ref.contiguous(), terms,
+        terms if key is None else key.contiguous(), terms if noise is None else noise.contiguous(),
     )  # fmt: skip
 
 
 def _moments(given: Branches, siblings: int, arrived: Tensor) -> tuple[Tensor, Geometry, Tensor]:
     """Pass 1: partial sums with room for R (K + 1) numbers behind them, the geometry, terms. `arrived` becomes 0."""
-    velocity, velocity_old, terms, key, noise, velocity_ref, _ = _contiguous(given)
-    size = _geometry(velocity, siblings)
-    sums = _empty(velocity, size.rows * (size.blocks * (siblings + 2) + siblings + 1))
-    loss_kernels.moments_kernel[(size.rows * size.programs,)](
-        velocity, velocity_old, velocity_ref, terms, key, noise, sums, arrived, siblings, size.elements, size.blocks,
-        size.span,
-        REFERENCE=given.velocity_ref is not None, STORED=given.noise is not None, PAIR=PAIRS[noise_mode()],
-        WHOLE=size.whole, BLOCK=BLOCK, **OPTIONS,
-    )  # fmt: skip
-    return sums, size, terms
+    tensors = _contiguous(given)
+    size = _geometry(tensors[0], siblings)
+    sums = _empty(arrived, size.rows * (size.blocks * (siblings + 2) + siblings + 1))
+    sum_moments(
+        size.rows * size.programs,
+        (*tensors, sums, arrived),
+        (siblings, size.elements, size.blocks, size.span),
+        (given.velocity_ref is not None, given.noise is not None, PAIRS[noise_mode()], size.whole, BLOCK),
+    )
+    return sums, size, tensors[3]
 
 
 def log_ratio(branches: Branches, siblings: int) -> Tensor:
     ratios = _empty(branches.velocity, branches.velocity.shape[0], siblings)
     with _device(ratios):
         sums, size, terms = _moments(branches, siblings, ratios)
-        loss_kernels.log_ratio_kernel[(-(-ratios.numel() // LINES),)](
-            sums, terms, ratios, size.rows, siblings, size.elements, size.blocks, LINES=LINES, LANES=LANES, **OPTIONS
-        )
+        numbers = (size.rows, siblings, size.elements, size.blocks)
+        finish_log_ratio(-(-size.rows * siblings // LINES), (sums, terms, ratios), numbers, (LINES, LANES))
     return ratios
 
 
 def branch_loss(
     branches: Branches, advantages: Tensor, clip_low: float, clip_high: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    siblings = advantages.shape[1]
-    loss, stats, slopes = _empty(advantages), _empty(advantages, 7), _empty(advantages, *advantages.shape)
+    rows, siblings = advantages.shape
+    advantages = _fp32(advantages)
+    loss, stats, slopes = advantages.new_empty(()), advantages.new_empty(7), torch.empty_like(advantages)
     with _device(advantages):
         sums, size, terms = _moments(branches, siblings, loss)
-        loss_kernels.objective_kernel[(-(-slopes.numel() // LINES),)](
-            sums, _fp32(advantages), terms, loss, stats, slopes, size.rows, siblings, size.elements, size.blocks,
-            LOW=float(clip_low), HIGH=float(clip_high), KL_COEF=float(branches.kl_coef),
-            REFERENCE=branches.velocity_ref is not None, LINES=LINES, LANES=LANES, **OPTIONS,
-        )  # fmt: skip
+        finish_objective(
+            -(-rows * siblings // LINES),
+            (sums, advantages, terms, loss, stats, slopes),
+            (rows, siblings, size.elements, size.blocks),
+            (
+                float(clip_low),
+                float(clip_high),
+                float(branches.kl_coef),
+                branches.velocity_ref is not None,
+                LINES,
+                LANES,
+            ),
+        )
     return loss, stats, slopes
 
 
 def velocity_gradient(given: Branches, slopes: Tensor, scale: Tensor, forward_noise: str = "") -> Tensor:
     if given.noise is None:
         expect_noise_mode(forward_noise)
-    velocity, velocity_old, terms, key, noise, velocity_ref, kl_coef = _contiguous(given)
+    tensors = _contiguous(given)
     siblings = slopes.shape[1]
-    size = _geometry(velocity, siblings)
-    gradient = torch.empty(velocity.shape, dtype=velocity.dtype, device=velocity.device)
-    with _device(velocity):
-        loss_kernels.velocity_gradient_kernel[(size.rows * size.blocks,)](
-            _fp32(slopes), _fp32(scale), velocity, velocity_old, velocity_ref, terms, key, noise, gradient, size.rows,
-            siblings, size.elements, size.blocks,
-            KL_COEF=0.0 if given.velocity_ref is None else kl_coef, STORED=given.noise is not None,
-            PAIR=PAIRS[noise_mode()], WHOLE=size.whole, BLOCK=BLOCK, **OPTIONS,
-        )  # fmt: skip
+    size = _geometry(tensors[0], siblings)
+    gradient = torch.empty_like(tensors[0])
+    kl_coef = 0.0 if given.velocity_ref is None else float(given.kl_coef)
+    with _device(gradient):
+        mix_gradient(
+            size.rows * size.blocks,
+            (_fp32(slopes), _fp32(scale), *tensors, gradient),
+            (size.rows, siblings, size.elements, size.blocks),
+            (kl_coef, given.noise is not None, PAIRS[noise_mode()], size.whole, BLOCK),
+        )
     return gradient
 
 
