@@ -1,10 +1,11 @@
 """Which forks, siblings and noise level measurements speak for, by three rules, and the network rows that they save.
 
-1. Noise: of the levels tried, the one of largest reward spread whose branches lose on average at most a QUARTER of that
-   spread against the lowest level tried. More noise tells more apart until it spoils images.
-2. Forks: the steps of largest reward variance among siblings, until together they hold VARIANCE of the sum over steps.
-3. Siblings: the fewest, of at least FEWEST, with which at most 5 % more groups would show no spread than with all that
-   were measured.
+1. Noise: of the levels tried, the one of largest reward spread whose branches lose on average at most half (LOSS) of
+   that spread against the lowest level tried. More noise tells more apart until it spoils images.
+2. Forks: the steps of largest reward variance among siblings, until together they hold 90 % (VARIANCE) of the
+   sum over steps.
+3. Siblings: the fewest, of at least FEWEST, with which at most 5 % (SLACK) more groups would show no spread than with
+   all that were measured.
 
 What this promises is fewer network rows a trunk for the variance that is kept, to be spent on more prompts. It does not
 promise a better model: that is what a study is for.
@@ -21,7 +22,8 @@ from tempflow.explore.schedule import NoiseSchedule
 from tempflow.settings.fields import Config
 from tempflow.studies.analyze.measure import Spread, fork_rows
 
-VARIANCE, QUARTER, SLACK, FEWEST = 0.9, 0.25, 0.05, 4
+VARIANCE, LOSS, SLACK, FEWEST = 0.9, 0.5, 0.05, 4
+"""Rules of thumb, derived from nothing."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,8 @@ def advise(config: Config, schedule: NoiseSchedule, spreads: Sequence[Spread]) -
     chosen = choose_level(spreads)
     forks, kept = choose_forks(chosen)
     siblings = choose_siblings(chosen, forks)
-    return Advice(forks, siblings, chosen.level, trunk_rows(config, schedule, forks, siblings),
-                  trunk_rows(config, schedule, range(schedule.num_steps - 1), config.explore.siblings), kept)  # fmt: skip
+    before = trunk_rows(config, schedule, range(schedule.num_steps - 1), config.explore.siblings)
+    return Advice(forks, siblings, chosen.level, trunk_rows(config, schedule, forks, siblings), before, kept)
 
 
 def choose_level(spreads: Sequence[Spread]) -> Spread:
@@ -77,7 +79,7 @@ def choose_level(spreads: Sequence[Spread]) -> Spread:
     lowest = min(spreads, key=lambda spread: spread.level)
     best = lowest.rewards.nanmean().item()
     fit = [spread for spread in spreads
-           if best - spread.rewards.nanmean().item() <= QUARTER * spread.stds().mean().item()]  # fmt: skip
+           if best - spread.rewards.nanmean().item() <= LOSS * spread.stds().mean().item()]  # fmt: skip
     return max(fit, key=lambda spread: spread.stds().mean().item())
 
 

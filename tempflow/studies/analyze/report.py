@@ -46,10 +46,8 @@ class Analysis:
         lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
         levels = [f"noise level {s.level:g}: mean reward {s.rewards.nanmean():.4f}, spread {s.stds().mean():.4f}"
                   for s in self.spreads]  # fmt: skip
-        return "\n".join([
-            *lines, "", f"correlation of reward std with noise std over {len(self.steps)} steps: {self.correlation:.3f}",
-            *levels, self.advice.describe(),
-        ])  # fmt: skip
+        found = f"correlation of reward std with noise std over {len(self.steps)} steps: {self.correlation:.3f}"
+        return "\n".join([*lines, "", found, *levels, self.advice.describe()])
 
     def write(self, folder: Path) -> None:
         """analysis.md, analysis.json, analysis.png and recommended.yaml."""

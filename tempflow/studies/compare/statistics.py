@@ -20,7 +20,8 @@ def t_quantile(freedom: int) -> float:
     if freedom <= len(T_QUANTILES):
         return T_QUANTILES[freedom - 1]
     first, second = (Z**3 + Z) / 4, (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96
-    return Z + first / freedom + second / freedom**2
+    third = (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384
+    return Z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 @dataclass(frozen=True)
