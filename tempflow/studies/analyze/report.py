@@ -103,3 +103,4 @@ def _name(axes: Any, title: str, x: str, y: str) -> None:
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
+    axes.set_axisbelow(True)
