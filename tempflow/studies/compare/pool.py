@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
@@ -37,28 +37,40 @@ def run_jobs(jobs: Sequence[Job], machine: Machine, places: int, pause: float = 
     Raises:
         KeyboardInterrupt: after all children have been interrupted and have ended.
     """
-    waiting = [job for job in jobs if not job.is_finished()]
-    if len(waiting) < len(jobs):
-        say(f"{len(jobs) - len(waiting)} of {len(jobs)} runs are finished already")
-    running: dict[int, tuple[Job, subprocess.Popen]] = {}
-    failures: list[Failure] = []
+    pool = _Pool(machine, places, [job for job in jobs if not job.is_finished()])
+    if len(pool.waiting) < len(jobs):
+        say(f"{len(jobs) - len(pool.waiting)} of {len(jobs)} runs are finished already")
     with tqdm(total=len(jobs), initial=_done(jobs), unit="run", file=sys.stderr, dynamic_ncols=True,
               bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left{postfix}") as bar:  # fmt: skip
         try:
-            while waiting or running:
-                for place in range(places):
-                    if waiting and place not in running:
-                        job = waiting.pop(0)
-                        running[place] = job, _start(job, machine.environment(place))
+            while pool.goes_on():
                 time.sleep(pause)
-                ended = [place for place, (_, child) in running.items() if child.poll() is not None]
-                failures += [failure for place in ended if (failure := _ended(*running.pop(place)))]
-                bar.set_postfix_str(f"{len(running)} under way, {len(waiting)} waiting", refresh=False)
+                bar.set_postfix_str(f"{len(pool.running)} under way, {len(pool.waiting)} waiting", refresh=False)
                 bar.n = _done(jobs)
                 bar.refresh()
         finally:
-            _interrupt(child for _, child in running.values())
-    return failures
+            _interrupt(child for _, child in pool.running.values())
+    return pool.failures
+
+
+@dataclass
+class _Pool:
+    """Which runs wait, and which of them is at which place."""
+
+    machine: Machine
+    places: int
+    waiting: list[Job]
+    running: dict[int, tuple[Job, subprocess.Popen]] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+
+    def goes_on(self) -> bool:
+        """Takes leave of runs that have ended, and fills free places; whether any run is under way."""
+        for place in [place for place, (_, child) in self.running.items() if child.poll() is not None]:
+            self.failures += _ended(*self.running.pop(place))
+        for place in sorted(set(range(self.places)) - self.running.keys())[: len(self.waiting)]:
+            job = self.waiting.pop(0)
+            self.running[place] = job, _start(job, self.machine.environment(place))
+        return bool(self.running)
 
 
 def _done(jobs: Sequence[Job]) -> float:
@@ -72,14 +84,14 @@ def _start(job: Job, environment: dict[str, str]) -> subprocess.Popen:
         return subprocess.Popen(job.command(), stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
 
 
-def _ended(job: Job, child: subprocess.Popen) -> Failure | None:
+def _ended(job: Job, child: subprocess.Popen) -> list[Failure]:
     """Marks a run as finished, or tells of its failure."""
     if child.returncode == 0:
         job.finish()
-        return None
+        return []
     failure = Failure(job, child.returncode, last_line(job))
     tqdm.write(f"tempflow: {failure.describe()}", file=sys.stderr)
-    return failure
+    return [failure]
 
 
 def last_line(job: Job) -> str:
