@@ -13,8 +13,9 @@ import yaml
 
 from tempflow.__main__ import main as front_door
 from tempflow.common.errors import BadInput
+from tempflow.settings.reading import load
 from tempflow.studies.compare import jobs as jobs_module
-from tempflow.studies.compare.jobs import Job, Machine
+from tempflow.studies.compare.jobs import Job, Machine, make_jobs
 from tempflow.studies.compare.make import write_report
 from tempflow.studies.compare.pool import run_jobs
 from tempflow.studies.compare.results import Point, curve, summarise
@@ -162,6 +163,27 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, stand_in):
     assert run_jobs(jobs, Machine(()), 2, pause=0.05) == [], "the same again: what was broken off goes on"
     calls = [(job.folder / "calls").read_text().split() for job in jobs]
     assert calls == [["new", "resumed"], ["new"], ["new", "resumed"], ["new"]]
+
+
+def test_how_far_a_run_has_come(tmp_path):
+    """By iterations, or by seconds of training where the budget is in seconds."""
+    by_iterations = Job("a", 1, tmp_path, ("digits",), 8, 80)
+    by_seconds = Job("a", 1, tmp_path, ("digits",), 10**6, 0, 20.0)
+    assert by_iterations.done() == by_seconds.done() == 0
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 2, "training_seconds": 15.0}))
+    assert (by_iterations.done(), by_seconds.done()) == (0.25, 0.75)
+    by_iterations.finish()
+    assert by_iterations.done() == by_seconds.done() == 1
+
+
+def test_budgets_become_iterations(tmp_path):
+    """Rows: the first iteration that reaches them is the last; seconds: a limit of the training command."""
+    rows = make_jobs(Study(**FILE | {"budget": {"rows": 21}}), tmp_path)
+    assert [(job.run, job.seed) for job in rows] == [("all", 1), ("first", 1), ("all", 2), ("first", 2)]
+    assert [(job.iterations, job.rows) for job in rows[:2]] == [(2, 40), (2, 24)]
+    constant = {"base": [*FILE["base"], "learn.lr_schedule=constant"], "budget": {"seconds": 7}}
+    first = make_jobs(Study(**FILE | constant), tmp_path)[0]
+    assert first.seconds == 7 and load(first.arguments).learn.max_seconds == 7
 
 
 def test_places_have_a_gpu_or_one_thread_each():

@@ -41,6 +41,8 @@ class Job:
     """it will make at most"""
     rows: int
     """network rows that its training will take; 0 where the budget is in seconds"""
+    seconds: float | None = None
+    """of training that it will take, where the budget is in seconds"""
 
     @property
     def log(self) -> Path:
@@ -61,11 +63,12 @@ class Job:
 
     def done(self) -> float:
         """Part of the budget that is used up, from 0 to 1."""
+        if self.is_finished():
+            return 1.0
         rows = read_metrics(self.folder / "metrics.jsonl")
         last = rows[-1] if rows else {}
-        limit = load(self.arguments).learn.max_seconds
-        spent = last.get("training_seconds", 0) / limit if limit else last.get("step", 0) / self.iterations
-        return 1.0 if self.is_finished() else min(1.0, spent)
+        spent, whole = ("training_seconds", self.seconds) if self.seconds else ("step", self.iterations)
+        return min(1.0, last.get(spent, 0) / whole)
 
 
 class Costs:
@@ -117,7 +120,8 @@ def _job(study: Study, folder: Path, run: str, seed: int, costs: Costs) -> Job:
     else:
         iterations, rows = _length(cost, budget.iterations, budget.rows)
         own = []
-    return Job(run, seed, place, (*arguments, f"learn.iterations={iterations}", *own), iterations, rows)
+    arguments += [f"learn.iterations={iterations}", *own]
+    return Job(run, seed, place, tuple(arguments), iterations, rows, budget.seconds)
 
 
 def _length(cost, iterations: int | None, limit: int | None) -> tuple[int, int]:
