@@ -45,9 +45,7 @@ def run_jobs(jobs: Sequence[Job], machine: Machine, places: int, pause: float = 
         try:
             while pool.goes_on():
                 time.sleep(pause)
-                bar.set_postfix_str(f"{len(pool.running)} under way, {len(pool.waiting)} waiting", refresh=False)
-                bar.n = _done(jobs)
-                bar.refresh()
+                _show(bar, jobs, pool)
         finally:
             _interrupt(child for _, child in pool.running.values())
     return pool.failures
@@ -71,6 +69,14 @@ class _Pool:
             job = self.waiting.pop(0)
             self.running[place] = job, _start(job, self.machine.environment(place))
         return bool(self.running)
+
+
+def _show(bar: tqdm, jobs: Sequence[Job], pool: _Pool) -> None:
+    """Progress; a log need not hear that nothing has changed."""
+    bar.set_postfix_str(f"{len(pool.running)} under way, {len(pool.waiting)} waiting", refresh=False)
+    before, bar.n = bar.n, _done(jobs)
+    if bar.n != before or sys.stderr.isatty():
+        bar.refresh()
 
 
 def _done(jobs: Sequence[Job]) -> float:
