@@ -1,12 +1,12 @@
 """A study file: which runs, on which seeds, for how long, compared by what. Imports nothing heavy.
 
-    name: fig3
-    base: [digits, eval.seed=2026]         names of presets and files, then settings, as on the command line
-    runs: {tempflow: [tempflow], chain: [flow_grpo, learn.lr=1e-3]}
-    seeds: [1, 2, 3]
-    budget: {rows: 200000}                 or iterations, or seconds
-    target: 0.85
-    baseline: chain
+name: fig3
+base: [digits, eval.seed=2026]         names of presets and files, then settings, as on the command line
+runs: {tempflow: [tempflow], chain: [flow_grpo, learn.lr=1e-3]}
+seeds: [1, 2, 3]
+budget: {rows: 200000}                 or iterations, or seconds
+target: 0.85
+baseline: chain
 """
 
 from __future__ import annotations
