@@ -152,7 +152,8 @@ class Machine:
     @cached_property
     def places(self) -> int:
         """Runs that it takes at a time."""
-        return len(self.gpus) or len(os.sched_getaffinity(0))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return len(self.gpus) or cores
 
     def environment(self, place: int) -> dict[str, str]:
         """Of the run at a place: a GPU of its own, or one thread."""
