@@ -33,7 +33,8 @@ setup(
     packages=find_packages(include=["tempflow", "tempflow.*"]),
     package_data={
         "tempflow": [
-            "settings/presets/**/*.yaml", "digits/*.safetensors", "digits/prompts/*.jsonl", "digits/pipeline/**/*",
+            "settings/presets/**/*.yaml", "studies/shipped/*.yaml",
+            "digits/*.safetensors", "digits/prompts/*.jsonl", "digits/pipeline/**/*",
         ],
     },
     install_requires=[

@@ -24,6 +24,7 @@ LAYERS = [
     {"studies"},
     {"train"},
     {"commands"},
+    {"__main__"},
 ]
 """The rooms, bottom to top: folders of tempflow/ and the files beside them. Arrows point down or stay in their room."""
 

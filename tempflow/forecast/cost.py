@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from tempflow.explore.plan import ForkRule
 from tempflow.explore.schedule import NoiseSchedule
-from tempflow.explore.tails.solver import TailSolver
+from tempflow.explore.tails.solver import TailSolver, tail_solvers
+from tempflow.method import Method
+from tempflow.settings.fields import Config
 
 
 @dataclass(frozen=True)
@@ -86,3 +88,26 @@ def iteration_cost(
         branch_bytes=4 * shape.latent_elements * branches * (1 + len(tails)),
         image_bytes=branches * len(tails) * shape.image_bytes,
     )
+
+
+def learning_passes(config: Config) -> int:
+    """Network calls per decision in learning."""
+    return config.learn.inner_epochs * (2 if config.objective.kl else 1)
+
+
+def network_rows(config: Config, method: Method, schedule: NoiseSchedule, iteration: int, per_velocity: int) -> int:
+    """Network rows of one iteration of all processes, by its own forks: where these are drawn, not their worst case.
+
+    Learning is counted in full: groups that tell nothing, which it leaves out, are in it.
+
+    Args:
+        per_velocity: rows that one velocity costs, 2 with classifier-free guidance.
+    """
+    plan, solvers = method.plan(config.run.seed, iteration, config.explore.prompts), tail_solvers(config.tails)
+    steps, siblings = plan.trunk_steps(), plan.siblings
+    trunks = sum((int(part.max()) + 1) * part.shape[1] for part in steps.split(config.learn.rows, 1))
+    later = (plan.window - 1) * steps.numel() * siblings
+    lengths = [solver.table(schedule).lengths for solver in solvers]
+    tails = sum(length[method.rule.after(step)] for step in steps.flatten().tolist() for length in lengths) * siblings
+    learning = (steps.numel() + later) * learning_passes(config)
+    return per_velocity * (trunks + later + tails + learning)

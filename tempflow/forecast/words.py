@@ -9,7 +9,7 @@ from tempflow_kernels import backend_info
 
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.solver import tail_solvers
-from tempflow.forecast.cost import IterationCost, Shape, iteration_cost
+from tempflow.forecast.cost import IterationCost, Shape, iteration_cost, learning_passes
 from tempflow.forecast.memory import plan_memory
 from tempflow.learn.objective import WEIGHT
 from tempflow.learn.optimizers import estimated_state_bytes
@@ -36,7 +36,7 @@ class Forecast:
 
     def cost(self) -> IterationCost:
         """Of one iteration of one process."""
-        explore, passes = self.config.explore, self.config.learn.inner_epochs * (2 if self.config.objective.kl else 1)
+        explore, passes = self.config.explore, learning_passes(self.config)
         sizes = (torch.Size(shape).numel() for shape in (self.skeleton.latent_shape, self.skeleton.image_shape))
         shape = Shape(explore.prompts * explore.noises // self.ranks, explore.siblings, *sizes, passes)
         return iteration_cost(self.method.rule, self.schedule, tail_solvers(self.config.tails), shape)

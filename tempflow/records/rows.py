@@ -43,8 +43,12 @@ class IterationRow:
     """Iterations done."""
     seconds: float = 0.0
     """Wall-clock time of the loop, evaluations included."""
+    training_seconds: float = 0.0
+    """The same without evaluations."""
     rollouts: int = 0
     """Branches explored so far."""
+    network_rows: int = 0
+    """Rows of the network so far, evaluations apart: trunks, tails and learning (forecast/cost.py)."""
     rollouts_per_hour: float = 0.0
     """Branches of this iteration by the time it took."""
     reward_mean: float | None

@@ -155,5 +155,5 @@ def _evaluator(
     if not prompts:
         return None
     schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
-    return Evaluator(policy, engines.evaluate, schedule, prompts, *panels, ranks, config.run.seed,
-                     config.reward.rows, config.eval.pictures)  # fmt: skip
+    return Evaluator(policy, engines.evaluate, schedule, prompts, *panels, ranks, config.eval.seed,
+                     config.eval.noises, config.reward.rows, config.eval.pictures)  # fmt: skip

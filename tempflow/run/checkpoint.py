@@ -33,8 +33,12 @@ class Progress:
     """iterations done"""
     seconds: float = 0.0
     """wall-clock time of the loop"""
+    evaluating: float = 0.0
+    """how much of it went into evaluations"""
     rollouts: int = 0
     """branches explored"""
+    network_rows: int = 0
+    """rows of the network, evaluations apart"""
     unevaluated: bool = False
     """the evaluation that may be due after the last iteration has not been made, since a scorer failed"""
     tail_rows: int | None = None

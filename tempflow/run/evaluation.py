@@ -25,9 +25,9 @@ class Evaluation:
     """Scores and pictures of one evaluation."""
 
     scores: dict[str, Tensor]
-    """scorer -> scores of all prompts, (n,) fp32; NaN where it has no opinion"""
+    """scorer -> scores of all prompts, means over their noises, (n,) fp32; NaN where it has no opinion"""
     missing: int
-    """how many opinions are missing, of all scorers"""
+    """how many opinions are missing, of all scorers and images"""
     pictures: Tensor
     """(n, 3, H, W) uint8, the same prompts and noises every time"""
 
@@ -47,7 +47,10 @@ class Evaluator:
     rewards: Panel
     gold: Panel
     ranks: Ranks
-    run_seed: int
+    seed: int
+    """of the noises"""
+    noises: int
+    """N, per prompt"""
     decode_rows: int
     pictures: int
     decoder: ImageDecoder | None = None
@@ -67,21 +70,23 @@ class Evaluator:
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
-        """One image per prompt. Every rank takes its part of the prompts; all see the same result.
+        """An image per prompt and noise. Every rank takes its part of the prompts; all see the same result.
 
         Raises:
             BadInput: a scorer fails, on any rank, or has no opinion of any picture.
         """
         padded = -(-len(self.prompts) // self.ranks.size) * self.ranks.size
         slots = self.ranks.share(padded)
-        prompts = [self.prompts[min(slot, len(self.prompts) - 1)] for slot in slots]
+        own = [self.prompts[min(slot, len(self.prompts) - 1)] for slot in slots]
+        prompts = [prompt for prompt in own for _ in range(self.noises)]
         images = self._sample(slots, prompts)
         table = self.ranks.agree(lambda: torch.cat((self.rewards(images, prompts), self.gold(images, prompts))))
-        table = self.ranks.gather(table, 1)[:, : len(self.prompts)]
-        return Evaluation(self._named(table), int(table.isnan().sum()), self._pictures(images, slots))
+        table = self.ranks.gather(table, 1)[:, : len(self.prompts) * self.noises]
+        scores = {name: row.view(-1, self.noises).nanmean(1) for name, row in self._named(table).items()}
+        return Evaluation(scores, int(table.isnan().sum()), self._pictures(images[:: self.noises], slots))
 
     def _named(self, table: Tensor) -> dict[str, Tensor]:
-        """The rows of scores (rewards and golds, n) under their names in the metrics; first the rewards' sum."""
+        """The rows of scores (rewards and golds, n N) under their names in the metrics; first the rewards' sum."""
         rewards, golds = table.split((len(self.rewards.scorers), len(self.gold.scorers)))
         self.rewards.check_opinions(rewards)
         self.gold.check_opinions(golds)
@@ -99,8 +104,8 @@ class Evaluator:
         return self.ranks.gather(own, 0).amax(0)
 
     def _sample(self, slots: range, prompts: Sequence[Prompt]) -> Tensor:
-        """(len(slots), 3, H, W) uint8 images from the noises of the slots."""
-        draw = Draw.grid(self.run_seed, EVALUATION, slots, 1)
+        """(len(prompts), 3, H, W) uint8 images from the noises of the slots, slot by slot."""
+        draw = Draw.grid(self.seed, EVALUATION, slots, self.noises)
         latents = draw.initial_noise(self.policy.latent_shape, self.policy.device)
         for part in chunks(len(latents), self.engine.rows):
             conditioning = self.policy.encode([prompt.text for prompt in prompts[part]])

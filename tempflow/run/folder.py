@@ -24,7 +24,7 @@ def check_folder(config: Config) -> None:
     folder = Path(config.run.dir).expanduser()
     try:
         if config.run.resume:
-            _check_same_run(config, folder)
+            check_same_run(config, folder)
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             hint = "exists already; continue it with run.resume=true or choose another run.dir"
             raise BadInput("run.dir", config.run.dir, hint)
@@ -59,7 +59,7 @@ def write_settings(config: Config, ranks: Ranks) -> None:
         raise BadInput("run.dir", config.run.dir, f"cannot be written ({problem}); choose another folder")
 
 
-def _check_same_run(config: Config, folder: Path) -> None:
+def check_same_run(config: Config, folder: Path) -> None:
     """The settings saved in the folder agree with `config`, unless nothing has been learnt there yet."""
     saved = folder / "config.yaml"
     if not saved.is_file():

@@ -10,6 +10,7 @@ import torch
 
 from tempflow.common.errors import BadInput, Halted
 from tempflow.common.say import say
+from tempflow.forecast.cost import network_rows
 from tempflow.learn.objective import WEIGHT
 from tempflow.learn.optimizers import state_bytes
 from tempflow.records.figures import draw_report, save_pictures
@@ -35,6 +36,7 @@ class Journal:
         self.iteration: IterationRow | None = None
         self.evaluation: EvaluationRow | None = None
         self.began = time.perf_counter()
+        self.timed_out = False
 
     def open(self, progress: Progress) -> None:
         """Begins the metrics of a new run, or goes on with those of a resumed one."""
@@ -49,22 +51,33 @@ class Journal:
         if not progress.iteration:
             self._evaluate(progress)
         self.began = time.perf_counter() - progress.seconds
+        self.timed_out = progress.iteration > 0 and self._past_limit(progress.seconds - progress.evaluating)
         return self.evaluate(progress) if progress.unevaluated else progress
 
     def is_over(self, progress: Progress) -> bool:
-        """All iterations are done, or the reward is being hacked and the run was asked to stop then."""
-        return progress.iteration >= self.config.learn.iterations or self._hacked()
+        """All iterations are done, time is up, or the reward is being hacked and the run was asked to stop then."""
+        return progress.iteration >= self.config.learn.iterations or self.timed_out or self._hacked()
 
     def record(self, row: IterationRow, progress: Progress, took: float) -> Progress:
         """Writes the line of an iteration that `took` so many seconds; returns how far the run has come."""
-        branches = self.trainer.method.branches(self.config.explore.prompts)
+        trainer, branches = self.trainer, self.trainer.method.branches(self.config.explore.prompts)
         seconds, rollouts = time.perf_counter() - self.began, progress.rollouts + branches
-        self.iteration = replace(row, seconds=round(seconds, 3), rollouts=rollouts,
+        training, done = seconds - progress.evaluating, progress.iteration
+        rows = progress.network_rows + network_rows(self.config, trainer.method, trainer.schedule, done,
+                                                    trainer.policy.network_rows)  # fmt: skip
+        self.timed_out = self._past_limit(training)
+        self.iteration = replace(row, seconds=round(seconds, 3), training_seconds=round(training, 3),
+                                 rollouts=rollouts, network_rows=rows,
                                  rollouts_per_hour=round(branches / took * 3600, 1),
-                                 phase_seconds=self.trainer.clock.read())  # fmt: skip
+                                 phase_seconds=trainer.clock.read())  # fmt: skip
         self._write(self.iteration)
-        return replace(progress, iteration=row.step, seconds=seconds, rollouts=rollouts, unevaluated=True,
-                       tail_rows=self.trainer.tails[0].rows)  # fmt: skip
+        return replace(progress, iteration=row.step, seconds=seconds, rollouts=rollouts, network_rows=rows,
+                       unevaluated=True, tail_rows=trainer.tails[0].rows)  # fmt: skip
+
+    def _past_limit(self, training: float) -> bool:
+        """Whether learn.max_seconds are over on any process."""
+        limit = self.config.learn.max_seconds
+        return limit is not None and bool(self.ranks.gather(torch.tensor([int(training >= limit)]), 0).any())
 
     def evaluate(self, progress: Progress) -> Progress:
         """After an iteration: evaluates and saves where that is due.
@@ -73,10 +86,12 @@ class Journal:
             BadInput: on all processes, where a scorer failed on one of them, or has no opinion at all.
         """
         done, every, save_every = progress.iteration, self.config.eval.every, self.config.run.save_every
-        last = done == self.config.learn.iterations
+        last, started = done == self.config.learn.iterations or self.timed_out, time.perf_counter()
         if last or (every and done % every == 0):
             self._evaluate(progress)
-        progress = replace(progress, unevaluated=False, seconds=time.perf_counter() - self.began)
+        now = time.perf_counter()
+        progress = replace(progress, unevaluated=False, seconds=now - self.began,
+                           evaluating=progress.evaluating + now - started)  # fmt: skip
         if last or self._hacked() or (save_every and done % save_every == 0):
             self.save(progress)
         return progress
@@ -119,6 +134,7 @@ class Journal:
         """The closing words."""
         early = self.iteration is not None and self.iteration.step < self.config.learn.iterations
         word = "stopped, as reward.hacking_stop asks" if early and self._hacked() else "done"
+        word = "stopped, as learn.max_seconds asks" if early and self.timed_out else word
         say(f"{word}; figures and pictures in {self.folder / 'report.png'}")
 
     def _hacked(self) -> bool:

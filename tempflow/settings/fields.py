@@ -165,6 +165,8 @@ class ObjectiveConfig:
 class LearnConfig:
     iterations: Count = changeable(100)
     """Iterations of explore, credit, learn."""
+    max_seconds: Positive | None = changeable(None)
+    """End, with an evaluation, after the first iteration past so many seconds, evaluations apart; null: no limit."""
     rows: Count = 4
     """Trunks in one network call of trunk and training; each training row carries the K siblings of its fork."""
     updates: Count = 1
@@ -247,6 +249,10 @@ class EvalConfig:
     """Held-out prompts per evaluation, spread evenly over the file."""
     steps: Count = 10
     """Denoising steps, ODE only, from fixed noises."""
+    noises: Count = 1
+    """Initial noises per held-out prompt; its scores are means over them, pictures show the first."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
+    """What the evaluation noises are a function of, apart from run.seed: runs of all seeds are judged on the same."""
     pictures: Count = 8
     """Prompts whose pictures the report shows before and after."""
 
@@ -256,7 +262,7 @@ class RunConfig:
     dir: str = changeable("runs/digits")
     """Folder of everything the run writes."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
-    """The one number that every random choice of the run is a function of."""
+    """The one number that every random choice of training is a function of."""
     resume: bool = changeable(False)
     """Continue the run in run.dir from its last checkpoint."""
     save_every: Whole = changeable(50)

@@ -19,7 +19,9 @@ from tempflow.settings.fields import Config
 from tempflow.settings.names import changeable_fields, field_names, nearest_field, refuse_old_names
 from tempflow.settings.stacks import kind_of, presets, read_stack, read_values
 
-__all__ = ["changeable_fields", "field_names", "load", "plain", "presets", "read_values", "to_yaml", "validate"]
+__all__ = [
+    "changeable_fields", "field_names", "is_override", "load", "plain", "presets", "read_values", "to_yaml", "validate",
+]  # fmt: skip
 
 
 def load(arguments: Sequence[str]) -> Config:
@@ -29,7 +31,7 @@ def load(arguments: Sequence[str]) -> Config:
         BadInput: unknown preset, presets that exclude one another, unreadable YAML, unknown or ill-typed field.
     """
     arguments = list(arguments)
-    count = next((place for place, argument in enumerate(arguments) if _is_override(argument)), len(arguments))
+    count = next((place for place, argument in enumerate(arguments) if is_override(argument)), len(arguments))
     names, overrides = arguments[:count], arguments[count:]
     values = read_stack(names if _has_base(names) else ["digits", *names]).values
     for override in overrides:
@@ -37,7 +39,7 @@ def load(arguments: Sequence[str]) -> Config:
     return validate(values)
 
 
-def _is_override(argument: str) -> bool:
+def is_override(argument: str) -> bool:
     """Whether an argument is `section.field=value`; a file may have `=` in the name of its folder."""
     name, equals, _ = argument.partition("=")
     return bool(equals) and "/" not in name
@@ -52,7 +54,7 @@ def _has_base(names: Sequence[str]) -> bool:
 def _override(values: dict[str, dict[str, Any]], argument: str) -> None:
     """Applies one `section.field=value`."""
     name, _, text = argument.partition("=")
-    if not _is_override(argument):
+    if not is_override(argument):
         raise BadInput("argument", argument, "names of presets and files come before all settings")
     section, dot, field = name.partition(".")
     if not (section and dot and field):

@@ -8,7 +8,7 @@ from toy_trainer import FIRST, SHAPE, make_trainer, panel_of, parameters_of, sma
 
 import tempflow.train
 from tempflow.explore.tails.solver import tail_solvers
-from tempflow.forecast.cost import Shape, iteration_cost
+from tempflow.forecast.cost import Shape, iteration_cost, learning_passes, network_rows
 
 CASES = {
     "tempflow, KL, two passes": ["tempflow", "explore.siblings=3", "objective.kl=0.1", "learn.inner_epochs=2"],
@@ -47,7 +47,7 @@ def watched_step(config):
 def test_an_iteration_costs_what_was_forecast(name):
     config = small(*CASES[name])
     trainer, rows, images, rollout = watched_step(config)
-    explore, passes = config.explore, config.learn.inner_epochs * (2 if config.objective.kl else 1)
+    explore, passes = config.explore, learning_passes(config)
     shape = Shape(explore.prompts * explore.noises, explore.siblings, 6, 24, passes)
     cost = iteration_cost(trainer.method.rule, trainer.schedule, tail_solvers(config.tails), shape)
     assert cost.trunk_rows + cost.window_rows == rows["explore"]
@@ -59,6 +59,18 @@ def test_an_iteration_costs_what_was_forecast(name):
     later = rollout.branches[..., 0, 0].numel() * (trainer.method.rule.window - 1)
     assert (cost.forks, cost.window_rows) == (len(rollout.branches), later)
     assert trainer.method.branches(explore.prompts) == rollout.branches[..., 0, 0].numel()
+    assert network_rows(config, trainer.method, trainer.schedule, 0, 2) == 2 * sum(rows.values())
+
+
+@pytest.mark.parametrize("draw", ["iteration", "prompt"])
+def test_forks_that_are_drawn_cost_what_was_drawn(draw):
+    """Not what the forecast fears: as if all forks lay early, and a trunk went on to the last."""
+    settings = ["explore.siblings=3", "explore.noises=2", "explore.prompts=4", f"explore.draw={draw}", "run.seed=8"]
+    config = small("tempflow", "explore.forks=random:2", "sample.steps=7", *settings)
+    trainer, rows, _, _ = watched_step(config)
+    assert network_rows(config, trainer.method, trainer.schedule, 0, 1) == sum(rows.values())
+    cost = iteration_cost(trainer.method.rule, trainer.schedule, tail_solvers(config.tails), Shape(8, 3, 6, 24))
+    assert sum(rows.values()) < cost.trunk_rows + cost.tail_rows + cost.learn_rows
 
 
 def test_the_paper_setting():

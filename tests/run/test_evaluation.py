@@ -1,5 +1,7 @@
 """Evaluation: which prompts, which noises, which parameters, which pictures."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -31,10 +33,20 @@ class Brightness:
         return images.float().mean((1, 2, 3)) + torch.tensor([1000.0 * len(prompt.text) for prompt in prompts])
 
 
-def evaluator(policy, schedule, ranks: Ranks, pictures: int = 2) -> Evaluator:
+class Choosy(Brightness):
+    """Says what it is told to."""
+
+    def __init__(self, opinions) -> None:
+        self.opinions = opinions
+
+    def __call__(self, images, prompts):
+        return self.opinions
+
+
+def evaluator(policy, schedule, ranks: Ranks, pictures: int = 2, noises: int = 1) -> Evaluator:
     reward, gold = (Panel({"brightness": Brightness()}, torch.ones(1)) for _ in range(2))
     prompts = [Prompt(text) for text in TEXTS]
-    return Evaluator(policy, EagerEngine(policy, 2), schedule, prompts, reward, gold, ranks, 7, 2, pictures)
+    return Evaluator(policy, EagerEngine(policy, 2), schedule, prompts, reward, gold, ranks, 7, noises, 2, pictures)
 
 
 class OneOf(Ranks):
@@ -65,16 +77,52 @@ def test_each_prompt_has_its_own_noise_that_is_no_noise_of_training(toy, schedul
     assert EVALUATION > 10**9, "no iteration of training has this number, and so its noises"
 
 
-def test_two_processes_share_the_prompts_of_one(toy, schedule):
+@pytest.mark.parametrize("noises", [1, 3])
+def test_two_processes_share_the_prompts_of_one(toy, schedule, noises):
     """5 prompts: 3 on the first, 2 and a repeated one on the second; together they are what one process sees."""
-    alone = evaluator(toy, schedule, Ranks(0, 1, CPU)).evaluate()
+    alone = evaluator(toy, schedule, Ranks(0, 1, CPU), noises=noises).evaluate()
     SENT.clear()
     for rank in (0, 1):
-        evaluator(toy, schedule, OneOf(rank, 2, CPU)).evaluate()
+        evaluator(toy, schedule, OneOf(rank, 2, CPU), noises=noises).evaluate()
     tables = [next(values for values, dim in SENT[rank] if dim == 1) for rank in (0, 1)]
-    assert torch.equal(torch.cat(tables, 1)[1, :5], alone.scores["gold"])
+    images = torch.cat(tables, 1)[1, : 5 * noises].view(5, noises)
+    assert torch.equal(images.mean(1), alone.scores["gold"])
     pictures = torch.cat([SENT[rank][-1][0] for rank in (0, 1)]).amax(0)
     assert torch.equal(pictures, alone.pictures)
+
+
+def test_scores_are_means_over_the_noises_of_a_prompt(toy, schedule):
+    """Of three noises, too, the first is the one that a single noise is, and the one that pictures show."""
+    one, several = (evaluator(toy, schedule, Ranks(0, 1, CPU), noises=count) for count in (1, 3))
+    first, mean = one.evaluate(), several.evaluate()
+    judge = several.gold.scorers["brightness"]
+    assert judge.prompts == [text for text in TEXTS for _ in range(3)]
+    scores = judge.images[0].float().mean((1, 2, 3)).view(5, 3) + torch.arange(1, 6)[:, None] * 1000.0
+    assert mean.scores["gold"].tolist() == pytest.approx(scores.mean(1).tolist())
+    assert scores[:, 0].tolist() == pytest.approx(first.scores["gold"].tolist())
+    assert (scores.std(1) > 0).all() and torch.equal(mean.pictures, first.pictures)
+
+
+def test_a_missing_opinion_leaves_the_others_of_a_prompt(toy, schedule):
+    opinions = torch.tensor([1.0, 3.0, float("nan"), 5.0, 2.0, 2.0, float("nan"), float("nan"), 0.0, 1.0])
+    choosy = Panel({"choosy": Choosy(opinions)}, torch.ones(1))
+    found = replace(evaluator(toy, schedule, Ranks(0, 1, CPU), noises=2), gold=choosy)
+    result = found.evaluate()
+    assert result.scores["gold"].tolist() == pytest.approx([2, 5, 2, float("nan"), 0.5], nan_ok=True)
+    assert result.missing == 3
+
+
+def test_noises_of_evaluation_do_not_depend_on_the_run_seed(tmp_path):
+    """Runs of two run seeds begin from the same scores; another eval.seed gives others."""
+    from run.test_train import SMALL
+
+    from tempflow.run.hacking import read_scores
+
+    scores = {}
+    for name, *settings in (("one", "run.seed=1"), ("two", "run.seed=2"), ("other", "run.seed=1", "eval.seed=9")):
+        assert main([*SMALL, f"run.dir={tmp_path / name}", "run.trackers=[]", "learn.iterations=1", *settings]) == 0
+        scores[name] = read_scores(tmp_path / name, 1)[0]["reward_test"]
+    assert torch.equal(scores["one"], scores["two"]) and not torch.equal(scores["one"], scores["other"])
 
 
 def test_held_out_prompts_are_spread_over_their_file(tmp_path):

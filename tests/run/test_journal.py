@@ -8,6 +8,7 @@ import torch
 from toy_trainer import SHAPE, make_trainer, panel_of, small, tilt
 
 import tempflow.run.journal as journals
+import tempflow.train
 from tempflow.common.errors import BadInput, Halted
 from tempflow.run.checkpoint import Progress
 from tempflow.run.evaluation import Evaluation
@@ -71,6 +72,9 @@ def test_a_run_evaluates_and_saves_when_due(journal):
     assert steps_of(it, "grad_norm") == [1, 2, 3, 4, 5]
     rollouts = [line["rollouts"] for line in lines(it) if "grad_norm" in line]
     assert rollouts == [2 * 2 * 2 * 3 * count for count in range(1, 6)]
+    per_iteration = 4 * 3 + 4 * 3 * (4 + 2) + 2 * 4  # trunks to fork 2, tails of 4 and 2 steps, a row per fork
+    assert [line["network_rows"] for line in lines(it) if "grad_norm" in line] == [
+        per_iteration * count for count in range(1, 6)]  # fmt: skip
     first = lines(it)[0]
     assert first["step"] == 0 and len(first["sigmas"]) == 6 and first["tail_rows"] == 7
     weights = first["loss_weights"]
@@ -116,6 +120,33 @@ def test_what_a_failed_scorer_left_unevaluated_is_made_up_for(journal):
     assert not progress.unevaluated and steps_of(it, "gold") == [2]
     assert it.begin(replace(progress, unevaluated=False)) == replace(progress, unevaluated=False)
     assert steps_of(it, "gold") == [2]
+
+
+def test_a_run_ends_when_its_time_is_up(journal, monkeypatch):
+    """Iterations of 10 s and evaluations of 100 s: the third iteration passes 25 s, and is evaluated and saved."""
+    now = [0.0]
+    monkeypatch.setattr(journals.time, "perf_counter", lambda: now[0])
+    it = journal(((0.0, 0.0),) * 9, "learn.max_seconds=25")
+    step, evaluate = tempflow.train.train_step, it.evaluator.evaluate
+
+    def tick(work, seconds):
+        def timed(*arguments):
+            now[0] += seconds
+            return work(*arguments)
+
+        return timed
+
+    monkeypatch.setattr(tempflow.train, "train_step", tick(step, 10))
+    it.evaluator.evaluate = tick(evaluate, 100)
+    it.open(Progress())
+    train(it.trainer, it, Progress())
+    assert steps_of(it, "gold") == [0, 2, 3] and checkpoints(it) == [3]
+    seconds = [(line["seconds"], line["training_seconds"]) for line in lines(it) if "grad_norm" in line]
+    assert seconds == [(10, 10), (20, 20), (130, 30)]
+    saved = json.loads((it.folder / "checkpoints" / "step_000003" / "state.json").read_text())["progress"]
+    again = journal(((0.0, 0.0),) * 9, "learn.max_seconds=25")
+    train(again.trainer, again, Progress(**saved))
+    assert again.iteration is None, "a resumed run has no more time"
 
 
 @pytest.mark.parametrize("stop", [True, False])

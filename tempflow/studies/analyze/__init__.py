@@ -1,0 +1,1 @@
+"""What a reward can tell apart, step by step, without training."""

@@ -1,0 +1,111 @@
+"""Which forks, siblings and noise level measurements speak for, by three rules, and the network rows that they save.
+
+1. Noise: of the levels tried, the one of largest reward spread whose branches lose on average at most half (LOSS) of
+   that spread against the lowest level tried. More noise tells more apart until it spoils images.
+2. Forks: the steps of largest reward variance among siblings, until together they hold 90 % (VARIANCE) of the
+   sum over steps.
+3. Siblings: the fewest, of at least FEWEST, with which at most 5 % (SLACK) more groups would show no spread than with
+   all that were measured.
+
+What this promises is fewer network rows a trunk for the variance that is kept, to be spent on more prompts. It does not
+promise a better model: that is what a study is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import yaml
+
+from tempflow.explore.schedule import NoiseSchedule
+from tempflow.settings.fields import Config
+from tempflow.studies.analyze.measure import Spread, fork_rows
+
+VARIANCE, LOSS, SLACK, FEWEST = 0.9, 0.5, 0.05, 4
+"""Rules of thumb, derived from nothing."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """Example: forks (0, 1, 2), 4 siblings, level .7, 60 of 110 rows a trunk, 93 % of the variance."""
+
+    forks: tuple[int, ...]
+    siblings: int
+    noise_level: float
+    rows: int
+    """a trunk"""
+    rows_before: int
+    """a trunk, with forks at every step and the siblings that were measured"""
+    kept: float
+    """part of the summed reward variance that the forks hold"""
+
+    @property
+    def saving(self) -> float:
+        """Part of the network rows that is saved."""
+        return 1 - self.rows / self.rows_before
+
+    def describe(self) -> str:
+        return (
+            f"recommended: forks at {list(self.forks)} ({100 * self.kept:.0f} % of the reward variance of all steps), "
+            f"{self.siblings} siblings, noise level {self.noise_level:g}: {self.rows} network rows a trunk instead of "
+            f"{self.rows_before} ({100 * self.saving:.0f} % saved, {self.rows_before / self.rows:.2f} times the "
+            f"prompts for the same rows). A saving in rows, not a promise of a better model: compare in a study"
+        )
+
+    def to_yaml(self) -> str:
+        """A file that can be laid on the stack that was analyzed."""
+        explore = {"forks": list(self.forks), "take": None, "draw": "iteration", "window": 1, "jump": 1,
+                   "siblings": self.siblings}  # fmt: skip
+        values = {"sample": {"noise_level": self.noise_level}, "explore": explore}
+        return f"# {self.describe()}.\n" + yaml.safe_dump(values, sort_keys=False)
+
+
+def advise(config: Config, schedule: NoiseSchedule, spreads: Sequence[Spread]) -> Advice:
+    """The advice of the rules at the head of this file.
+
+    Args:
+        config: with the siblings that were measured. spreads: of one level or several, on the same random numbers.
+    """
+    chosen = choose_level(spreads)
+    forks, kept = choose_forks(chosen)
+    siblings = choose_siblings(chosen, forks)
+    before = trunk_rows(config, schedule, range(schedule.num_steps - 1), config.explore.siblings)
+    return Advice(forks, siblings, chosen.level, trunk_rows(config, schedule, forks, siblings), before, kept)
+
+
+def choose_level(spreads: Sequence[Spread]) -> Spread:
+    """Rule 1."""
+    lowest = min(spreads, key=lambda spread: spread.level)
+    best = lowest.rewards.nanmean().item()
+    fit = [spread for spread in spreads
+           if best - spread.rewards.nanmean().item() <= LOSS * spread.stds().mean().item()]  # fmt: skip
+    return max(fit, key=lambda spread: spread.stds().mean().item())
+
+
+def choose_forks(spread: Spread) -> tuple[tuple[int, ...], float]:
+    """Rule 2: the steps, ascending, and the part of the variance that they hold."""
+    variances = spread.stds().double().square().nan_to_num()
+    shares = (variances / variances.sum()).tolist()
+    taken, held = [], 0.0
+    for step in sorted(range(len(shares)), key=lambda step: -shares[step]):
+        if held >= VARIANCE:
+            break
+        taken.append(step)
+        held += shares[step]
+    return tuple(sorted(taken)), held
+
+
+def choose_siblings(spread: Spread, forks: Sequence[int]) -> int:
+    """Rule 3."""
+    measured = spread.rewards.shape[2]
+    allowed = spread.zero_spread()[list(forks)].mean().item() + SLACK
+    fit = (count for count in range(min(FEWEST, measured), measured + 1)
+           if spread.zero_spread(count)[list(forks)].mean().item() <= allowed)  # fmt: skip
+    return next(fit)
+
+
+def trunk_rows(config: Config, schedule: NoiseSchedule, forks: Sequence[int], siblings: int) -> int:
+    """Network rows of a trunk and all its forks."""
+    costs = fork_rows(config, schedule, siblings)
+    return max(forks) + 1 + sum(costs[step] for step in forks)

@@ -1,0 +1,1 @@
+"""Runs of several stacks and seeds, compared: a study."""

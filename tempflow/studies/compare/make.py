@@ -1,0 +1,102 @@
+"""A study from its file to its report."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tempflow.common.errors import BadInput
+from tempflow.common.files import write_atomically
+from tempflow.common.say import say
+from tempflow.records.rows import read_metrics
+from tempflow.studies.compare.figures import draw_curves, draw_differences
+from tempflow.studies.compare.jobs import Job, Machine, make_jobs
+from tempflow.studies.compare.page import result_rows, write_page
+from tempflow.studies.compare.pool import Failure, run_jobs
+from tempflow.studies.compare.results import read_points, summarise, write_csv
+from tempflow.studies.compare.study import Study, configuration, open_folder
+
+TRIAL = ("prompts.test=null", "learn.iterations=3", "eval.every=0", "run.save_every=0")
+"""A run that only tells how fast iterations are; its last two are timed."""
+
+
+def make_study(study: Study, folder: Path, processes: int | None = None) -> int:
+    """Makes all runs that are not finished, and the report; returns the exit code, 1 where a run failed.
+
+    Raises:
+        BadInput: anything that the user has to change, before a run begins.
+    """
+    jobs, machine = make_jobs(study, folder), _machine(study)
+    open_folder(study, folder)
+    failures: list[Failure] = []
+    try:
+        failures += run_jobs(jobs, machine, _places(study, machine, processes))
+    finally:
+        print(write_report(study, folder, jobs, failures))
+    return 1 if failures else 0
+
+
+def write_report(study: Study, folder: Path, jobs: Sequence[Job], failures: Sequence[Failure]) -> str:
+    """results.csv, study.png and study.html; returns the results in words."""
+    points = read_points(jobs)
+    summaries = summarise(points, jobs, study.metric, study.target, study.baseline)
+    notes = [failure.describe() for failure in failures]
+    if points and not any(study.metric in point.scores for point in points):
+        notes.append(f"metric={study.metric}: no run has this score; there are {', '.join(points[-1].scores)}")
+    write_csv(points, folder / "results.csv")
+    write_atomically(folder / "study.png", draw_curves(study, points))
+    pictures = [draw_curves(study, points, "svg"), draw_differences(study, summaries, "svg")]
+    page = write_page(study, summaries, jobs, notes, [picture for picture in pictures if picture])
+    write_atomically(folder / "study.html", page.encode())
+    head, rows = result_rows(study, summaries)
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    return "\n".join([*table, *notes, f"report: {folder / 'study.html'}"])
+
+
+def describe(study: Study, folder: Path, processes: int | None = None) -> str:
+    """What a study would run, what that costs, and how long it will take. Changes nothing in the folder."""
+    jobs, machine = make_jobs(study, folder), _machine(study)
+    places, lines = _places(study, machine, processes), []
+    for run in study.runs:
+        own = [job for job in jobs if job.run == run]
+        cost = f"{own[0].iterations:,} iterations, {own[0].rows:,} network rows a seed; " if own[0].rows else ""
+        done = sum(job.is_finished() for job in own)
+        lines.append(f"{run}: {len(own)} seeds, {done} finished; {cost}{' '.join(study.arguments(run))}")
+    left = [job for job in jobs if not job.is_finished()]
+    rows, words = sum(job.rows * (1 - job.done()) for job in left), f"{len(left)} of {len(jobs)} runs left"
+    if not left:
+        return "\n".join([*lines, words])
+    seconds = sum((study.budget.seconds or 0) * (1 - job.done()) for job in left) or rows / _speed(jobs, machine)
+    per_run = f", {rows:,.0f} network rows" if rows else ""
+    lines.append(f"{words}{per_run}; {places} at a time: about {seconds / places / 60:,.1f} minutes, and evaluations")
+    return "\n".join(lines)
+
+
+def _machine(study: Study) -> Machine:
+    return Machine.found(configuration(study, next(iter(study.runs))).run.device)
+
+
+def _places(study: Study, machine: Machine, processes: int | None) -> int:
+    """Runs at a time."""
+    return processes or (machine.places if study.processes == "auto" else study.processes)
+
+
+def _speed(jobs: Sequence[Job], machine: Machine) -> float:
+    """Network rows a second of one process: of runs in the folder, or else of two iterations made here."""
+    lasts = [rows[-1] for job in jobs if (rows := read_metrics(job.folder / "metrics.jsonl")) and rows[-1]["step"]]
+    if lasts:
+        return sum(row["network_rows"] for row in lasts) / sum(row["training_seconds"] for row in lasts)
+    say("nothing has been timed yet: three iterations of the first run tell how fast they are")
+    with tempfile.TemporaryDirectory() as folder:
+        first = jobs[0]
+        place = Path(folder) / "trial"
+        trial = replace(first, folder=place, iterations=3, arguments=(*first.arguments, *TRIAL, f"run.dir={place}"))
+        failures = run_jobs([trial], machine, 1)
+        if failures:
+            raise BadInput(f"runs.{first.run}", f"seed {first.seed}", f"fails: {failures[0].line}")
+        rows = {row["step"]: row for row in read_metrics(place / "metrics.jsonl")}
+    done, seconds = (rows[3][name] - rows[1][name] for name in ("network_rows", "training_seconds"))
+    return done / seconds
