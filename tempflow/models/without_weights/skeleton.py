@@ -37,7 +37,7 @@ class Skeleton:
         """transformer (adapters included), trainable (of these), merged (what a merged copy adds), text, vae"""
         self.trainable_sizes = [parameter.numel() for parameter in network.trainable().values()]
         """elements of each trainable parameter"""
-        self._family, self._decoder_precision = family, dtypes(model)["vae"]
+        self._family, self._decoder_precision = family, dtypes(model, META)["vae"]
 
     def light(self, path: str | None) -> Part:
         """The light decoder at `path`, or nothing where there is none.
