@@ -4,6 +4,8 @@ A thread issues the instructions of the loop over siblings once for each of its 
 square root, which a branch skips, are not counted. On these counts the predictions of kernels/README.md rest.
 """
 
+import re
+
 import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -43,6 +45,32 @@ def test_fast_noise_is_made_of_the_instructions_of_the_gpu(target, instruction):
     text = {noise: kernel_aot.compile_kernel("normal", kernel_aot.TARGETS[target], noise=noise).asm for noise in NOISES}
     code = {noise: asm["amdgcn"] if "amdgcn" in asm else asm["ptx"] for noise, asm in text.items()}
     assert instruction in code["fast"] and instruction not in code["exact"]
+
+
+MOST_ON_AMD = {"normal": (490, 360), "step": (560, 440), "moments": (595, 470), "velocity_gradient": (540, 425)}
+"""Instructions of a whole kernel for gfx942, whose threads have 4 numbers each; with exact and with fast noise."""
+
+
+@pytest.mark.parametrize("noise", NOISES)
+@pytest.mark.parametrize("name", MOST_ON_AMD)
+def test_instructions_on_amd(name, noise):
+    assert 100 < kernel_aot.figures(name, "gfx942", noise).instructions <= MOST_ON_AMD[name][NOISES.index(noise)]
+
+
+@pytest.mark.parametrize(("target", "waits"), [
+    ("sm_90", ["bar.sync", "atom.global.gpu.acq_rel", "bar.sync"]),
+    ("gfx942", ["s_barrier", "buffer_wbl2", "s_waitcnt vmcnt(0)", "global_atomic_add", "s_barrier"]),
+])  # fmt: skip
+def test_what_the_last_program_reads_was_stored_before_it_was_counted(target, waits):
+    asm = kernel_aot.compile_kernel("objective", kernel_aot.TARGETS[target]).asm
+    code = asm["amdgcn"] if "amdgcn" in asm else asm["ptx"]
+    counted = re.search(r"(atom\.\S*|global_atomic_add)", code).start()
+    stored = max(found.start() for found in re.finditer(r"(st\.global|global_store|buffer_store)", code[:counted]))
+    place = stored
+    for wait in waits:
+        place = code.find(wait, place)
+        assert place >= 0, wait
+        place += len(wait)
 
 
 def test_slots_of_a_listing():

@@ -172,7 +172,10 @@ def objective_kernel(
         first = inside & (branch % siblings == 0)
         square = sum_blocks(partial, row * (siblings + 2) + siblings + 1, first, blocks, LANES) / (elements * 1.0)
         tl.store(kl + row, tl.load(terms + row * 4 + 3, mask=first, other=0.0) * square, mask=first)
-    tl.debug_barrier()  # every thread has stored before one of them says so
+    # Every thread has stored before one of them says so. On AMD the barrier alone does not wait for the stores of other
+    # waves; there all LINES stores are those of the wave that counts.
+    tl.static_assert(LINES <= 32)
+    tl.debug_barrier()
     if tl.atomic_add(loss, 1.0, sem="acq_rel") == tl.num_programs(0) - 1:
         objective(
             ratios, kl, advantages, terms, loss, stats, slopes, rows, siblings, LOW, HIGH, KL_COEF, REFERENCE,
