@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 import kernel_aot
 import kernel_sass
+import triton
 
 MOST = {
     "sm_80": {"step": (52, 27), "moments": (49, 24), "velocity_gradient": (47, 22)},
@@ -20,6 +21,8 @@ MOST = {
 """Issue slots per number and sibling with exact and with fast noise."""
 BARRIERS = {"step": 2, "moments": 2, "velocity_gradient": 0}
 NOISES = ("exact", "fast")
+OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
+"""Triton 3.6 waits once more per sibling in a sum, issues up to .25 more, and on sm_100 up to a fifth more."""
 
 
 @pytest.mark.parametrize("noise", NOISES)
@@ -27,9 +30,9 @@ NOISES = ("exact", "fast")
 @pytest.mark.parametrize("name", BARRIERS)
 def test_issue_slots_and_barriers_per_sibling(name, target, noise):
     slots = kernel_aot.figures(name, target, noise).slots
-    most = MOST[target][name][NOISES.index(noise)]
+    most = MOST[target][name][NOISES.index(noise)] * (1.2 if OLDER and target == "sm_100" else 1) + 0.25 * OLDER
     assert 10 < slots.loop / kernel_aot.NUMBERS <= most
-    assert slots.barriers <= BARRIERS[name]
+    assert slots.barriers <= BARRIERS[name] + (OLDER and BARRIERS[name] > 0)
 
 
 @pytest.mark.parametrize("noise", NOISES)
