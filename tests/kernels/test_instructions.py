@@ -57,7 +57,8 @@ MOST_ON_AMD = {"normal": (490, 360), "step": (560, 440), "moments": (595, 470), 
 @pytest.mark.parametrize("noise", NOISES)
 @pytest.mark.parametrize("name", MOST_ON_AMD)
 def test_instructions_on_amd(name, noise):
-    assert 100 < kernel_aot.figures(name, "gfx942", noise).instructions <= MOST_ON_AMD[name][NOISES.index(noise)]
+    most = MOST_ON_AMD[name][NOISES.index(noise)] * (1.1 if OLDER else 1)
+    assert 100 < kernel_aot.figures(name, "gfx942", noise).instructions <= most
 
 
 @pytest.mark.parametrize(("target", "waits"), [
