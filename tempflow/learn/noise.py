@@ -63,13 +63,17 @@ def choose_noise(setting: str, shape: Shape, ranks: Ranks, free_bytes: float) ->
     Raises:
         BadInput: `stored`, and it does not fit.
     """
-    fits = shape.stored_bytes <= FREE_SHARE * free_bytes
+    here = shape.stored_bytes <= FREE_SHARE * free_bytes
+    fits = bool(ranks.gather(torch.tensor([here]), 0).all())  # of all processes, so that all go the same way
     if setting == "stored" and not fits:
         hint = f"takes {_size(shape)} a batch, over a tenth of the free memory; use learn.noise=key"
         raise BadInput("learn.noise", setting, hint)
     if setting != "auto":
         return LossNoise(setting == "stored")
-    if ranks.device.type == "cpu" or not fits:
+    if ranks.device.type == "cpu":
+        return LossNoise(False)
+    if not fits:
+        say(f"loss noise: drawn twice from keys ({_size(shape)} a batch would not fit)")
         return LossNoise(False)
     return _faster(shape, ranks)
 

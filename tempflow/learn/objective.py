@@ -116,4 +116,9 @@ def _weights(config: ObjectiveConfig, schedule: NoiseSchedule, trained: list[int
     if len(config.weighting) != schedule.num_steps - 1:
         hint = f"give {schedule.num_steps - 1} numbers, one for each step but the last, or a name"
         raise BadInput("objective.weighting", config.weighting, hint)
-    return torch.tensor(config.weighting, dtype=torch.float64)[trained]
+    weights = torch.tensor(config.weighting, dtype=torch.float64)[trained]
+    if not weights.all():
+        step = trained[int((weights == 0).nonzero()[0])]
+        hint = f"step {step} is trained and needs a weight above 0; to leave it out, take it from explore.forks"
+        raise BadInput("objective.weighting", config.weighting, hint)
+    return weights

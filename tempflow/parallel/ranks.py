@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -50,9 +51,11 @@ class Ranks:
         """The largest of each value over all ranks."""
         return self.gather(values[None], 0).amax(0)
 
-    def agree(self, work: Callable[[], Result]) -> Result:
+    def agree(self, work: Callable[[], Result], field: str = "reward") -> Result:
         """What `work` returns; where it fails on any rank, all of them stop instead of waiting for one another.
 
+        Args:
+            field: the setting that other ranks name where one fails; the first that does says why.
         Raises:
             BadInput: of this rank, or one that says that another rank failed.
         """
@@ -61,9 +64,12 @@ class Ranks:
             result = work()
         except BadInput as error:
             problem = error
-        if self.gather(torch.tensor([int(problem is not None)]), 0).any():
-            raise problem or BadInput("reward", f"rank {self.rank}", "another process could not go on and says why")
-        return result
+        failed = self.gather(torch.tensor([int(problem is not None)]), 0)
+        if not failed.any():
+            return result
+        if problem and not self.first and int(failed.argmax()) == self.rank:
+            print(f"tempflow: process {self.rank}: {problem}", file=sys.stderr, flush=True)
+        raise problem or BadInput(field, f"rank {self.rank}", "another process could not go on and says why")
 
     def average_gradients(self, parameters: Iterable[Parameter]) -> None:
         """Replaces each gradient by its mean over ranks, bucket by bucket; a rank without one counts as 0."""

@@ -64,11 +64,11 @@ def set_up(
     stepper, folder = _stepper(config, policy), Path(config.run.dir).expanduser()
     progress = checkpoint.restore(folder / "checkpoints", stepper)
     progress, config = _with_noise_mode(progress, config, ranks)
-    held_back = memory_held_back(config, policy, method, schedule, ranks)
-    prepare_weights(config.tails, policy)
+    held_back, beside_loss = memory_held_back(config, policy, method, schedule, ranks)
+    ranks.agree(lambda: prepare_weights(config.tails, policy), "tails.fp8")
     rows = config.tails.rows if config.tails.rows != "auto" else progress.tail_rows
     rows = rows or chunk_rows(config, policy, method, schedule, ranks, prompts[0].text, held_back)
-    engines = choose_engines(config.tails, policy, schedule, rows, prompts[0].text)
+    engines = ranks.agree(lambda: choose_engines(config.tails, policy, schedule, rows, prompts[0].text), "tails.level")
     own, light, decode_rows = decoders(config, policy, engines.explore[0].rows)
     evaluator = _evaluator(config, policy, held_out, (rewards, gold), ranks, engines)
     if evaluator is not None:
@@ -87,7 +87,7 @@ def set_up(
         decoder=own,
         scores=ScoreQueue(light, rewards, decode_rows, clock, config.reward.overlap),
         rewards=rewards,
-        noise=loss_noise(config, policy, ranks, held_back),
+        noise=loss_noise(config, policy, ranks, beside_loss),
         stepper=stepper,
         ranks=ranks,
         clock=clock,
@@ -105,7 +105,8 @@ def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[Metho
     """
     check_consistency(config, ranks.size)
     skeleton = load_skeleton(config.model, config.sample)
-    check_tail_settings(config.tails, skeleton.network_rows, ranks.device)
+    device = torch.device("cuda") if memory else ranks.device  # memory is planned for a GPU, wherever that is done
+    check_tail_settings(config.tails, skeleton.network_rows, device)
     method, schedule = read_method(config, skeleton.sigmas(config.sample.steps))
     forecast = Forecast(config, skeleton, method, schedule, ranks.size)
     say(forecast.describe(ranks.device.type))
@@ -126,7 +127,8 @@ def _accepted(panels: tuple[Panel, Panel], prompts: list[Prompt], held_out: list
 
 def _with_noise_mode(progress: Progress, config: Config, ranks: Ranks) -> tuple[Progress, Config]:
     """Both with the mode in which noise is drawn from now on, so that it is written to the folder."""
-    mode = settle_mode(config.run.noise, progress.noise, ranks)
+    saved = progress.noise or ("exact" if progress.iteration else None)  # older checkpoints knew no other
+    mode = settle_mode(config.run.noise, saved, ranks)
     return replace(progress, noise=mode), replace(config, run=replace(config.run, noise=mode))
 
 

@@ -79,7 +79,7 @@ class Evaluator:
         slots = self.ranks.share(padded)
         own = [self.prompts[min(slot, len(self.prompts) - 1)] for slot in slots]
         prompts = [prompt for prompt in own for _ in range(self.noises)]
-        images = self._sample(slots, prompts)
+        images = self.ranks.agree(lambda: self._sample(slots, prompts), "tails.level")
         table = self.ranks.agree(lambda: torch.cat((self.rewards(images, prompts), self.gold(images, prompts))))
         table = self.ranks.gather(table, 1)[:, : len(self.prompts) * self.noises]
         scores = {name: row.view(-1, self.noises).nanmean(1) for name, row in self._named(table).items()}

@@ -30,12 +30,15 @@ def chunk_rows(
     return int(ranks.gather(torch.tensor([rows]), 0).min())
 
 
-def memory_held_back(config: Config, policy: Policy, method: Method, schedule: NoiseSchedule, ranks: Ranks) -> int:
-    """Bytes that chunks have to leave to the rest of the run; nothing where memory is no limit."""
+def memory_held_back(
+    config: Config, policy: Policy, method: Method, schedule: NoiseSchedule, ranks: Ranks
+) -> tuple[int, int]:
+    """Bytes that chunks, and that noise stored for the loss, have to leave to the rest; 0 where memory is no limit."""
     if policy.device.type != "cuda":
-        return 0
+        return 0, 0
     forecast = Forecast(config, load_skeleton(config.model, config.sample), method, schedule, ranks.size)
-    return forecast.beside_tails(bool(LEVELS[levels_of(policy.device, config.tails)[0]].uncaptured))
+    captured = bool(LEVELS[levels_of(policy.device, config.tails)[0]].uncaptured)
+    return forecast.beside_tails(captured), forecast.beside_tails(captured=True)
 
 
 def loss_noise(config: Config, policy: Policy, ranks: Ranks, held_back: int) -> LossNoise:

@@ -149,7 +149,7 @@ class CreditConfig:
 
 @section
 class ObjectiveConfig:
-    weighting: Literal["noise", "uniform", "inverse_step", "inverse_sensitivity"] | list[Positive] = "noise"
+    weighting: Literal["noise", "uniform", "inverse_step", "inverse_sensitivity"] | list[NonNegative] = "noise"
     """Scale of a step's policy loss, mean 1: std_k, 1, 1 / step size, std_k / |v_coef_k|; or a list, one a step."""
     ratio: Literal["gaussian", "guard", "undivided"] = "gaussian"
     """The log-ratio: the Gaussian's, GRPO-Guard's (std times its noise term), or Flow-CPS's (without the variance)."""

@@ -62,10 +62,27 @@ def test_the_faster_way_on_a_gpu_is_taken_and_said(monkeypatch, capsys, key, sto
 def test_all_processes_take_the_way_that_is_faster_on_average(monkeypatch):
     class Two(Ranks):
         def gather(self, values, dim):
-            return torch.cat([values, torch.tensor([[50e-6, 10e-6]])], dim)
+            return torch.cat([values, values if values.dtype is torch.bool else torch.tensor([[50e-6, 10e-6]])], dim)
 
     monkeypatch.setattr(noise, "measure", lambda shape, way, device: 30e-6 if way.stored else 20e-6)
     assert choose_noise("auto", SHAPE, Two(0, 2, torch.device("cuda")), 2**40).stored
+
+
+def test_where_it_does_not_fit_one_process_all_take_keys(monkeypatch, capsys):
+    """And all of them know it by one and the same exchange, or some would wait for the others for ever."""
+
+    class Two(Ranks):
+        def gather(self, values, dim):
+            exchanged.append(values.dtype)
+            return torch.cat([values, torch.zeros_like(values)], dim)
+
+    exchanged = []
+    monkeypatch.setattr(noise, "measure", None)
+    assert not choose_noise("auto", SHAPE, Two(0, 2, torch.device("cuda")), 2**40).stored
+    assert "6.0 MiB" in capsys.readouterr().err
+    with pytest.raises(BadInput):
+        choose_noise("stored", SHAPE, Two(0, 2, torch.device("cuda")), 2**40)
+    assert exchanged == [torch.bool, torch.bool]
 
 
 def test_a_cpu_takes_keys_without_measuring(monkeypatch):

@@ -39,8 +39,14 @@ def test_weights_have_mean_one_over_the_steps_that_are_trained(weighting, traine
 
 
 def test_listed_weights_stand_as_they_are_given():
-    terms, *_ = tables([0, 2, 3], weighting=[4.0, 9.0, 0.5, 0.0])
+    terms, *_ = tables([0, 2], weighting=[4.0, 9.0, 0.5, 0.0])
     assert terms[:, WEIGHT].tolist() == [4.0, 0.0, 0.5, 0.0, 0.0]
+
+
+def test_a_step_that_is_trained_has_a_weight():
+    with pytest.raises(BadInput) as caught:
+        tables([0, 2, 3], weighting=[4.0, 9.0, 0.5, 0.0])
+    assert caught.value.field == "objective.weighting" and "step 3" in caught.value.hint
 
 
 @pytest.mark.parametrize("count", [3, 5])

@@ -74,3 +74,19 @@ def test_where_one_process_fails_the_others_stop():
         TwoRanks(0, 2, torch.device("cpu")).agree(failing)
     assert caught.value.field == "reward.name"
     assert ALONE.agree(lambda: "scores") == "scores"
+
+
+def test_the_process_that_fails_alone_says_why(capsys):
+    class Second(Ranks):
+        def gather(self, values, dim):
+            return torch.cat([torch.zeros_like(values), values], dim)
+
+    def failing():
+        raise BadInput("tails.level", "graph", "does not work here")
+
+    with pytest.raises(BadInput):
+        Second(1, 2, torch.device("cpu")).agree(failing, "tails.level")
+    assert "process 1" in capsys.readouterr().err
+    with pytest.raises(BadInput) as caught:
+        TwoRanks(0, 2, torch.device("cpu")).agree(lambda: "engines", "tails.level")
+    assert caught.value.field == "tails.level" and not capsys.readouterr().err

@@ -63,9 +63,9 @@ def test_processes_that_would_draw_differently_stop():
 
 def test_the_mode_is_set_before_anything_is_drawn_and_kept(tmp_path, monkeypatch):
     """In the settings of the folder and in the checkpoint, and a resumed run is given the checkpoint's."""
-    happened, engines = [], assembly._engines
+    happened, engines = [], assembly.choose_engines
     monkeypatch.setattr(tempflow_kernels, "use_noise", lambda mode: happened.append(mode), raising=False)
-    monkeypatch.setattr(assembly, "_engines", lambda *arguments: (happened.append("engines"), engines(*arguments))[1])
+    monkeypatch.setattr(assembly, "choose_engines", lambda *given: (happened.append("engines"), engines(*given))[1])
     folder = tmp_path / "run"
     assert main([*SMALL, f"run.dir={folder}"]) == 0
     assert happened == ["exact", "engines"]
@@ -81,3 +81,16 @@ def test_the_mode_is_set_before_anything_is_drawn_and_kept(tmp_path, monkeypatch
     assert seen == [("auto", "fast")]
     later = json.loads((folder / "checkpoints" / "step_000002" / "state.json").read_text())
     assert later["progress"]["noise"] == "exact", "what served, not what was saved"
+
+
+def test_a_checkpoint_that_does_not_say_was_learnt_with_exact_noise(tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    assert main([*SMALL, f"run.dir={folder}"]) == 0
+    state = folder / "checkpoints" / "step_000001" / "state.json"
+    saved = json.loads(state.read_text())
+    del saved["progress"]["noise"]
+    state.write_text(json.dumps(saved))
+    seen, settle = [], assembly.settle_mode
+    monkeypatch.setattr(assembly, "settle_mode", lambda *given: (seen.append(given[:2]), settle(*given))[1])
+    assert main([*SMALL, f"run.dir={folder}", "run.resume=true", "learn.iterations=2"]) == 0
+    assert seen == [("auto", "exact")]

@@ -153,6 +153,13 @@ def test_plan_only_prints_and_writes_nothing(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
+def test_a_run_on_gpus_can_be_planned_on_a_laptop(tmp_path, capsys):
+    """Memory is planned for a GPU; settings that only a GPU serves are refused where a run would begin."""
+    settings = ("tails.level=compiled_graph", "tails.autotune=true", f"run.dir={tmp_path / 'none'}")
+    assert main(["digits", *settings, "run.plan_only=true"]) == 0 and "captured tails" in capsys.readouterr().err
+    assert main(["digits", *settings]) == 2 and "tails.level" in capsys.readouterr().err
+
+
 def test_help_prints_every_field(capsys):
     assert main(["--help"]) == 0
     assert "explore.siblings=6" in capsys.readouterr().out

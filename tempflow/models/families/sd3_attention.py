@@ -38,14 +38,14 @@ class JointAttention:
         return _out(attn, image), text if attn.context_pre_only else attn.to_add_out(text)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """(R, heads, L, E) each -> (R, L, heads E), in the values' precision, which is autocast's.
+        """(R, heads, L, E) each -> (R, L, heads E), computed in the values' precision, which is autocast's.
 
         Normalised queries and keys are wider where their norms are trained. torch's own attention rounds them so, too;
         other kernels refuse them.
         """
         parts = (part.transpose(1, 2).to(value.dtype) for part in (query, key, value))
         seen = dispatch_attention_fn(*parts, backend=self._attention_backend, parallel_config=self._parallel_config)
-        return seen.flatten(2)
+        return seen.flatten(2).to(query.dtype)  # as diffusers: the next product rounds it back where it must
 
 
 def _heads(
