@@ -238,7 +238,7 @@ FLASH_WINS = {"native": (0.010, 0.030), "_native_flash": (0.005, 0.015)}
 
 
 class Fallible(FakeTimer):
-    """Fails as `failures` says, by backend, gradient and capture; otherwise a launch is a second where it counts."""
+    """Fails by backend, gradient and whether the call is captured; launches, where they count, take a second."""
 
     def __init__(self, policy, monkeypatch, failures: dict[tuple[str, bool, bool], Exception]):
         super().__init__(policy, FLASH_WINS, monkeypatch)
