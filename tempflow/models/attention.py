@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tempflow.common.capture import CaptureBroken
 from tempflow.common.errors import BadInput
+from tempflow.common.say import say
 from tempflow.common.timing import device_seconds
 from tempflow.models.pipeline import PipelinePolicy
 
@@ -118,8 +119,8 @@ def _alike(case: Case, call: Callable[[], object], names: list[str], seconds: Ca
         hint = (f"CUDA broke off the capture of a network call ({_reason(error)}), after which this process cannot go "
                 "on; name a backend, such as native")  # fmt: skip
         raise BadInput("model.attention", "auto", hint) from error
-    except RuntimeError:  # too little memory for the graph too
-        pass
+    except RuntimeError as error:  # too little memory for the graph too
+        say(f"model.attention=auto: timed with their launches, for calls cannot be captured ({_reason(error)})")
     return {name: _seconds(case, call, name, seconds, False) for name in names}
 
 

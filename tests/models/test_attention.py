@@ -258,12 +258,14 @@ NO_ROOM, NO_STATE = torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("
 @pytest.mark.parametrize("error", [NO_ROOM, NO_STATE])
 @pytest.mark.parametrize("fails", ["native", "_native_flash"])
 @pytest.mark.parametrize("gradient", [False, True])
-def test_all_backends_are_timed_in_one_way(load_tiny, monkeypatch, error, fails, gradient):
-    """Where one of them cannot be captured none is, with the same kind of call."""
+def test_all_backends_are_timed_in_one_way(load_tiny, monkeypatch, capsys, error, fails, gradient):
+    """Where one of them cannot be captured none is, with the same kind of call, and a line says why."""
     policy = load_tiny("sd3")
     told = attention.fastest(policy, 2, seconds=Fallible(policy, monkeypatch, {(fails, gradient, True): error}))
     native, flash = ("10.0 + 1030.0", "5.0 + 1015.0") if gradient else ("1010.0 + 30.0", "1005.0 + 15.0")
     assert told.startswith("_native_flash ") and f"native {native} ms" in told and f"flash {flash} ms" in told
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and str(error).split()[-1] in line
 
 
 def test_a_capture_that_cuda_breaks_off_ends_in_one_line(load_tiny, monkeypatch):
