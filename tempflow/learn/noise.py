@@ -8,21 +8,21 @@ their sums. Which is faster depends on the GPU; a CPU draws only once either way
 from __future__ import annotations
 
 import math
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from tempflow_kernels import branch_loss, normal_like
 from torch import Tensor
 
+from tempflow.common.capture import CaptureBroken
 from tempflow.common.errors import BadInput
 from tempflow.common.say import say
+from tempflow.common.timing import device_seconds
 from tempflow.learn.batches import TransitionBatch
 from tempflow.parallel.ranks import Ranks
 
-REPEATS, CALLS = 7, 5
+CALLS = 5
+"""in one measured stretch: one call is shorter than the launch of its graph may take"""
 FREE_SHARE = 0.1
 """of the free memory that stored noise may take"""
 
@@ -91,7 +91,11 @@ def _faster(shape: Shape, ranks: Ranks) -> LossNoise:
 
 
 def measure(shape: Shape, noise: LossNoise, device: torch.device) -> float:
-    """Seconds of a loss with its gradient, drawing included where the noise is stored; the median of several."""
+    """Seconds of a loss with its gradient, drawing included where the noise is stored; the least of several.
+
+    Raises:
+        BadInput: CUDA broke off its capture, so that this process cannot go on.
+    """
     size = (shape.rows, *shape.latent)
     velocity = torch.zeros(size, device=device, requires_grad=True)
     old = torch.zeros(size, device=device)
@@ -104,26 +108,17 @@ def measure(shape: Shape, noise: LossNoise, device: torch.device) -> float:
         loss, _ = branch_loss(velocity, old, advantages, terms, velocity_ref=old if shape.reference else None, **source)
         torch.autograd.grad(loss, velocity)
 
-    timed = _timed_on_gpu if device.type == "cuda" else _timed
-    call()
-    return statistics.median(timed(call) for _ in range(REPEATS)) / CALLS
+    def several() -> None:
+        for _ in range(CALLS):
+            call()
 
-
-def _timed(call: Callable[[], None]) -> float:
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        call()
-    return time.perf_counter() - start
-
-
-def _timed_on_gpu(call: Callable[[], None]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    for _ in range(CALLS):
-        call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    try:
+        return device_seconds(several, device) / CALLS
+    except CaptureBroken as error:
+        hint = f"CUDA broke off the capture of a loss ({error}), after which this process cannot go on; name key"
+        raise BadInput("learn.noise", "auto", hint) from error
+    except RuntimeError:  # it cannot be captured, or its graph does not fit: launches count
+        return device_seconds(several, device, captured=False) / CALLS
 
 
 def _size(shape: Shape) -> str:

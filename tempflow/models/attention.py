@@ -18,9 +18,11 @@ from diffusers.models.attention_dispatch import (
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor
 
+from tempflow.common.capture import CaptureBroken
 from tempflow.common.errors import BadInput
+from tempflow.common.say import say
+from tempflow.common.timing import device_seconds
 from tempflow.models.pipeline import PipelinePolicy
-from tempflow.models.timing import device_seconds
 
 CANDIDATES = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3")
 MASKED_CANDIDATES = ("native", "_native_cudnn", "_native_efficient")
@@ -77,17 +79,19 @@ def fastest(
     policy: PipelinePolicy,
     rows: int,
     slowest: Callable[[Tensor], Tensor] | None = None,
-    seconds: Callable[[Callable[[], object], torch.device], float] = device_seconds,
+    seconds: Callable[[Callable[[], object], torch.device, bool], float] = device_seconds,
 ) -> str:
     """Switches to the fastest usable backend and tells the times.
 
     A backend's time is that of a call of `rows` rows without gradient, as in tails and trunk, and of one with its
     backward pass, as in learning.
+
+    Raises:
+        BadInput: CUDA broke off a capture, so that this process cannot go on.
     """
     case = Case(policy, rows)
     names = MASKED_CANDIDATES if policy.family.padded_text else CANDIDATES
-    expected = case.reached()
-    times = torch.stack([_times(case, name, expected, seconds) for name in names])
+    times = _times(case, names, seconds)
     times = times if slowest is None else slowest(times)
     totals = times.sum(1)
     best = int(totals.argmin())
@@ -99,12 +103,36 @@ def fastest(
     return f"{names[best]} (a call at {shape} + one with its backward pass: {usable}; {case.repeats()})"
 
 
-def _times(case: Case, name: str, expected: set[str], seconds: Callable[..., float]) -> Tensor:
-    """(2,) fp64 seconds of a call and of one with its backward pass; infinite if the backend is not usable."""
-    if name != "native" and _problem(case, name, expected):
-        return torch.full((2,), torch.inf, dtype=torch.float64)
-    times = [seconds(call, case.policy.device) for call in (case.forward, case.backward)]
-    return torch.tensor(times, dtype=torch.float64)
+def _times(case: Case, names: tuple[str, ...], seconds: Callable[..., float]) -> Tensor:
+    """(backends, 2) fp64 seconds of a call and of one with its backward pass; infinite where one is not usable."""
+    expected = case.reached()
+    usable = ["native", *(name for name in names if name != "native" and not _problem(case, name, expected))]
+    alike = [_alike(case, call, usable, seconds) for call in (case.forward, case.backward)]
+    return torch.tensor([[times.get(name, torch.inf) for times in alike] for name in names], dtype=torch.float64)
+
+
+def _alike(case: Case, call: Callable[[], object], names: list[str], seconds: Callable[..., float]) -> dict[str, float]:
+    """Seconds by backend, timed in one way: all captured, or where that fails for one of them none."""
+    try:
+        return {name: _seconds(case, call, name, seconds, True) for name in names}
+    except CaptureBroken as error:
+        hint = (f"CUDA broke off the capture of a network call ({_reason(error)}), after which this process cannot go "
+                "on; name a backend, such as native")  # fmt: skip
+        raise BadInput("model.attention", "auto", hint) from error
+    except RuntimeError as error:  # too little memory for the graph too
+        say(f"model.attention=auto: timed with their launches, for calls cannot be captured ({_reason(error)})")
+    return {name: _seconds(case, call, name, seconds, False) for name in names}
+
+
+def _seconds(case: Case, call: Callable[[], object], name: str, seconds: Callable[..., float], captured: bool) -> float:
+    """Infinite where another backend than native needs more memory than there is, other than for its graph."""
+    switch(case.policy, name)
+    try:
+        return seconds(call, case.policy.device, captured)
+    except torch.OutOfMemoryError:
+        if captured or name == "native":
+            raise
+        return torch.inf
 
 
 def _problem(case: Case, name: str, expected: set[str]) -> str:
@@ -112,11 +140,13 @@ def _problem(case: Case, name: str, expected: set[str]) -> str:
     try:
         switch(case.policy, name)
         reached = case.reached()
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, ValueError, NotImplementedError, TypeError, ImportError, OSError) as error:
-        return f"not usable here ({' '.join(str(error).split())[:200]})"
+        return f"not usable here ({_reason(error)})"
     return "" if reached == expected else "it gives no gradient; choose one that can be trained through"
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 class Case:

@@ -6,6 +6,7 @@ from oracle import Facts
 from step_comparison import pair
 from toy_trainer import make_trainer, panel_of, shifted, small, tilt
 
+from tempflow.common.capture import CaptureBroken
 from tempflow.common.errors import BadInput
 from tempflow.learn import noise
 from tempflow.learn.noise import LossNoise, Shape, choose_noise, measure
@@ -105,3 +106,35 @@ def test_memory_decides_first(monkeypatch):
 @pytest.mark.parametrize("stored", [False, True])
 def test_both_ways_can_be_measured(stored, reference):
     assert 0 < measure(Shape(2, 3, (2, 4, 4), reference), LossNoise(stored), torch.device("cpu")) < 1
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_replays_are_measured_or_else_calls(monkeypatch, stored):
+    """Where the capture fails in order, launches count; where CUDA breaks it off, the run cannot go on."""
+    seen = []
+
+    def seconds(call, device, captured=True):
+        seen.append(captured)
+        if captured and error:
+            raise error
+        return 5.0 if captured else 10.0
+
+    monkeypatch.setattr(noise, "device_seconds", seconds)
+    found = {}
+    for error in (None, torch.OutOfMemoryError("no room"), RuntimeError("the host waits")):
+        found[error] = measure(Shape(2, 3, (2, 4, 4), False), LossNoise(stored), torch.device("cpu"))
+    assert list(found.values()) == [1.0, 2.0, 2.0] and seen == [True, True, False, True, False]
+    error = CaptureBroken("operation failed")
+    with pytest.raises(BadInput) as caught:
+        measure(Shape(2, 3, (2, 4, 4), False), LossNoise(stored), torch.device("cpu"))
+    assert caught.value.field == "learn.noise"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stored", [False, True])
+def test_the_loss_can_be_captured(monkeypatch, stored):
+    """So that what is measured is the GPU, not its launches."""
+    seconds = noise.device_seconds
+    monkeypatch.setattr(noise, "device_seconds", lambda call, device, captured=True: captured and seconds(call, device))
+    assert measure(SHAPE, LossNoise(stored), torch.device("cuda")) > 0

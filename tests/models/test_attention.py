@@ -13,9 +13,10 @@ from diffusers.models.attention_processor import Attention, JointAttnProcessor2_
 from tiny_pipelines import TEXTS, model_config, sample_config
 from torch.nn.attention import SDPBackend
 
+from tempflow.common.capture import CaptureBroken
 from tempflow.common.errors import BadInput
 from tempflow.explore.tails.compiled import CompiledBlocks
-from tempflow.models import attention, timing
+from tempflow.models import attention
 from tempflow.models.families.sd3_attention import JointAttention, make_switchable
 from tempflow.models.load import load_policy
 
@@ -183,7 +184,7 @@ class FakeTimer:
 
         monkeypatch.setattr(policy, "velocity", look)
 
-    def __call__(self, call, device):
+    def __call__(self, call, device, captured=True):
         self.inside = True
         call()
         self.inside = False
@@ -197,7 +198,7 @@ def test_backends_are_compared_at_the_runs_own_shape(load_tiny, monkeypatch):
     timer = FakeTimer(policy, {"native": (0.010, 0.030), "_native_flash": (0.011, 0.020)}, monkeypatch)
     told = attention.fastest(policy, 5, seconds=timer)
     shape = (5, *policy.latent_shape)
-    assert timer.seen == [(shape, False), (shape, True)] * 2
+    assert timer.seen == [(shape, False)] * 2 + [(shape, True)] * 2
     assert told.startswith("_native_flash ") and "5 x 4 x 8 x 12" in told
     assert "native 10.0 + 30.0 ms" in told and "_native_flash 11.0 + 20.0 ms" in told
 
@@ -234,81 +235,84 @@ def test_gradients_that_do_not_repeat_the_trunk_are_told(load_tiny, monkeypatch)
     assert "differs by" in case.repeats()
 
 
-class FakeCuda:
-    """torch.cuda's part in a capture, with a capture that fails as it is told to."""
-
-    def __init__(self, monkeypatch, waits: bool = False, failure: Exception | None = None):
-        self.failure, self.captures, self.mode = failure, 0, "default"
-        self.waits = waits
-        cuda = torch.cuda
-        monkeypatch.setattr(cuda, "get_sync_debug_mode", lambda: self.mode)
-        monkeypatch.setattr(cuda, "set_sync_debug_mode", lambda mode: setattr(self, "mode", mode))
-        for name in ("CUDAGraph", "Stream", "current_stream"):
-            monkeypatch.setattr(cuda, name, lambda: self)
-        monkeypatch.setattr(cuda, "stream", lambda stream: self)
-        monkeypatch.setattr(cuda, "graph", lambda graph, **_: self._count())
-
-    def _count(self):
-        self.captures += 1
-        return self
-
-    def wait_stream(self, stream): ...
-
-    def replay(self): ...
-
-    def __enter__(self): ...
-
-    def __exit__(self, *reason): ...
-
-    def call(self):
-        """The work: reads a number of the device, or fails within a capture."""
-        if self.waits and self.mode == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
-        if self.captures and self.failure:
-            raise self.failure
+FLASH_WINS = {"native": (0.010, 0.030), "_native_flash": (0.005, 0.015)}
 
 
-def test_a_call_that_waits_is_never_captured(monkeypatch):
-    """Such a capture breaks off, and the allocator would give nothing back from then on."""
-    cuda = FakeCuda(monkeypatch, waits=True)
-    assert timing._waits(cuda.call) and cuda.mode == "default"
-    cuda.waits = False
-    assert not timing._waits(cuda.call) and cuda.mode == "default" and cuda.captures == 0
+class Fallible(FakeTimer):
+    """Fails by backend, gradient and whether the call is captured; launches, where they count, take a second."""
+
+    def __init__(self, policy, monkeypatch, failures: dict[tuple[str, bool, bool], Exception]):
+        super().__init__(policy, FLASH_WINS, monkeypatch)
+        self.failures = failures
+
+    def __call__(self, call, device, captured=True):
+        seconds = super().__call__(call, device)
+        key = processors_of(self.policy)[0]._attention_backend.value, self.seen[-1][1], captured
+        if key in self.failures:
+            raise self.failures[key]
+        return seconds + (not captured)
 
 
-def test_a_capture_is_replayed_or_ends_in_one_line(monkeypatch):
-    cuda = FakeCuda(monkeypatch)
-    assert timing._captured(cuda.call) == cuda.replay
-    cuda = FakeCuda(monkeypatch, failure=torch.OutOfMemoryError("too large"))
-    assert timing._captured(cuda.call) == cuda.call, "memory may suffice for the call alone"
-    cuda = FakeCuda(monkeypatch, failure=RuntimeError("operation not permitted\nwhen stream is capturing"))
-    with pytest.raises(BadInput, match=r"model.attention=auto: .*cannot be captured") as caught:
-        timing._captured(cuda.call)
-    assert "\n" not in str(caught.value)
+NO_ROOM, NO_STATE = torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("Cannot get a state\nin a capture")
+
+
+@pytest.mark.parametrize("error", [NO_ROOM, NO_STATE])
+@pytest.mark.parametrize("fails", ["native", "_native_flash"])
+@pytest.mark.parametrize("gradient", [False, True])
+def test_all_backends_are_timed_in_one_way(load_tiny, monkeypatch, capsys, error, fails, gradient):
+    """Where one of them cannot be captured none is, with the same kind of call, and a line says why."""
+    policy = load_tiny("sd3")
+    told = attention.fastest(policy, 2, seconds=Fallible(policy, monkeypatch, {(fails, gradient, True): error}))
+    native, flash = ("10.0 + 1030.0", "5.0 + 1015.0") if gradient else ("1010.0 + 30.0", "1005.0 + 15.0")
+    assert told.startswith("_native_flash ") and f"native {native} ms" in told and f"flash {flash} ms" in told
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and str(error).split()[-1] in line
+
+
+def test_a_capture_that_cuda_breaks_off_ends_in_one_line(load_tiny, monkeypatch):
+    policy = load_tiny("sd3")
+    failures = {("_native_flash", True, True): CaptureBroken("operation failed\nduring capture")}
+    with pytest.raises(BadInput) as caught:
+        attention.fastest(policy, 2, seconds=Fallible(policy, monkeypatch, failures))
+    assert caught.value.field == "model.attention" and "native" in caught.value.hint and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_backend_without_enough_memory_is_left_out(load_tiny, monkeypatch, gradient):
+    """When timed; native's lack of memory is the run's."""
+    for name in ("_native_flash", "native"):
+        policy = load_tiny("sd3")
+        timer = Fallible(policy, monkeypatch, {(name, gradient, captured): NO_ROOM for captured in (True, False)})
+        if name == "native":
+            with pytest.raises(torch.OutOfMemoryError):
+                attention.fastest(policy, 2, seconds=timer)
+        else:
+            told = attention.fastest(policy, 2, seconds=timer)
+            assert told.startswith("native ") and "flash" not in told
+
+
+def test_a_backend_without_enough_memory_is_left_out_when_tried(load_tiny, monkeypatch):
+    """Likewise before it is timed."""
+    policy = load_tiny("sd3")
+    velocity = policy.velocity
+
+    def scarce(*arguments):
+        if processors_of(policy)[0]._attention_backend.value == "_native_flash":
+            raise NO_ROOM
+        return velocity(*arguments)
+
+    monkeypatch.setattr(policy, "velocity", scarce)
+    told = attention.fastest(policy, 2, seconds=FakeTimer(policy, FLASH_WINS, monkeypatch))
+    assert told.startswith("native ") and "flash" not in told
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_timing_on_a_gpu_leaves_launches_out():
-    """A thousand small kernels: replayed they take less than launched, and a call with `.item()` is timed all the
-    same.
-    """
-    value = torch.zeros(8, device="cuda")
-
-    def many():
-        for _ in range(1000):
-            value.add_(1)
-
-    launched = timing._by_events(many)
-    device = torch.device("cuda")
-    assert timing.device_seconds(many, device) < launched and timing.device_seconds(lambda: value.sum().item(), device)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_auto_on_a_gpu_tells_what_it_measured(tiny):
-    policy = load_policy(model_config(tiny("sd3"), "sd3", dtype="bf16"), sample_config("sd3", 2.0),
-                         torch.device("cuda"), rows=4)  # fmt: skip
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_auto_on_a_gpu_tells_what_it_measured(tiny, checkpointing):
+    """A checkpoint reads the generator's state, which a capture may refuse."""
+    config = model_config(tiny("sd3"), "sd3", dtype="bf16", gradient_checkpointing=checkpointing)
+    policy = load_policy(config, sample_config("sd3", 2.0), torch.device("cuda"), rows=4)
     print(policy.attention)
     assert "native " in policy.attention and "4 x 4 x 8 x 12" in policy.attention
     policy.velocity(torch.randn(3, *policy.latent_shape, device="cuda"), torch.full((3,), 0.5, device="cuda"),

@@ -11,12 +11,13 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from tempflow.common.capture import CaptureBroken, CudaGraphs
 from tempflow.common.errors import BadInput
 from tempflow.common.say import say
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.compiled import AUTOTUNED, CompiledBlocks
 from tempflow.explore.tails.engine import EagerEngine, Numerics, TailEngine, TailWork
-from tempflow.explore.tails.recorded import BufferStore, CaptureBroken, CudaGraphs, Direct, Recorder, StaticEngine
+from tempflow.explore.tails.recorded import BufferStore, Direct, Recorder, StaticEngine
 from tempflow.explore.tails.solver import EXACT, TailSolver, tail_solvers
 from tempflow.policy import Conditioning, Policy
 from tempflow.settings.fields import TailConfig

@@ -1,62 +1,19 @@
 """What becomes of a level that fails, of settings it cannot serve, and of the engine of evaluation."""
 
-from contextlib import contextmanager
-from types import SimpleNamespace
-
 import pytest
 import torch
+from fake_cuda import FakeCuda
 
+from tempflow.common.capture import CudaGraphs
 from tempflow.common.errors import BadInput
 from tempflow.explore.tails import compiled
 from tempflow.explore.tails import levels as tail_levels
 from tempflow.explore.tails.choose import check_tail_settings
 from tempflow.explore.tails.levels import Level, make_engines
-from tempflow.explore.tails.recorded import CudaGraphs, Direct
+from tempflow.explore.tails.recorded import Direct
 from tempflow.settings.fields import TailConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-class FakeCuda:
-    """torch.cuda as far as `CudaGraphs` uses it: a host wait, or CUDA itself, may break a capture."""
-
-    def __init__(self):
-        self.mode, self.capturing, self.invalid, self.broken = 0, False, False, False
-        self.device = CPU
-
-    def wait_for_the_host(self):
-        if self.mode == "error":
-            raise RuntimeError("called a synchronizing CUDA operation")
-        if self.capturing:
-            self.invalid = True
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-    @contextmanager
-    def graph(self, graph, **_):
-        self.capturing, self.invalid = True, False
-        try:
-            yield
-        finally:
-            self.capturing = False
-            if self.invalid:
-                self.broken = True
-                raise RuntimeError("operation failed due to a previous error during capture")
-
-    @contextmanager
-    def stream(self, stream):
-        yield
-
-    def install(self, monkeypatch):
-        stream = SimpleNamespace(wait_stream=lambda other: None, device=CPU)
-        values = {
-            "Stream": lambda device: stream, "current_stream": lambda device: stream, "stream": self.stream,
-            "set_stream": lambda stream: None, "graph_pool_handle": object, "graph": self.graph,
-            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
-            "set_sync_debug_mode": lambda mode: setattr(self, "mode", mode),
-            "get_sync_debug_mode": lambda: self.mode,
-        }  # fmt: skip
-        for name, value in values.items():
-            monkeypatch.setattr(torch.cuda, name, value)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import pytest
 import torch
 from rollout_cases import at_their_places, explored, forked
 
+from tempflow.common.capture import CudaGraphs
 from tempflow.common.clock import PhaseClock
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.rollout import finish_branches
@@ -13,7 +14,7 @@ from tempflow.explore.schedule import build_schedule
 from tempflow.explore.tails.chunks import choose_rows, free_memory, measure
 from tempflow.explore.tails.engine import EagerEngine
 from tempflow.explore.tails.levels import make_engines
-from tempflow.explore.tails.recorded import BufferStore, CudaGraphs, Direct, StaticEngine
+from tempflow.explore.tails.recorded import BufferStore, Direct, StaticEngine
 from tempflow.explore.tails.solver import EXACT, TailSolver
 from tempflow.models.load import load_policy
 from tempflow.models.network.float8 import Float8Linear, to_float8
