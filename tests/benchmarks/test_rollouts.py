@@ -1,10 +1,8 @@
 """The rollouts benchmark: its baseline learns what ours learns; FLOPs are those torch counts; its sums are right."""
 
-import contextlib
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import diffusers
 import importable
@@ -21,8 +19,6 @@ from rollouts.results_file import Results, read_rows
 from rollouts.set_up_times import kind_of
 from rollouts.variants import REFERENCE, VARIANTS, settings_of
 
-from tempflow.common.errors import BadInput
-from tempflow.explore.tails.recorded import CaptureBroken
 from tempflow.models.network.network import TrainedNetwork
 
 SMALL = {"explore.prompts": 2, "explore.noises": 2, "explore.siblings": 3, "sample.steps": 4, "learn.rows": 4,
@@ -183,64 +179,6 @@ def test_a_second_call_goes_on_where_the_first_ended(tmp_path, monkeypatch):
     rollouts.main([*command, "--variants", "+merged"])
     assert [row["commit"] for row in read_rows(file) if row["kind"] == "iteration"][1:] == ["another"]
     assert len(read(file)) < len(read_rows(file)), "a report is of one comparison"
-
-
-class Fake:
-    """A bench of no weight, one variant of which fails as told."""
-
-    def __init__(self, bad: str, error: Exception):
-        self.bad, self.error, self.on_gpu, self.overrides, self.device = bad, error, False, {}, torch.device("cpu")
-        self.texts = contextlib.nullcontext
-
-    def case(self, variant):
-        if variant.name == self.bad:
-            raise BadInput("tails.level", "compiled_graph", "it broke") from self.error
-        return SimpleNamespace(variant=variant, copies=None, trainer=SimpleNamespace(policy=None))
-
-    def has_room(self, policy) -> bool:
-        return True
-
-
-def compared(tmp_path, monkeypatch, error: Exception, rounds: int = 1):
-    """A comparison whose second variant fails; the names of what was timed in this call, in turn."""
-    timed = []
-    monkeypatch.setattr(rollouts, "warm_up", lambda case: 0.0)
-    monkeypatch.setattr(rollouts, "iterate", lambda case, number: timed.append(case.variant.name) or SimpleNamespace(
-        rewards=torch.zeros(1), seconds=0.0))  # fmt: skip
-    monkeypatch.setattr(rollouts, "figures", lambda *_: {"rollouts_per_hour": 1.0, "seconds": 0.0})
-    results = Results(tmp_path / "rows.jsonl", {"commit": "one"})
-    comparison = rollouts.Comparison(Fake("+multistep", error), results, 60.0)
-    monkeypatch.setattr(comparison, "limits", lambda: {})
-    names = ("official", REFERENCE, "+merged", "+multistep", "+light decoder")
-    comparison.compare([BY_NAME[name] for name in names], rounds)
-    return comparison, timed
-
-
-def test_nothing_is_timed_after_a_broken_capture(tmp_path, monkeypatch):
-    """Its row is written, the process is to end, and the next call goes on without that variant."""
-    comparison, timed = compared(tmp_path, monkeypatch, CaptureBroken("capture invalidated"))
-    assert comparison.broken == "+multistep" and timed == ["official", REFERENCE]
-    assert [row["broken"] for row in read_rows(tmp_path / "rows.jsonl") if row["kind"] == "skipped"] == [True]
-    comparison, timed = compared(tmp_path, monkeypatch, CaptureBroken("capture invalidated"))
-    assert comparison.broken == "" and timed == ["+light decoder", "+merged"]
-
-
-def test_a_device_out_of_order_ends_the_comparison(tmp_path, monkeypatch):
-    """As far as another error shows it; one that leaves the device well costs its variant alone."""
-    comparison, timed = compared(tmp_path / "well", monkeypatch, RuntimeError("no such kernel"))
-    assert comparison.broken == "" and timed == ["official", REFERENCE, "+light decoder", "+merged"]
-    monkeypatch.setattr(rollouts, "still_works", lambda device: False)
-    comparison, timed = compared(tmp_path / "ill", monkeypatch, RuntimeError("illegal memory access"))
-    assert comparison.broken == "+multistep" and timed == ["official", REFERENCE]
-
-
-def test_what_the_goals_are_about_is_timed_once_before_all_else(tmp_path, monkeypatch):
-    """The baseline, ours and the variants of the goals, then the others, then further rounds."""
-    monkeypatch.setattr(Fake, "case", lambda self, variant: SimpleNamespace(
-        variant=variant, copies=None, trainer=SimpleNamespace(policy=None)))  # fmt: skip
-    _, timed = compared(tmp_path, monkeypatch, RuntimeError(), rounds=2)
-    first = ["official", REFERENCE, "+multistep", "+light decoder", "+merged"]
-    assert timed == first * 2
 
 
 def test_what_a_set_up_takes_is_known_by_kind(tmp_path):
