@@ -157,7 +157,7 @@ def _ratio(own: dict[str, Any], row: dict[str, Any], goal: float, chip: str) -> 
 
 
 def rollouts(rows: list[dict[str, Any]]) -> list[Verdict]:
-    """Rollouts per hour of every level over the released algorithm's, and the goals."""
+    """Rollouts per hour of every level over the released algorithm's, the goals, and what broke the device."""
     found = summarise(with_rates(of_one_comparison(rows)))
     base = found.get("official")
     levels = [Verdict(f"`{name}` ({item.exactness})",
@@ -170,7 +170,8 @@ def rollouts(rows: list[dict[str, Any]]) -> list[Verdict]:
         missing = on_gpu(rows) and not best
         ended = NOT_RUN if missing else held(rows, GOALS_CHIP, bool(best) and best[1] >= goal.times)
         goals.append(Verdict(f"rollouts {goal.told}", told, "", f"{goal.times:g}x ({GOALS_CHIP})", ended))
-    return goals + levels
+    broken = {row["variant"]: row["reason"] for row in of_one_comparison(rows) if row.get("broken")}
+    return goals + levels + [Verdict(f"`{name}`", reason, outcome=FAIL) for name, reason in broken.items()]
 
 
 def memory(rows: list[dict[str, Any]]) -> list[Verdict]:

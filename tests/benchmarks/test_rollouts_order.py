@@ -3,7 +3,9 @@
 import contextlib
 from types import SimpleNamespace
 
+import pytest
 import torch
+from half_hour.runner import EXITS, UNFINISHED
 from rollouts import compare as rollouts
 from rollouts.results_file import Results, read_rows
 from rollouts.variants import REFERENCE, VARIANTS
@@ -70,3 +72,17 @@ def test_what_the_goals_are_about_is_timed_once_before_all_else(tmp_path, monkey
     _, timed = compared(tmp_path, monkeypatch, RuntimeError(), rounds=2)
     first = ["official", REFERENCE, "+multistep", "+light decoder", "+merged"]
     assert timed == first * 2
+
+
+def test_the_part_of_a_broken_device_is_unfinished(tmp_path, monkeypatch):
+    """Whatever would be tidied up at its end needs the device: the process is ended at once, with the right status."""
+    from half_hour import measure, training
+
+    def end(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(training.compare, "run", lambda *_: SimpleNamespace(broken="+graph", late=set()))
+    monkeypatch.setattr(measure.os, "_exit", end)
+    with pytest.raises(SystemExit) as ended:
+        measure.main(["rollouts", "--device", "cpu", "--tiny", "--folder", str(tmp_path)])
+    assert EXITS[ended.value.code] == UNFINISHED

@@ -87,6 +87,8 @@ def test_rollouts_are_held_against_the_released_algorithm():
     rows = [rollout_row("official", 24), rollout_row("+overlap", 10), rollout_row("+multistep", 8)]
     assert [verdict.outcome for verdict in verdicts.rollouts(rows)[:3]] == [PASS, FAIL, NOT_RUN]
     assert verdicts.rollouts(rows)[0].measured == "2.40x by `+overlap`"
+    broken = {"kind": "skipped", "variant": "+graph", "reason": "it broke", "broken": True}
+    assert verdicts.rollouts([*rows, broken])[-1] == verdicts.Verdict("`+graph`", "it broke", outcome=FAIL)
 
 
 def test_failed_checks_tests_and_backends_show():
