@@ -56,7 +56,9 @@ def test_every_operator_has_every_mode_bytes_and_a_public_name():
     for provider in ("fused", "eager"):
         assert list(callables(inputs, provider)) == POINTS
     assert all(bytes_moved(*point, SETTING) > 0 for point in POINTS)
-    for call in kernels_alone(inputs).values():
+    reading = kernels_alone(inputs, "stored")
+    assert list(reading) == [("loss", mode) for mode in OPERATORS["loss"]] == list(callables(inputs, "fused", "stored"))
+    for call in (*kernels_alone(inputs).values(), *reading.values()):
         call()
     measured = {"normal_like", "transition_step", "transition_log_prob", "log_ratio", "branch_loss"}
     others = {"BranchLossStats", "backend_info", "fold_key", "gaussian_terms", "noise_mode", "philox4x32", "use_noise"}
