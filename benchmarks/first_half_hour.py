@@ -7,9 +7,11 @@
 
 Parts run in the order of their worth, each in a process of its own with a time limit, so that one that crashes or hangs
 costs itself alone. Rows are written at once; parts that are done are not run again with the same folder and commit.
-At the end `page.md` and `page.png` in the folder say of every part what was measured, predicted, and the verdict.
+`page.md`, written after every part, and `page.png` say of all parts what was measured, predicted, and the verdict.
+SIGTERM and SIGINT end the part under way, whose rows stay, and write the page.
 
-Exit status: 0 if all parts ran and passed, 1 if any failed or was not run, 2 for wrong use.
+Exit status: 0 if all parts chosen ran and passed, 1 if any failed or was not run, 2 for wrong use, 128 + the signal's
+number where one ended it.
 """
 
 from __future__ import annotations
@@ -61,12 +63,18 @@ def main(arguments: list[str] | None = None) -> int:
     folder = (asked.folder or ROOT / "benchmarks" / "results" / "first_half_hour").resolve()
     session = runner.Session(folder, asked.device, asked.tiny, STARTED + 60 * asked.minutes, PATIENCE[asked.device])
     chosen = tuple(part for part in PARTS if part.name in asked.parts)
-    runner.run_parts(session, chosen, asked.again)
-    found = page.write_page(session, chosen)
+    with runner.stoppable():
+        stopped = 0
+        try:
+            runner.run_parts(session, chosen, asked.again, lambda: page.write_text(session, PARTS))
+        except runner.Stopped as signal:
+            stopped = 128 + signal.args[0]
+        found = page.write_page(session, PARTS)
     for section in found:
         print(f"{section.part.name:12} {section.ending:12} {section.outcome}")
     print(f"{folder / 'page.md'}, page.png")
-    return page.exit_status(found, asked.device == "cuda")
+    asked_for = [section for section in found if section.part in chosen]
+    return stopped or page.exit_status(asked_for, asked.device == "cuda")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from half_hour.measure import Options
 from half_hour.operator_times import graph_time, timer
+from machine.environment import still_works
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -32,6 +33,8 @@ def measure_attention(options: Options) -> None:
                 seconds = 1e-3 * (graph_time(options.device, call) or timer(options.device)(call)[0])
         except RuntimeError as error:
             options.write(attention=name, milliseconds=None, problem=" ".join(str(error).split())[:200])
+            if not still_works(options.device):
+                raise SystemExit(f"the device is out of order since {name}") from error
             continue
         options.write(attention=name, milliseconds=1e3 * seconds, tflops=flop / seconds / 1e12, problem="")
         print(f"{name}: {1e3 * seconds:.3f} ms", flush=True)

@@ -1,6 +1,7 @@
 """The process of one part: `python benchmarks/half_hour/measure.py PART --device cuda --folder F --seconds 60`.
 
-Exit status: 0 done, 77 there is nothing to do here, 75 not all was done in time; anything else is a failure.
+Exit status: 0 done, 77 there is nothing to do here, 75 not all was done, in time or in this process;
+anything else is a failure.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -43,6 +45,13 @@ class Skip(Exception):
 
 class Unfinished(Exception):
     """Time ran out before all was done; a later call goes on."""
+
+
+class Broken(Exception):
+    """The device does not work in this process any more; a process of its own goes on with what is left."""
+
+
+EXITS = {"Skip": 77, "Unfinished": 75, "Broken": 75}
 
 
 @dataclass(frozen=True)
@@ -84,11 +93,13 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         getattr(importlib.import_module(f"half_hour.{module}"), function)(options)
     except Exception as error:
-        told = {"Skip": 77, "Unfinished": 75}.get(type(error).__name__)  # by name: this file is also `__main__`
-        if told is None:
+        name = type(error).__name__  # by name: this file is also `__main__`
+        if name not in EXITS:
             raise
-        print(f"{type(error).__name__.lower()}: {error}", flush=True)
-        return told
+        print(f"{name.lower()}: {error}", flush=True)
+        if name == "Broken":
+            os._exit(EXITS[name])  # what would be tidied up at the end needs the device
+        return EXITS[name]
     return 0
 
 

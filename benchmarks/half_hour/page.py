@@ -46,8 +46,16 @@ def sections(session: Session, parts: tuple[Part, ...] = PARTS) -> list[Section]
     for part in parts:
         row = ended.get(part.name, {"ending": runner.NOT_RUN, "seconds": 0.0, "last": ""})
         rows = runner.rows_of(session.folder / f"{part.name}.jsonl") if part.name in ended else []
-        found.append(Section(part, row["ending"], row["seconds"], row["last"], part.judge(rows) if rows else []))
+        found.append(Section(part, row["ending"], row["seconds"], row["last"], judged(part, rows)))
     return found
+
+
+def judged(part: Part, rows: list[dict[str, Any]]) -> list[Verdict]:
+    """Its verdicts; rows that cannot be judged are a failure, and leave the page to the other parts."""
+    try:
+        return part.judge(rows) if rows else []
+    except Exception as error:
+        return [Verdict("its rows cannot be judged", f"{type(error).__name__}: {error}", outcome=FAIL)]
 
 
 def exit_status(found: list[Section], on_gpu: bool) -> int:
@@ -57,10 +65,16 @@ def exit_status(found: list[Section], on_gpu: bool) -> int:
     return 0 if good and (not on_gpu or all(section.outcome != NOT_RUN for section in found)) else 1
 
 
-def write_page(session: Session, parts: tuple[Part, ...] = PARTS) -> list[Section]:
-    """page.md and page.png."""
+def write_text(session: Session, parts: tuple[Part, ...] = PARTS) -> list[Section]:
+    """page.md alone."""
     found = sections(session, parts)
     (session.folder / "page.md").write_text(markdown(found, session), encoding="utf-8")
+    return found
+
+
+def write_page(session: Session, parts: tuple[Part, ...] = PARTS) -> list[Section]:
+    """page.md and page.png."""
+    found = write_text(session, parts)
     draw(found, session, session.folder / "page.png")
     return found
 

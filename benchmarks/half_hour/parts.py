@@ -28,15 +28,16 @@ class Part:
 
 
 PARTS = (
-    Part("numerics", "operators against float64, both kinds of noise, the words behind it", 150, verdicts.checks),
-    Part("determinism", "repeats bit for bit", 60, verdicts.checks),
-    Part("graph", "CUDA graphs replayed with other keys, coefficients, terms", 60, verdicts.checks),
+    Part("numerics", "operators against float64, both kinds of noise, the words behind it", 300, verdicts.checks,
+         resumes=True),
+    Part("determinism", "repeats bit for bit", 60, verdicts.checks, resumes=True),
+    Part("graph", "CUDA graphs replayed with other keys, coefficients, terms", 60, verdicts.checks, resumes=True),
     Part("tests", "pytest -m gpu", 240, verdicts.tests),
     Part("operators", "times in a graph beside predictions and the copy bandwidth", 240, verdicts.operators,
          resumes=True),
     Part("rollouts", "full iterations, the released algorithm against ours level by level", 590, verdicts.rollouts,
          resumes=True),
-    Part("memory", "peak of a run of SD3.5-M with random weights against the plan", 180, verdicts.memory),
+    Part("memory", "peak of a run of SD3.5-M with random weights against the plan", 300, verdicts.memory),
     Part("ratio", "the first log-ratio, which is 0 in exact arithmetic", 120, verdicts.ratio),
     Part("attention", "times of the attention backends at the shape of the run", 60, verdicts.attention),
     Part("sanitizer", "compute-sanitizer over every kernel, where it is installed", 110, verdicts.checks),

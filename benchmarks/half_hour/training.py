@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from half_hour.measure import Options, Unfinished
+from half_hour.measure import Broken, Options, Unfinished
 from machine.memory_peak import MemoryPeak
 from rollouts import compare
 from rollouts.bench import Bench, Case
@@ -37,11 +37,18 @@ class Plain(Bench):
 
 
 def rollouts(options: Options) -> None:
-    """`compare.py` for what is left of the time; its table and plot lie beside its rows."""
+    """`compare.py` for what is left of the time; its table and plot lie beside its rows.
+
+    Raises:
+        Unfinished: not every variant was timed.
+        Broken: one left the device out of order; it is in the file, and left out from then on.
+    """
     tiny = ["--smoke", "--set", "tails.level=eager", "--variants", "official,ours,+merged,+multistep"]
     command = ["--minutes", f"{options.left() / 60:.3f}", "--rounds", "3"]
     architecture = ["--architecture", "small-sd3" if options.tiny else "sd35-medium-512"]
     comparison = compare.run(compare.options([*command, *architecture, *(tiny if options.tiny else [])]), options.file)
+    if comparison.broken:
+        raise Broken(f"the device is out of order since {comparison.broken}, which the next call leaves out")
     if comparison.late:
         raise Unfinished(f"no time for {', '.join(sorted(comparison.late))}")
 

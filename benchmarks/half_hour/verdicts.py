@@ -1,15 +1,15 @@
-"""From a part's rows to verdicts: measured, predicted, goal. Goals of speed and memory are those of an H100 in bf16."""
+"""From a part's rows to verdicts: measured, predicted, goal. A goal of speed is one chip's, in bf16, and on no other
+device is anything held against it; those of memory and attention hold on every GPU."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+from operators import predictions
 from rollouts.report import best_of, summarise, with_rates
 from rollouts.results_file import of_one_comparison
-from rollouts.variants import GOALS
+from rollouts.variants import GOALS, GOALS_CHIP
 
 PASS, FAIL, NO_VERDICT, NOT_RUN = "pass", "fail", "no verdict", "not run"
 LARGE = 64 << 20
@@ -37,8 +37,14 @@ def outcome(good: bool | None) -> str:
 
 
 def on_gpu(rows: list[dict[str, Any]]) -> bool:
-    """Whether the rows are of a device that goals of speed and memory are about."""
+    """Whether the rows are of a GPU."""
     return bool(rows) and rows[0]["threads"] is None
+
+
+def held(rows: list[dict[str, Any]], chip: str, good: bool) -> str:
+    """The outcome of a goal of that chip: none where the rows are of another device."""
+    here = on_gpu(rows) and predictions.chip_of(rows[0]["device"]) == chip
+    return outcome(good if here else None)
 
 
 def checks(rows: list[dict[str, Any]]) -> list[Verdict]:
@@ -59,27 +65,42 @@ def tests(rows: list[dict[str, Any]]) -> list[Verdict]:
 
 
 COPY_GOALS = (
-    ("step", "forward", "fast", 0.85), ("step", "forward", "exact", 0.55), ("log_prob", "forward", None, 0.85),
-    ("log_prob", "backward", None, 0.85), ("ode_step", "forward", None, 0.85),
+    ("step", "forward", "fast", 0.85, "H100"), ("step", "forward", "exact", 0.55, "H100"),
+    ("log_prob", "forward", None, 0.85, "H100"), ("log_prob", "backward", None, 0.85, "H100"),
+    ("ode_step", "forward", None, 0.85, "H100"),
 )  # fmt: skip
-"""operator, mode, noise (None: it draws none) -> share of the copy bandwidth at 64 MiB and above"""
-RATIO_GOALS = (("compiled", 2.5), ("stored", 1.4), ("eager", 8.0))
-"""provider -> how many times as long as ours it should take for loss and gradient at K = 6"""
+"""operator, mode, noise (None: it draws none) -> share of the copy bandwidth at 64 MiB and above, on that chip"""
+RATIO_GOALS = (("compiled", 2.5, "H100"), ("stored", 1.4, "H100"), ("eager", 8.0, "H100"))
+"""provider -> how many times as long as ours it should take for loss and gradient at K = 6, on that chip"""
 
 
 def operators(rows: list[dict[str, Any]]) -> list[Verdict]:
-    """Shares of the copy bandwidth, and loss with gradient against what it replaces."""
+    """Shares of the copy bandwidth, and loss with gradient against what it replaces; figures that failed."""
+    failed = [Verdict(_name(row), row["problem"], outcome=FAIL) for row in rows if row.get("problem")]
+    rows = [row for row in rows if row["median_ms"]]
     copies = [row for row in rows if row["operator"] == "copy"]
     if not copies:
-        return []
-    rate = copies[-1]["bytes"] / (copies[-1]["graph_ms"] or copies[-1]["median_ms"])
+        return failed
+    rate = copies[-1]["bytes"] / _milliseconds(copies[-1])
     verdicts = [Verdict("copy bandwidth", f"{rate / 1e6:,.0f} GB/s")]
-    for operator, mode, noise, goal in COPY_GOALS:
+    for operator, mode, noise, *goal in COPY_GOALS:
         point = (operator, mode, "fused")
         own = [row for row in _large(rows) if (row["operator"], row["mode"], row["provider"]) == point
                and noise in (None, row["noise"])]  # fmt: skip
-        verdicts += _shares(own, rate, goal, noise)
-    return verdicts + _against_others(rows)
+        verdicts += _shares(own, rate, *goal)
+    return failed + verdicts + _against_others(rows)
+
+
+def _milliseconds(row: dict[str, Any]) -> float:
+    return row["graph_ms"] or row["median_ms"]
+
+
+def _name(row: dict[str, Any]) -> str:
+    """Operator, mode, provider, size and noise, as far as the row has them."""
+    words = [row[field] for field in ("operator", "mode", "provider", "shape") if row.get(field)]
+    return " ".join(words) + "".join(
+        f", {field} {row[field]}" for field in ("rows", "siblings", "noise") if row.get(field)
+    )
 
 
 def _large(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -87,60 +108,56 @@ def _large(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for row in rows if row["provider"] != "bound" and (row["bytes"] >= LARGE or not on_gpu(rows))]
 
 
-def _shares(rows: list[dict[str, Any]], rate: float, goal: float, noise: str | None) -> list[Verdict]:
+def _shares(rows: list[dict[str, Any]], rate: float, goal: float, chip: str) -> list[Verdict]:
     """One verdict per K: of several sizes the largest."""
     largest = {row["siblings"]: row for row in sorted(rows, key=lambda row: row["bytes"])}
     found = []
     for siblings, row in sorted(largest.items()):
-        share = row["bytes"] / (row["graph_ms"] or row["median_ms"]) / rate
-        good = share >= goal if on_gpu([row]) else None
-        name = f"{row['operator']} {row['mode']}, K = {siblings}" + (f", {noise} noise" if noise else "")
-        found.append(
-            Verdict(name, f"{100 * share:.0f} % of copy", _predicted(row), f"{100 * goal:.0f} %", outcome(good))
-        )
+        share = row["bytes"] / _milliseconds(row) / rate
+        drawn = predictions.drawn(row["operator"], row["mode"])
+        name = f"{row['operator']} {row['mode']}, K = {siblings}" + (f", {row['noise']} noise" if drawn else "")
+        found.append(Verdict(name, f"{100 * share:.0f} % of copy", _predicted(row), f"{100 * goal:.0f} % ({chip})",
+                             held([row], chip, share >= goal)))  # fmt: skip
     return found
-
-
-UNMATCHED = {("ode_step", "forward"): "ODE step"}
-"""Points whose name among the predictions does not say where it is measured."""
 
 
 def _predicted(row: dict[str, Any]) -> str:
     """The model's share of the copy bandwidth, where it knows the operator and the chip."""
-    if importlib.util.find_spec("operators.predictions") is None:  # goes with the merge of the predictions
+    chip, name = predictions.chip_of(row["device"]), predictions.measured_as(row["operator"], row["mode"])
+    if chip is None or name is None:
         return ""
-    model = importlib.import_module("operators.predictions")
-    chips = [chip for chip in model.CHIPS if chip in row["device"]]
-    point = (row["operator"], row["mode"])
-    names = [name for name, known in model.OPERATORS.items() if known.measured == point]
-    names += [name for name in [UNMATCHED.get(point)] if name in model.OPERATORS]
-    if not chips or not names:
-        return ""
-    known = model.OPERATORS[names[0]].noises
+    known = predictions.OPERATORS[name].noises
     noise = row["noise"] if row["noise"] in known else known[0]
-    return f"{100 * model.predict(names[0], row['siblings'], chips[0], noise).copy_share:.0f} %"
+    return f"{100 * predictions.predict(name, row['siblings'], chip, noise).copy_share:.0f} %"
+
+
+PREDICTED_RATIOS = {"stored": predictions.against_stored}
 
 
 def _against_others(rows: list[dict[str, Any]]) -> list[Verdict]:
-    """Loss with gradient at K = 6 against other ways of it, in the first noise that was measured, at the same size."""
+    """Loss with gradient at K = 6 against other ways of it, in the first noise that ours drew, at the same size."""
     loss = [row for row in _large(rows) if (row["operator"], row["mode"], row["siblings"]) == ("loss", "full", 6)]
-    ours = {(row["shape"], row["rows"]): row for row in reversed(loss) if row["provider"] == "fused"}
-    found = []
-    for provider, goal in RATIO_GOALS:
-        for row in (row for row in loss if row["provider"] == provider):
-            own, times = ours.get((row["shape"], row["rows"])), "graph_ms"
-            if own is None:
-                continue
-            times = "graph_ms" if row["graph_ms"] and own["graph_ms"] else "median_ms"
-            ratio = row[times] / own[times]
-            found.append(Verdict(f"loss + gradient, K = 6, {row['shape']} R = {row['rows']}, against {provider}",
-                                 f"{ratio:.2f}x", "", f"{goal:g}x",
-                                 outcome(ratio >= goal if on_gpu([row]) else None)))  # fmt: skip
-    return found
+    ours = {_size(row): row for row in reversed(loss) if row["provider"] == "fused" and row["noise"] != "stored"}
+    return [_ratio(ours[_size(row)], row, *goal)
+            for provider, *goal in RATIO_GOALS for row in loss
+            if row["provider"] == provider and _size(row) in ours]  # fmt: skip
+
+
+def _size(row: dict[str, Any]) -> tuple[str, int]:
+    return row["shape"], row["rows"]
+
+
+def _ratio(own: dict[str, Any], row: dict[str, Any], goal: float, chip: str) -> Verdict:
+    times = "graph_ms" if row["graph_ms"] and own["graph_ms"] else "median_ms"
+    ratio, known = row[times] / own[times], predictions.chip_of(row["device"])
+    model = PREDICTED_RATIOS.get(row["provider"])
+    predicted = f"{model(row['siblings'], known):.2f}x" if model and known else ""
+    what = f"loss + gradient, K = 6, {row['shape']} R = {row['rows']}, against {row['provider']}"
+    return Verdict(what, f"{ratio:.2f}x", predicted, f"{goal:g}x ({chip})", held([row], chip, ratio >= goal))
 
 
 def rollouts(rows: list[dict[str, Any]]) -> list[Verdict]:
-    """Rollouts per hour of every level over the released algorithm's, and the goals."""
+    """Rollouts per hour of every level over the released algorithm's, the goals, and what broke the device."""
     found = summarise(with_rates(of_one_comparison(rows)))
     base = found.get("official")
     levels = [Verdict(f"`{name}` ({item.exactness})",
@@ -150,10 +167,11 @@ def rollouts(rows: list[dict[str, Any]]) -> list[Verdict]:
     for goal in GOALS:
         best = best_of(found, goal.variants)
         told = f"{best[1]:.2f}x by `{best[0]}`" if best else ""
-        good = best[1] >= goal.times if best and on_gpu(rows) else None
-        goals.append(Verdict(f"rollouts {goal.told}", told, "", f"{goal.times:g}x",
-                             outcome(good) if best or not on_gpu(rows) else NOT_RUN))  # fmt: skip
-    return goals + levels
+        missing = on_gpu(rows) and not best
+        ended = NOT_RUN if missing else held(rows, GOALS_CHIP, bool(best) and best[1] >= goal.times)
+        goals.append(Verdict(f"rollouts {goal.told}", told, "", f"{goal.times:g}x ({GOALS_CHIP})", ended))
+    broken = {row["variant"]: row["reason"] for row in of_one_comparison(rows) if row.get("broken")}
+    return goals + levels + [Verdict(f"`{name}`", reason, outcome=FAIL) for name, reason in broken.items()]
 
 
 def memory(rows: list[dict[str, Any]]) -> list[Verdict]:

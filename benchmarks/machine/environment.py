@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import hashlib
 import os
 import platform
 import re
@@ -30,6 +31,17 @@ def synchronised(call, device):
         return result
 
     return finish
+
+
+def still_works(device):
+    """Whether the device takes work from this process, after an error: a broken CUDA context never does again."""
+    if torch.device(device).type != "cuda":
+        return True
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
 
 
 def peak_bytes(call, device):
@@ -84,15 +96,17 @@ def environment(device):
 
 
 def _commit():
-    """Short hash of the working tree, `-dirty` where files differ from it; `unknown` without git or a repository."""
+    """Short hash of the commit, `-dirty-` and one of the difference where tracked files differ from it; `unknown`
+    without git or a repository."""
     if shutil.which("git") is None:
         return "unknown"
     root = Path(__file__).resolve().parents[2]
-    commit, changed = (
-        subprocess.run(["git", "-C", root, *command], capture_output=True, text=True).stdout.strip()
-        for command in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "-uno", "--", ".", RESULTS])
+    commit, changes = (
+        subprocess.run(["git", "-C", root, *command], capture_output=True).stdout.strip()
+        for command in (["rev-parse", "--short", "HEAD"], ["diff", "HEAD", "--binary", "--", ".", RESULTS])
     )
-    return f"{commit}-dirty" if changed else commit or "unknown"
+    mark = f"-dirty-{hashlib.sha256(changes).hexdigest()[:8]}" if changes else ""
+    return commit.decode() + mark or "unknown"
 
 
 def _driver():

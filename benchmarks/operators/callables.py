@@ -123,6 +123,11 @@ class Inputs:
     def branch_old(self):
         return self.branches(self.velocity_old)
 
+    @cached_property
+    def noise(self):
+        """(R, K, D...) fp32, for a loss that reads it."""
+        return torch.randn(self.next_latents.shape, device=self.latents.device)
+
     @property
     def value(self):
         """The stored next latents as R x K rows."""
@@ -161,6 +166,12 @@ def fused(i):
     }
 
 
+def fused_stored(i):
+    """The fused loss that reads its noise instead of drawing it."""
+    given = (None, i.noise, (LOW, HIGH))
+    return {"loss": (lambda v: tk.branch_loss(v, i.velocity_old, i.advantages, i.terms, *given)[0], i.velocity)}
+
+
 def eager(i, transform=lambda function: function):
     """The sequences that the operators replace; `transform` may be torch.compile."""
     coef, ode_coef = (per_branch(given, i.setting.siblings, i.latents.dim()) for given in (i.coef, i.ode_coef))
@@ -184,30 +195,37 @@ def eager(i, transform=lambda function: function):
     }
 
 
+def _anew():
+    """Forgets what was compiled; `backward` runs several times over one graph, so that its buffers must stay."""
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False
+
+
 def compiled(i):
     """torch.compile of the eager sequences."""
-    torch._dynamo.reset()
-    torch._functorch.config.donated_buffer = False  # `backward` runs several times over one graph
+    _anew()
     functions = eager(i, lambda function: torch.compile(function, dynamic=False))
     return {operator: functions[operator] for operator in COMPILED}
 
 
 def stored(i):
     """torch.compile of a loss that shares the row among its siblings, as ours does, but reads stored fp32 noise."""
-    torch._dynamo.reset()
+    _anew()
     loss = torch.compile(eager_shared_loss, dynamic=False)
-    noise = torch.randn(i.next_latents.shape, device=i.latents.device)
     v_coef, std = (i.coef[:, column].view(-1, 1, *[1] * (i.latents.dim() - 1)) for column in (1, 2))
-    return {"loss": (lambda v: loss(v, i.velocity_old, noise, i.advantages, v_coef, std), i.velocity)}
+    return {"loss": (lambda v: loss(v, i.velocity_old, i.noise, i.advantages, v_coef, std), i.velocity)}
 
 
 PROVIDERS = {"stored": stored, "fused": fused, "eager": eager, "compiled": compiled}
+STORED = "stored"
+READING = {("fused", STORED): fused_stored}
+"""Providers of which some operators also take noise that is stored, which is then their noise mode."""
 
 
-def callables(inputs, provider):
-    """{(operator, mode): callable} of one provider."""
+def callables(inputs, provider, noise=None):
+    """{(operator, mode): callable} of one provider; `noise` is STORED or, of all operators, whatever they draw."""
     calls = {}
-    for operator, (function, leaf) in PROVIDERS[provider](inputs).items():
+    for operator, (function, leaf) in READING.get((provider, noise), PROVIDERS[provider])(inputs).items():
         modes = {"forward": function} if leaf is None else _modes(function, leaf, inputs)
         calls |= {(operator, mode): call for mode, call in modes.items()}
     return calls
@@ -229,13 +247,24 @@ def _modes(function, leaf, inputs):
     }
 
 
-def kernels_alone(i):
-    """Fused operators without autograd, which can be recorded in a CUDA graph: device time without launches."""
+def kernels_alone(i, noise=None):
+    """Fused operators without autograd, which can be recorded in a CUDA graph: device time without launches.
+
+    With STORED noise those of the loss alone, which read it.
+    """
     k, v = i.setting.siblings, i.velocity.detach()
-    slopes, branches = torch.ones_like(i.advantages), (v, i.velocity_old, i.terms, i.key, None, None, 0.0)
+    source = (None, i.noise) if noise == STORED else (i.key, None)
+    slopes, branches = torch.ones_like(i.advantages), (v, i.velocity_old, i.terms, *source, None, 0.0)
     loss = (*branches, i.advantages, LOW, HIGH)
     gradient = (*branches, slopes, i.one)
     log_prob = (i.next_latents, i.latents, v, i.coef)
+    of_loss = {
+        ("loss", "forward"): lambda: ops.branch_loss(*loss),
+        ("loss", "backward"): lambda: ops.velocity_gradient(*gradient),
+        ("loss", "full"): lambda: ops.velocity_gradient(*branches, ops.branch_loss(*loss)[2], i.one),
+    }
+    if noise == STORED:
+        return of_loss
     return {
         ("normal", "forward"): lambda: tk.normal_like(i.latents, i.key, k),
         ("step", "forward"): lambda: tk.transition_step(i.latents, v, i.coef, i.key, k),
@@ -245,16 +274,14 @@ def kernels_alone(i):
         ("log_prob", "backward"): lambda: ops.transition_log_prob_gradient(slopes, *log_prob),
         ("log_ratio", "forward"): lambda: ops.log_ratio(*branches, k),
         ("log_ratio", "backward"): lambda: ops.velocity_gradient(*gradient),
-        ("loss", "forward"): lambda: ops.branch_loss(*loss),
-        ("loss", "backward"): lambda: ops.velocity_gradient(*gradient),
-        ("loss", "full"): lambda: ops.velocity_gradient(*branches, ops.branch_loss(*loss)[2], i.one),
-    }
+    } | of_loss
 
 
-def bytes_moved(operator, mode, setting):
+def bytes_moved(operator, mode, setting, noise=None):
     """Bytes an operator must read and write at least: every input once per pass, every output once."""
     size = torch.finfo(setting.dtype).bits // 8
     noises, branch = 4 * setting.siblings, size * setting.siblings  # per element of a row: fp32 and model dtype
+    read = noises if noise == STORED else 0
     forward, backward = {
         "normal": (noises, 0),
         "step": (2 * size + noises, 0),
@@ -262,7 +289,7 @@ def bytes_moved(operator, mode, setting):
         "ode_step": (2 * size + noises, 0),
         "log_prob": (2 * size + noises, 3 * size + noises),
         "log_ratio": (2 * size, 3 * size),
-        "loss": (2 * size, 3 * size),
+        "loss": (2 * size + read, 3 * size + read),
         "flow_grpo_draw": (2 * branch + 2 * noises, 0),
         "flow_grpo": (2 * branch + 2 * noises, 3 * branch + noises),
         "dance_grpo": (3 * branch + noises, 3 * branch + noises),

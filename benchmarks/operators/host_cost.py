@@ -3,9 +3,10 @@
     python benchmarks/operators/host_cost.py                          this checkout
     python benchmarks/operators/host_cost.py --against OTHER/kernels  and another one, turn by turn, for comparison
 
-The Triton backend runs on CPU tensors in a process of its own, on a driver that launches nothing, so no GPU is needed
-and what is left is the host's part of a call, Triton's included; the real driver adds about 3 us a launch. Each figure
-is the median of many calls in one process, and of several processes the least, which other load disturbs least.
+The Triton backend runs on CPU tensors in a process of its own, on a driver that launches nothing, so no GPU is needed.
+What is left is the host's part of a call with Triton's look-up of the kernel; what is not in it is the Python of
+Triton's CudaLauncher and the driver's call, of every launch, which are not measured. Each figure is the median of many
+calls in one process, and of several processes the least, which other load disturbs least.
 """
 
 import argparse

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tempflow_kernels
 import torch
 from machine.flops import synchronise
 from machine.memory_peak import MemoryPeak, free_cached_blocks
-from operators.noise_modes import use_noise
 from rollouts.architectures import (
     ARCHITECTURES,
     COMMON,
@@ -41,6 +41,7 @@ from tempflow.policy import Policy
 from tempflow.rewards.panel import Panel
 from tempflow.rewards.scorer import Scorer
 from tempflow.run.assembly import set_up
+from tempflow.run.noise_mode import choose_mode
 from tempflow.run.trainer import Trainer
 from tempflow.settings.fields import Config
 from tempflow.settings.reading import read_values, validate
@@ -250,7 +251,8 @@ def _reset(case: Case) -> None:
     """Parameters and optimizer as at the start."""
     gc.collect()
     free_cached_blocks(case.trainer.policy.device)  # those of other variants' streams: cudaMalloc would wait for them
-    use_noise(getattr(case.trainer.config.run, "noise", None))  # another variant may have changed it
+    noise = choose_mode(case.trainer.config.run.noise, None, case.trainer.policy.device)
+    tempflow_kernels.use_noise(noise)  # another variant may have changed it
     for name, parameter in case.trainer.policy.trainable().items():
         parameter.copy_(case.start[name])
         parameter.grad = None

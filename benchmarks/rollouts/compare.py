@@ -12,7 +12,8 @@ before it; table and plots are drawn from that file (`python benchmarks/rollouts
 
 The same command again goes on: rounds that are in the file, of the same commit, device and settings, are not run again
 (`--again` runs them), variants with the fewest come first. `--cache` keeps compiled code, so that a set-up of the
-second call is short. A variant that cannot run here is listed with the reason.
+second call is short. A variant that cannot run here is listed with the reason. One that leaves the device out of order
+ends the process, exit status 3: the same command goes on without it.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import sys
 import tempfile
 import time
@@ -34,7 +36,7 @@ if __name__ == "__main__":
 
 import torch
 import yaml
-from machine.environment import environment
+from machine.environment import environment, still_works
 from machine.flops import copy_bandwidth, matmul_peak
 from rollouts.architectures import ARCHITECTURES
 from rollouts.bench import Bench, Case, iterate, warm_up
@@ -42,12 +44,21 @@ from rollouts.figures import figures
 from rollouts.report import write_report
 from rollouts.results_file import Results
 from rollouts.set_up_times import kind_of
-from rollouts.variants import REFERENCE, VARIANTS, Variant, settings_of
+from rollouts.variants import REFERENCE, VARIANTS, Variant, settings_of, worth
 
 from tempflow.common.errors import BadInput
+from tempflow.explore.tails.recorded import CaptureBroken
 
+FAILURES = (BadInput, NotImplementedError, RuntimeError, CaptureBroken)
+"""What a variant that cannot run here raises; out of memory is a RuntimeError."""
+BROKEN = 3
+"""exit status where a variant has left the device out of order"""
 CLOSING_SECONDS = 8
 """kept for the report"""
+
+
+class DeviceBroken(Exception):
+    """No variant could be timed after the one that is named."""
 
 
 class Comparison:
@@ -58,23 +69,33 @@ class Comparison:
         self.deadline = time.perf_counter() + 60 * minutes - CLOSING_SECONDS
         self.late: set[str] = set()
         """variants that time ran out for"""
+        self.broken = ""
+        """the variant that has left the device out of order, if one did"""
 
     def left(self) -> float:
         return self.deadline - time.perf_counter()
 
     def compare(self, chosen: list[Variant], rounds: int) -> None:
-        """Each variant once, right after its set-up; then all in turn until time is up or each has its `rounds`."""
-        short = [variant for variant in chosen if self.results.rounds(variant.name) < rounds]
+        """Each variant once, right after its set-up, those of the goals first; then all in turn until time is up or
+        each has its `rounds`. Ends early where one leaves the device out of order."""
+        known, out = self.results.rounds, self.results.broken()
+        short = [variant for variant in chosen if known(variant.name) < rounds and variant.name not in out]
+        try:
+            with self.bench.texts():
+                self._in_turn(sorted(short, key=lambda variant: (known(variant.name), worth(variant))), rounds)
+        except DeviceBroken as error:
+            self.broken = str(error)
+
+    def _in_turn(self, variants: list[Variant], rounds: int) -> None:
         cases = []
-        with self.bench.texts():
-            for variant in sorted(short, key=lambda variant: self.results.rounds(variant.name)):
-                case = self.prepare(variant)
-                if case is not None and self.one(case) and not self.dropped(case):
-                    cases.append(case)
-                case = None  # nothing else holds on to one that was dropped
-                gc.collect()
-            while cases:
-                cases = [case for case in cases if self.results.rounds(case.variant.name) < rounds and self.one(case)]
+        for variant in variants:
+            case = self.prepare(variant)
+            if case is not None and self.one(case) and not self.dropped(case):
+                cases.append(case)
+            case = None  # nothing else holds on to one that was dropped
+            gc.collect()
+        while cases:
+            cases = [case for case in cases if self.results.rounds(case.variant.name) < rounds and self.one(case)]
 
     def prepare(self, variant: Variant) -> Case | None:
         """Sets a variant up and warms it up, or writes down why not."""
@@ -86,15 +107,15 @@ class Comparison:
             self.late.add(variant.name)
             return self.skip(variant, f"no time left: setting up and one iteration may take {needed:.0f} s, there are "
                              f"{self.left():.0f} s")  # fmt: skip
-        began, problem = time.perf_counter(), ""
+        began, problem, works = time.perf_counter(), "", True
         try:
             case = self.bench.case(variant)
             made = time.perf_counter()
             first, again = self.warmed(case)
-        except (BadInput, NotImplementedError, RuntimeError) as error:  # out of memory is a RuntimeError
-            problem = told(error)
+        except FAILURES as error:
+            problem, works = told(error), self.works_after(error)
         if problem:
-            return self.skip(variant, problem)
+            return self.skip(variant, problem, works)
         self.results.write("warm-up", variant=variant.name, set_up_kind=kind, set_up_seconds=round(made - began, 2),
                            first_seconds=round(first, 2), again_seconds=round(again, 2),
                            micro_batch=case.copies)  # fmt: skip
@@ -112,11 +133,25 @@ class Comparison:
             case.copies //= 2
             say(f"{case.variant.name}: out of memory; micro-batches of {case.copies} copies in training")
 
-    def skip(self, variant: Variant, reason: str) -> None:
+    def works_after(self, error: BaseException | None) -> bool:
+        """Whether this process can go on: not after a capture that CUDA broke off, whatever it was raised as."""
+        while error is not None:
+            if isinstance(error, CaptureBroken):
+                return False
+            error = error.__cause__ or error.__context__
+        return still_works(self.bench.device)
+
+    def skip(self, variant: Variant, reason: str, works: bool = True) -> None:
+        """
+        Raises:
+            DeviceBroken: it left a device that does not work.
+        """
+        self.results.write("skipped", variant=variant.name, reason=reason, broken=not works)
+        say(f"{variant.name}: not run ({reason})")
+        if not works:
+            raise DeviceBroken(variant.name)
         if self.bench.on_gpu:
             torch.cuda.empty_cache()
-        self.results.write("skipped", variant=variant.name, reason=reason)
-        say(f"{variant.name}: not run ({reason})")
 
     def dropped(self, case: Case) -> bool:
         """Gives up a large `official` after its first iteration, where its weights would leave no room for the rest."""
@@ -135,14 +170,14 @@ class Comparison:
                 self.late.add(name)
                 self.skip(case.variant, f"no time left to run it: {self.left():.0f} s")
             return False
-        problem = ""
+        problem, works = "", True
         try:
             limits = self.limits()
             measured = iterate(case, number)
-        except torch.OutOfMemoryError as error:
-            problem = told(error)
+        except FAILURES as error:
+            problem, works = told(error), self.works_after(error)
         if problem:  # outside of the handler, where what the error holds on to is free
-            self.skip(case.variant, f"round {number}: {problem}")
+            self.skip(case.variant, f"round {number}: {problem}", works)
             return False
         own = {"rewards": measured.rewards.tolist()} if name == REFERENCE else {}
         exact = measured.rewards if own else results.rewards(number)
@@ -202,8 +237,7 @@ SMOKE = {"explore.prompts": 1, "explore.noises": 2, "explore.siblings": 3, "samp
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the comparison and draws its report."""
-    run(options(arguments))
-    return 0
+    return BROKEN if run(options(arguments)).broken else 0
 
 
 def run(asked: argparse.Namespace, file: Path | None = None) -> Comparison:
@@ -225,4 +259,8 @@ def run(asked: argparse.Namespace, file: Path | None = None) -> Comparison:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if status == BROKEN:
+        sys.stdout.flush()
+        os._exit(status)  # what would be tidied up at the end needs the device
+    sys.exit(status)

@@ -56,6 +56,10 @@ class Results:
     def of(self, kind: str, variant: str | None = None) -> list[dict[str, Any]]:
         return [row for row in self.rows if row["kind"] == kind and variant in (None, row["variant"])]
 
+    def broken(self) -> set[str]:
+        """Variants that left the device out of order, and would again."""
+        return {row["variant"] for row in self.of("skipped") if row.get("broken")}
+
     def rounds(self, variant: str) -> int:
         """Iterations that were timed; the next one has this number."""
         return len(self.of("iteration", variant))

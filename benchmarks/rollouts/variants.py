@@ -94,8 +94,15 @@ GOALS = (
     Goal(4.0, "with approximations of rewards only", ("+fp8", "+multistep")),
     Goal(6.0, "with strided tails and the light decoder", ("+light decoder", "+guidance above")),
 )
-GOALS_OF = "sd35-medium-512"
-"""The architecture that they are about, on an H100."""
+GOALS_OF, GOALS_CHIP = "sd35-medium-512", "H100"
+"""The architecture and the chip that they are about."""
+BY_WORTH = ("official", REFERENCE, EXACT_END, "+multistep", "+light decoder")
+"""What is run once before all others: the baseline, the reference of rewards, and the variants of the goals."""
+
+
+def worth(variant: Variant) -> int:
+    """Its place among the first rounds; smaller is earlier, the order of VARIANTS decides among equals."""
+    return BY_WORTH.index(variant.name) if variant.name in BY_WORTH else len(BY_WORTH)
 
 
 def chain(variant: Variant) -> list[Variant]:

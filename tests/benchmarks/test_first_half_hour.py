@@ -1,16 +1,18 @@
 """The first half hour on a GPU: walked on a CPU; goes on in a later call; a bad part costs itself alone; verdicts."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import first_half_hour
 import pytest
 import torch
 from half_hour import page, runner, verdicts
 from half_hour.parts import NAMES, PARTS, Part
-from half_hour.verdicts import FAIL, NO_VERDICT, NOT_RUN, PASS, Verdict
+from half_hour.verdicts import FAIL, NOT_RUN, PASS, Verdict
 from importable import ROOT
 
 SCRIPT = """
@@ -21,6 +23,13 @@ def write(passed):
         out.write(json.dumps({"check": name, "passed": passed, "problem": "", "figure": None, "threads": 1}) + "\\n")
 write(name != "wrong")
 (folder / "calls").open("a").write(name + " ")
+(folder / "process").write_text(str(os.getpid()))
+if name == "later slow":
+    for _ in range(3):
+        write(True)
+        time.sleep(0.7)
+    if len((folder / f"{name}.jsonl").read_text().splitlines()) < 5:
+        time.sleep(60)
 if name == "crash":
     print("about to die", flush=True)
     os.kill(os.getpid(), signal.SIGSEGV)
@@ -35,7 +44,7 @@ sys.exit({"wrong": 1, "skip": 77, "later": 75}.get(name, 0))
 def part(folder, name, limit=20.0):
     script = folder / "part.py"
     script.write_text(SCRIPT)
-    return Part(name, f"what {name} does", limit, verdicts.checks, (str(script),), resumes=name == "later")
+    return Part(name, f"what {name} does", limit, verdicts.checks, (str(script),), resumes=name.startswith("later"))
 
 
 def session(folder, seconds=60.0):
@@ -66,8 +75,9 @@ def test_the_walk_on_a_cpu(tmp_path):
     assert len(lines) >= 5 and all(line.endswith("| no verdict |") for line in lines)
 
 
-def test_a_bad_part_costs_itself_alone(tmp_path):
+def test_a_bad_part_costs_itself_alone(tmp_path, monkeypatch):
     """A crash, a hang with a child of its own and a failure are told; the rest runs; rows of before stay."""
+    monkeypatch.setattr(runner, "PASSES", 2)
     names = ("crash", "hang", "wrong", "skip", "later", "good")
     parts = tuple(part(tmp_path, name, 3.0 if name == "hang" else 20.0) for name in names)
     began = time.monotonic()
@@ -79,6 +89,7 @@ def test_a_bad_part_costs_itself_alone(tmp_path):
     assert not ended_child(tmp_path), "what the part had started is ended with it"
     found = page.write_page(session(tmp_path), parts)
     assert [section.outcome for section in found] == [FAIL, FAIL, FAIL, PASS, NOT_RUN, PASS]
+    assert called(tmp_path).count("hang") == 2, "it may have filled the cache only"
     assert page.exit_status(found, True) == 1 and page.exit_status(found[-1:], True) == 0
     assert "about to die" in (tmp_path / "page.md").read_text()
 
@@ -92,6 +103,7 @@ def ended_child(folder):
 
 def test_a_later_call_goes_on(tmp_path, monkeypatch):
     """Parts with a final ending are left alone, unfinished ones keep their rows; `again` and another commit do not."""
+    monkeypatch.setattr(runner, "PASSES", 1)
     parts = [part(tmp_path, name) for name in ("good", "later", "wrong")]
     runner.run_parts(session(tmp_path), parts[:2])
     runner.run_parts(session(tmp_path), parts)
@@ -120,6 +132,87 @@ def test_the_whole_has_a_limit(tmp_path):
     assert called(tmp_path) == ["hang", "good"]
 
 
+KILLED = """
+import sys
+sys.path[:0] = [{benchmarks!r}, {tests!r}]
+import first_half_hour, pathlib
+from test_first_half_hour import part
+folder = pathlib.Path(sys.argv[-1])
+first_half_hour.PARTS = tuple(part(folder, name) for name in ("good", "later slow", "wrong"))
+first_half_hour.NAMES = [part.name for part in first_half_hour.PARTS]
+sys.exit(first_half_hour.main(["--device", "cpu", "--tiny", "--folder", str(folder), *sys.argv[1:-1]]))
+"""
+
+
+def killed(folder, number, *arguments):
+    """The command that a signal ends while its second part is under way: its exit status."""
+    code = KILLED.format(benchmarks=str(ROOT / "benchmarks"), tests=str(ROOT / "tests" / "benchmarks"))
+    process = subprocess.Popen([sys.executable, "-c", code, *arguments, str(folder)], stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 60
+    while not (folder / "later slow.jsonl").exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+def runs(folder):
+    """Whether the part that was under way still does."""
+    time.sleep(0.5)
+    status = runner.Path("/proc") / (folder / "process").read_text() / "stat"
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+def test_a_command_that_is_ended_writes_its_page_and_loses_no_rows(tmp_path):
+    """SIGTERM: the part's process is gone, the page says so; the next call goes on from its rows."""
+    assert killed(tmp_path, signal.SIGTERM) == 128 + signal.SIGTERM
+    assert not runs(tmp_path)
+    text = (tmp_path / "page.md").read_text()
+    assert "stopped by SIGTERM" in text and "| wrong: what wrong does | not run |" in text
+    before = len(runner.rows_of(tmp_path / "later slow.jsonl"))
+    runner.run_parts(session(tmp_path), [part(tmp_path, "later slow")])
+    assert runner.endings(session(tmp_path))["later slow"]["ending"] == "done"
+    assert len(runner.rows_of(tmp_path / "later slow.jsonl")) == before + 4, "those of before stay"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there a child is told of its parent's end")
+def test_a_command_that_is_killed_leaves_no_process_and_its_rows(tmp_path):
+    """SIGKILL, such as for memory: nothing closes, but the part is on record as begun, and the page is of the part
+    before."""
+    assert killed(tmp_path, signal.SIGKILL) == -signal.SIGKILL
+    assert not runs(tmp_path)
+    assert runner.endings(session(tmp_path))["later slow"]["ending"] == "unfinished"
+    assert "| good: what good does | done |" in (tmp_path / "page.md").read_text()
+    runner.run_parts(session(tmp_path), [part(tmp_path, "later slow")])
+    assert len(runner.rows_of(tmp_path / "later slow.jsonl")) >= 1 + 4
+
+
+def test_a_part_that_goes_on_is_not_hung_at_its_limit(tmp_path):
+    """Its own limit ends a process, not the part, as long as it has new rows; while there is time it is run again."""
+    slow = part(tmp_path, "later slow", 3.0)
+    runner.run_parts(session(tmp_path), [slow])
+    assert called(tmp_path) == ["later", "slow"] * 2
+    assert runner.endings(session(tmp_path))["later slow"]["ending"] == "done"
+
+
+def test_the_page_shows_all_parts(tmp_path, monkeypatch):
+    """Chosen parts decide the status alone; a page of them alone would hide what is left."""
+    parts = tuple(part(tmp_path, name) for name in ("good", "wrong"))
+    monkeypatch.setattr(first_half_hour, "PARTS", parts)
+    monkeypatch.setattr(first_half_hour, "NAMES", ["good", "wrong"])
+    walk = ["--device", "cpu", "--tiny", "--folder", str(tmp_path), "--parts"]
+    assert first_half_hour.main([*walk, "good"]) == 0
+    assert "| wrong: what wrong does | not run |" in (tmp_path / "page.md").read_text()
+    assert first_half_hour.main([*walk, "wrong"]) == 1
+
+
+def test_rows_that_cannot_be_judged_cost_their_part_alone(tmp_path):
+    parts = (part(tmp_path, "good"), replace(part(tmp_path, "skip"), judge=lambda rows: rows[0]["no such field"]))
+    runner.run_parts(session(tmp_path), parts)
+    found = page.write_page(session(tmp_path), parts)
+    assert [section.outcome for section in found] == [PASS, FAIL] and "no such field" in found[1].verdicts[0].measured
+
+
 def test_a_line_cut_in_half_is_left_out(tmp_path):
     (tmp_path / "rows").write_text('{"a": 1}\n{"a": ')
     assert runner.rows_of(tmp_path / "rows") == [{"a": 1}]
@@ -133,68 +226,6 @@ def test_wrong_use_is_one_line(monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         first_half_hour.main(["--again", "everything"])
     assert stopped.value.code == 2 and "'everything' is no part" in capsys.readouterr().err
-
-
-def time_row(operator, mode, provider, milliseconds, noise=None, threads=None):
-    """128 rows, K = 6, 100 MB moved."""
-    return {"operator": operator, "mode": mode, "provider": provider, "noise": noise, "shape": "sd35_512", "rows": 128,
-            "siblings": 6, "bytes": 10**8, "median_ms": 9.0, "graph_ms": milliseconds, "device": "H100",
-            "threads": threads}  # fmt: skip
-
-
-@pytest.mark.parametrize(("share", "result"), [(0.86, PASS), (0.84, FAIL)])
-def test_operators_are_held_against_the_copy_bandwidth(share, result):
-    copy = {"operator": "copy", "provider": "bound", "bytes": 10**9, "graph_ms": 1.0, "median_ms": 1.0}
-    rows = [copy | {"threads": None}, time_row("step", "forward", "fused", 0.1 / share, "fast")]
-    found = {verdict.what: verdict for verdict in verdicts.operators(rows)}
-    step = found["step forward, K = 6, fast noise"]
-    assert (step.measured, step.goal, step.outcome) == (f"{100 * share:.0f} % of copy", "85 %", result)
-    on_cpu = [row | {"threads": 1} for row in rows]
-    assert {verdict.outcome for verdict in verdicts.operators(on_cpu)} == {NO_VERDICT}
-
-
-def test_the_loss_is_held_against_three_others():
-    copy = {"operator": "copy", "provider": "bound", "bytes": 10**9, "graph_ms": 1.0, "median_ms": 1.0, "threads": None}
-    times = {"fused": 1.0, "compiled": 2.6, "stored": 1.3, "eager": 8.1}
-    rows = [copy, *(time_row("loss", "full", provider, value) for provider, value in times.items())]
-    found = {verdict.what.split()[-1]: verdict.outcome for verdict in verdicts.operators(rows)[1:]}
-    assert found == {"compiled": PASS, "stored": FAIL, "eager": PASS}
-
-
-@pytest.mark.parametrize(("measured", "result"), [(10.9, PASS), (11.1, FAIL), (8.9, FAIL)])
-def test_memory_is_within_a_tenth_of_the_plan(measured, result):
-    row = {"measured_bytes": measured * 2**30, "planned_bytes": 10 * 2**30, "phase": "learning", "threads": None}
-    assert [verdict.outcome for verdict in verdicts.memory([row])] == [result]
-    assert [verdict.outcome for verdict in verdicts.memory([row | {"threads": 1}])] == [NO_VERDICT]
-
-
-@pytest.mark.parametrize(("largest", "result"), [(0.0, PASS), (2e-6, PASS), (2e-5, FAIL)])
-def test_the_first_log_ratio_is_small_beside_the_clip_range(largest, result):
-    row = {"compiled": False, "largest": largest, "clip": 1e-4, "threads": None}
-    assert [verdict.outcome for verdict in verdicts.ratio([row])] == [result]
-
-
-def rollout_row(variant, seconds):
-    return {"kind": "iteration", "variant": variant, "round": 0, "seconds": seconds, "cpu_seconds": seconds,
-            "rollouts": 216, "phase_seconds": {"tails": 1}, "beside": [], "rows": {}, "network_tflop": 1,
-            "tails_tflop": 1, "matmul_tflops": 600, "copy_gbs": 3000, "threads": None}  # fmt: skip
-
-
-def test_rollouts_are_held_against_the_released_algorithm():
-    rows = [rollout_row("official", 24), rollout_row("+overlap", 10), rollout_row("+multistep", 8)]
-    assert [verdict.outcome for verdict in verdicts.rollouts(rows)[:3]] == [PASS, FAIL, NOT_RUN]
-    assert verdicts.rollouts(rows)[0].measured == "2.40x by `+overlap`"
-
-
-def test_failed_checks_tests_and_backends_show():
-    checks = [{"check": name, "passed": name == "a", "problem": "off by one", "figure": None} for name in "ab"]
-    assert [verdict.outcome for verdict in verdicts.checks(checks)] == [PASS, FAIL]
-    tests = [{"test": "t", "outcome": outcome, "problem": ""} for outcome in ("passed", "failed", "skipped")]
-    assert [verdict.outcome for verdict in verdicts.tests(tests)] == [FAIL, FAIL]
-    assert verdicts.tests(tests[2:])[0].outcome == NO_VERDICT, "a test that was skipped passed nothing"
-    times = {"default": 1.2, "flash": 1.0, "cudnn": None}
-    rows = [{"attention": name, "milliseconds": value, "threads": None} for name, value in times.items()]
-    assert verdicts.attention(rows)[0].outcome == FAIL
 
 
 def test_rows_that_pass_save_no_part_that_crashed():

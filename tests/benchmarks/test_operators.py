@@ -1,5 +1,7 @@
 """The benchmarks measure the same thing on both sides, report every figure, and end in time with the right status."""
 
+import shutil
+import subprocess
 import time
 from types import SimpleNamespace
 
@@ -54,10 +56,12 @@ def test_every_operator_has_every_mode_bytes_and_a_public_name():
     for provider in ("fused", "eager"):
         assert list(callables(inputs, provider)) == POINTS
     assert all(bytes_moved(*point, SETTING) > 0 for point in POINTS)
-    for call in kernels_alone(inputs).values():
+    reading = kernels_alone(inputs, "stored")
+    assert list(reading) == [("loss", mode) for mode in OPERATORS["loss"]] == list(callables(inputs, "fused", "stored"))
+    for call in (*kernels_alone(inputs).values(), *reading.values()):
         call()
     measured = {"normal_like", "transition_step", "transition_log_prob", "log_ratio", "branch_loss"}
-    others = {"BranchLossStats", "backend_info", "fold_key", "gaussian_terms", "philox4x32"}
+    others = {"BranchLossStats", "backend_info", "fold_key", "gaussian_terms", "noise_mode", "philox4x32", "use_noise"}
     assert set(tk.__all__) == measured | others, "a new operator needs its rows"
     assert SIGMAS[0] == 1 and SIGMAS[-1] == 0
 
@@ -121,7 +125,84 @@ def test_times_are_written_at_once_and_gone_on_with(operator_times, tmp_path, mo
     rows = operator_times.rows_of(tmp_path / "operators.jsonl")
     places = [operator_times.place(row) for row in rows]
     assert rows[:7] == first and len(set(places)) == len(places)
-    assert len(rows) == 2 + len(POINTS) * (1 + len(operator_times.MODES))
+    assert len(rows) == 2 + len(POINTS) * (1 + len(operator_times.MODES)) + len(OPERATORS["loss"])
+    ours = [row for row in rows if (row["operator"], row["provider"]) == ("loss", "fused")]
+    reading, drawing = ([row for row in ours if row["noise"] == noise] for noise in ("stored", "fast"))
+    assert [row["mode"] for row in reading] == list(OPERATORS["loss"])
+    assert all(one["bytes"] > other["bytes"] for one, other in zip(reading, drawing, strict=True))
+    assert all(row["problem"] == "" for row in rows)
+
+
+def test_a_time_that_cannot_be_taken_is_told_and_the_next_one_is(operator_times, tmp_path, monkeypatch):
+    """A graph that is not captured costs its figure; a device out of order ends the process, not the list."""
+    graphs = iter([RuntimeError("no capture")])
+
+    def graph_time(device, call):
+        found = next(graphs, 1.0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(operator_times, "graph_time", graph_time)
+    options = times_options(tmp_path, 100)
+    operator_times.measure_bounds(options, operator_times.timer("cpu"))
+    copy, launch = operator_times.rows_of(options.file)
+    assert copy["graph_ms"] is None and "no capture" in copy["problem"] and copy["median_ms"] > 0
+    assert (launch["graph_ms"], launch["problem"]) == (1.0, "")
+    monkeypatch.setattr(operator_times, "still_works", lambda device: False)
+    with pytest.raises(operator_times.Broken):
+        operator_times.measure_operators(options)
+    broken = operator_times.rows_of(options.file)[2:]
+    monkeypatch.setattr(operator_times, "still_works", lambda device: True)
+    operator_times.measure_operators(options)
+    places = [operator_times.place(row) for row in operator_times.rows_of(options.file)]
+    assert len(broken) == 1 and len(set(places)) == len(places), "the next process leaves it out"
+
+
+def test_stored_noise_is_measured_beside_its_prediction():
+    from operators.predictions import _measured
+
+    row = {"operator": "loss", "mode": "full", "provider": "fused", "siblings": 6, "device": "NVIDIA H200", "rows": 2,
+           "dtype": "torch.bfloat16", "shape": "tiny", "graph_ms": 1.0, "median_ms": 9.0}  # fmt: skip
+    rows = [row | {"noise": "stored"}, row | {"noise": "fast", "graph_ms": 2.0}]
+    expected = 1e9 / (2 * 4 * 8 * 8)
+    assert float(_measured(rows, "loss + gradient", 6, "H200", "stored")) == pytest.approx(expected, abs=0.1)
+    assert float(_measured(rows, "loss + gradient", 6, "H200", "fast")) == pytest.approx(2 * expected, abs=0.1)
+    assert _measured(rows, "loss + gradient", 6, "H100", "fast") == ""
+
+
+def test_compiled_providers_keep_what_their_backward_needs(monkeypatch):
+    """Each for itself: `stored` may be the first that is compiled."""
+    from operators.callables import PROVIDERS
+
+    inputs = Inputs(SETTING)
+    for name in ("stored", "compiled"):
+        monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
+        PROVIDERS[name](inputs)
+        assert torch._functorch.config.donated_buffer is False, name
+
+
+def test_rows_of_two_states_of_one_commit_are_told_apart(tmp_path, monkeypatch):
+    """Uncommitted changes are part of what was measured."""
+    from machine import environment as machine
+
+    git = shutil.which("git")
+    if git is None:
+        pytest.skip("needs git")
+    here = tmp_path / "benchmarks" / "machine" / "environment.py"
+    here.parent.mkdir(parents=True)
+    here.write_text("one")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "one"]):
+        subprocess.run([git, "-C", tmp_path, *command], check=True)
+    monkeypatch.setattr(machine, "__file__", str(here))
+    clean = machine._commit()
+    here.write_text("two")
+    two = machine._commit()
+    here.write_text("three")
+    assert "dirty" not in clean and len({clean, two, machine._commit()}) == 3
+    here.write_text("two")
+    assert machine._commit() == two
 
 
 def test_the_plan_of_times_begins_with_what_has_goals(operator_times):

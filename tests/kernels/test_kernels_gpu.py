@@ -16,7 +16,7 @@ from kernel_contract import (
     on_device,
     unnumbered,
 )
-from operators.noise_modes import MODES
+from tempflow_kernels.noise_setting import MODES
 
 pytestmark = [
     pytest.mark.gpu,
