@@ -46,8 +46,8 @@ from rollouts.results_file import Results
 from rollouts.set_up_times import kind_of
 from rollouts.variants import REFERENCE, VARIANTS, Variant, settings_of, worth
 
+from tempflow.common.capture import CaptureBroken
 from tempflow.common.errors import BadInput
-from tempflow.explore.tails.recorded import CaptureBroken
 
 FAILURES = (BadInput, NotImplementedError, RuntimeError, CaptureBroken)
 """What a variant that cannot run here raises; out of memory is a RuntimeError."""

@@ -10,8 +10,8 @@ from rollouts import compare as rollouts
 from rollouts.results_file import Results, read_rows
 from rollouts.variants import REFERENCE, VARIANTS
 
+from tempflow.common.capture import CaptureBroken
 from tempflow.common.errors import BadInput
-from tempflow.explore.tails.recorded import CaptureBroken
 
 BY_NAME = {variant.name: variant for variant in VARIANTS}
 
