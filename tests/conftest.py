@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_pipelines
 import torch
+from beside import begun, pytest_collection_finish, pytest_collection_modifyitems, pytest_sessionfinish
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -21,6 +22,7 @@ from tempflow.models.load import load_policy
 from tempflow.policy import Conditioning
 from tempflow.settings.fields import ModelConfig, SampleConfig
 
+HOOKS = (begun, pytest_collection_finish, pytest_collection_modifyitems, pytest_sessionfinish)
 SD35_SIGMAS = (1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.278, 0.0089, 0.0)
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 import first_half_hour
 import pytest
 import torch
+from beside import Beside
 from half_hour import page, runner, verdicts
 from half_hour.parts import NAMES, PARTS, Part
 from half_hour.verdicts import FAIL, NOT_RUN, PASS, Verdict
@@ -55,24 +56,31 @@ def called(folder):
     return (folder / "calls").read_text().split()
 
 
-def test_the_walk_on_a_cpu(tmp_path):
+def walk():
+    script = ROOT / "benchmarks" / "first_half_hour.py"
+    return Beside([sys.executable, script, "--device", "cpu", "--tiny", "--folder", "{folder}/walk"])
+
+
+def test_the_walk_on_a_cpu(begun):
     """Every part runs; the page says that it is a CPU's, and gives no verdict on speed or memory."""
     pytest.importorskip("triton")
-    command = [sys.executable, str(ROOT / "benchmarks" / "first_half_hour.py"), "--device", "cpu", "--tiny"]
-    done = subprocess.run([*command, "--folder", str(tmp_path)], capture_output=True, text=True)
-    times = [row["attention"] for row in runner.rows_of(tmp_path / "attention.jsonl")]
+    (status, printed), folder = begun.wait(), begun.folder / "walk"
+    times = [row["attention"] for row in runner.rows_of(folder / "attention.jsonl")]
     assert times[0] == "default" and "math" in times
-    assert done.returncode == 0, done.stdout + "".join(log.read_text() for log in tmp_path.glob("*.log"))
-    ended = {row["part"]: row for row in runner.rows_of(tmp_path / "parts.jsonl")}
+    assert status == 0, printed + "".join(log.read_text() for log in folder.glob("*.log"))
+    ended = {row["part"]: row for row in runner.rows_of(folder / "parts.jsonl")}
     assert list(ended) == NAMES
     assert {name for name, row in ended.items() if row["ending"] == "skipped"} == {"graph", "sanitizer"}
-    text = (tmp_path / "page.md").read_text()
-    assert "no figure here says anything about a GPU" in text and (tmp_path / "page.png").stat().st_size > 20_000
+    text = (folder / "page.md").read_text()
+    assert "no figure here says anything about a GPU" in text and (folder / "page.png").stat().st_size > 20_000
     for name in set(NAMES) - {"graph", "sanitizer"}:
-        rows = runner.rows_of(tmp_path / f"{name}.jsonl")
+        rows = runner.rows_of(folder / f"{name}.jsonl")
         assert rows and all({"device", "torch", "commit", "date"} <= set(row) for row in rows), name
     lines = [line for line in text.splitlines() if "% of copy" in line or "GiB (" in line or "x official" in line]
     assert len(lines) >= 5 and all(line.endswith("| no verdict |") for line in lines)
+
+
+test_the_walk_on_a_cpu.begin = walk
 
 
 def test_a_bad_part_costs_itself_alone(tmp_path, monkeypatch):
@@ -134,7 +142,7 @@ def test_the_whole_has_a_limit(tmp_path):
 
 KILLED = """
 import sys
-sys.path[:0] = [{benchmarks!r}, {tests!r}]
+sys.path[:0] = [{benchmarks!r}, {tests!r}, {support!r}]
 import first_half_hour, pathlib
 from test_first_half_hour import part
 folder = pathlib.Path(sys.argv[-1])
@@ -146,7 +154,8 @@ sys.exit(first_half_hour.main(["--device", "cpu", "--tiny", "--folder", str(fold
 
 def killed(folder, number, *arguments):
     """The command that a signal ends while its second part is under way: its exit status."""
-    code = KILLED.format(benchmarks=str(ROOT / "benchmarks"), tests=str(ROOT / "tests" / "benchmarks"))
+    tests, support = ROOT / "tests" / "benchmarks", ROOT / "tests" / "support"
+    code = KILLED.format(benchmarks=str(ROOT / "benchmarks"), tests=str(tests), support=str(support))
     process = subprocess.Popen([sys.executable, "-c", code, *arguments, str(folder)], stdout=subprocess.DEVNULL)
     until = time.monotonic() + 60
     while not (folder / "later slow.jsonl").exists() and time.monotonic() < until:

@@ -171,15 +171,15 @@ def test_stored_noise_is_measured_beside_its_prediction():
     assert _measured(rows, "loss + gradient", 6, "H100", "fast") == ""
 
 
-def test_compiled_providers_keep_what_their_backward_needs(monkeypatch):
+def test_compiled_providers_keep_what_their_backward_needs():
     """Each for itself: `stored` may be the first that is compiled."""
     from operators.callables import PROVIDERS
 
     inputs = Inputs(SETTING)
     for name in ("stored", "compiled"):
-        monkeypatch.setattr(torch._functorch.config, "donated_buffer", True)
-        PROVIDERS[name](inputs)
-        assert torch._functorch.config.donated_buffer is False, name
+        with torch._functorch.config.patch(donated_buffer=True):
+            PROVIDERS[name](inputs)
+            assert torch._functorch.config.donated_buffer is False, name
 
 
 def test_rows_of_two_states_of_one_commit_are_told_apart(tmp_path, monkeypatch):

@@ -1,7 +1,6 @@
 """Starts the interpreter suite and the public loss on it in a process of its own; checks what needs no kernel run."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,22 +8,31 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed")
 import kernel_aot
+from beside import Beside
 
 SUITE = Path(__file__).with_name("test_interpreter.py")
 LOSS = Path(__file__).with_name("test_loss.py")
 FAST = Path(__file__).with_name("test_fast_noise.py")
 
 
-def test_every_kernel_in_the_interpreter():
+def interpret():
     environment = os.environ | {
         "TRITON_INTERPRET": "1",
         "TEMPFLOW_KERNELS_BACKEND": "triton",
+        "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", SUITE, LOSS, FAST]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=SUITE.parents[2])
-    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
-    assert " passed" in run.stdout and "failed" not in run.stdout
+    return Beside(command, env=environment, cwd=SUITE.parents[2])
+
+
+def test_every_kernel_in_the_interpreter(begun):
+    status, printed = begun.wait()
+    assert status == 0, printed[-8000:]
+    assert " passed" in printed and "failed" not in printed
+
+
+test_every_kernel_in_the_interpreter.begin = interpret
 
 
 def test_kernels_take_no_float_arguments():
