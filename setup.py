@@ -49,6 +49,7 @@ setup(
         "numpy",
         "pillow",
         "matplotlib>=3.8",
+        "scipy>=1.11",
         "tensorboard>=2.16",
         "tqdm",
     ],

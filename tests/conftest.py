@@ -13,6 +13,7 @@ import pytest
 import tiny_pipelines
 import torch
 from beside import begun, pytest_collection_finish, pytest_collection_modifyitems, pytest_sessionfinish
+from fake_cuda import FakeCuda
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
@@ -217,3 +218,11 @@ def pytest_report_header() -> str:
 def seeded(request: pytest.FixtureRequest) -> None:
     """A fresh stream for each test, the same again with the seed that is printed at the top of every run."""
     torch.manual_seed(SEED + zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A stand-in for `torch.cuda`, in its place."""
+    fake = FakeCuda()
+    fake.install(monkeypatch)
+    return fake

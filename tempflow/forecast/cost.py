@@ -107,7 +107,9 @@ def network_rows(config: Config, method: Method, schedule: NoiseSchedule, iterat
     steps, siblings = plan.trunk_steps(), plan.siblings
     trunks = sum((int(part.max()) + 1) * part.shape[1] for part in steps.split(config.learn.rows, 1))
     later = (plan.window - 1) * steps.numel() * siblings
-    lengths = [solver.table(schedule).lengths for solver in solvers]
-    tails = sum(length[method.rule.after(step)] for step in steps.flatten().tolist() for length in lengths) * siblings
+    tables = [solver.table(schedule) for solver in solvers]
+    starts = [(table, method.rule.after(step)) for step in steps.flatten().tolist() for table in tables]
+    tails = sum(table.lengths[step] for table, step in starts) * siblings
+    unguided = sum(table.unguided[step] for table, step in starts) * siblings
     learning = (steps.numel() + later) * learning_passes(config)
-    return per_velocity * (trunks + later + tails + learning)
+    return per_velocity * (trunks + later + tails + learning) - (per_velocity - 1) * unguided

@@ -15,7 +15,7 @@ from tempflow.explore.feed import Feed
 from tempflow.explore.schedule import NoiseSchedule, build_schedule
 from tempflow.explore.tails.choose import check_tail_settings, choose_engines, prepare_weights
 from tempflow.explore.tails.compiled import CompiledBlocks
-from tempflow.explore.tails.levels import Engines
+from tempflow.explore.tails.engine import TailEngine
 from tempflow.forecast.words import Forecast
 from tempflow.learn.average import MovingAverage
 from tempflow.learn.optimizers import make_optimizer
@@ -34,7 +34,7 @@ from tempflow.run.evaluation import Evaluator
 from tempflow.run.folder import check_folder, write_settings
 from tempflow.run.journal import Journal
 from tempflow.run.noise_mode import settle_mode
-from tempflow.run.parts import chunk_rows, decoders, loss_noise, memory_held_back
+from tempflow.run.sizes import Decoders, choose_decoders, chunk_rows, loss_noise, memory_held_back
 from tempflow.run.trainer import Trainer
 from tempflow.settings.checks import check_consistency, longest_wait
 from tempflow.settings.fields import Config
@@ -69,10 +69,8 @@ def set_up(
     rows = config.tails.rows if config.tails.rows != "auto" else progress.tail_rows
     rows = rows or chunk_rows(config, policy, method, schedule, ranks, prompts[0].text, held_back)
     engines = ranks.agree(lambda: choose_engines(config.tails, policy, schedule, rows, prompts[0].text), "tails.level")
-    own, light, decode_rows = decoders(config, policy, engines.explore[0].rows)
-    evaluator = _evaluator(config, policy, held_out, (rewards, gold), ranks, engines)
-    if evaluator is not None:
-        evaluator = replace(evaluator, decoder=own, decode_rows=decode_rows)
+    decoders = choose_decoders(config, policy, engines.explore[0].rows)
+    evaluator = _evaluator(config, policy, held_out, (rewards, gold), ranks, engines.evaluate, decoders)
     write_settings(config, ranks)
     clock = PhaseClock(ranks.device)
     trainer = Trainer(
@@ -84,8 +82,8 @@ def set_up(
                   config.run.seed),
         numerics=CompiledBlocks(policy.blocks()) if config.learn.compile else nullcontext,
         tails=engines.explore,
-        decoder=own,
-        scores=ScoreQueue(light, rewards, decode_rows, clock, config.reward.overlap),
+        decoder=decoders.own,
+        scores=ScoreQueue(decoders.light, rewards, decoders.rows, clock, config.reward.overlap),
         rewards=rewards,
         noise=loss_noise(config, policy, ranks, beside_loss),
         stepper=stepper,
@@ -151,11 +149,12 @@ def _held_out(config: Config) -> list[Prompt]:
 
 
 def _evaluator(
-    config: Config, policy: Policy, prompts: list[Prompt], panels: tuple[Panel, Panel], ranks: Ranks, engines: Engines
-) -> Evaluator | None:
+    config: Config, policy: Policy, prompts: list[Prompt], panels: tuple[Panel, Panel], ranks: Ranks,
+    engine: TailEngine, decoders: Decoders,
+) -> Evaluator | None:  # fmt: skip
     """Held-out evaluation, or None where there are no held-out prompts."""
     if not prompts:
         return None
     schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
-    return Evaluator(policy, engines.evaluate, schedule, prompts, *panels, ranks, config.eval.seed,
-                     config.eval.noises, config.reward.rows, config.eval.pictures)  # fmt: skip
+    return Evaluator(policy, engine, schedule, prompts, *panels, ranks, config.eval.seed, config.eval.noises,
+                     decoders.own, decoders.rows, config.eval.pictures)  # fmt: skip

@@ -51,10 +51,10 @@ class Evaluator:
     """of the noises"""
     noises: int
     """N, per prompt"""
+    decoder: ImageDecoder
+    """what makes its images: the model's own, never a light one"""
     decode_rows: int
     pictures: int
-    decoder: ImageDecoder | None = None
-    """what makes its images, never a light decoder; None is the policy"""
 
     @property
     def pictured(self) -> list[int]:
@@ -110,4 +110,4 @@ class Evaluator:
         for part in chunks(len(latents), self.engine.rows):
             conditioning = self.policy.encode([prompt.text for prompt in prompts[part]])
             self.engine.finish(latents[part], [0] * len(latents[part]), conditioning, self.schedule)
-        return decode_branches(self.decoder or self.policy, latents, self.decode_rows)
+        return decode_branches(self.decoder, latents, self.decode_rows)

@@ -6,19 +6,11 @@ import warnings
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
 
 from tempflow.common.capture import CaptureBroken, CudaGraphs, waiting_is_an_error
 from tempflow.common.timing import device_seconds
 
 GPU = torch.device("cuda")
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    fake = FakeCuda()
-    fake.install(monkeypatch)
-    return fake
 
 
 def a_second(cuda):

@@ -73,6 +73,17 @@ def test_forks_that_are_drawn_cost_what_was_drawn(draw):
     assert sum(rows.values()) < cost.trunk_rows + cost.tail_rows + cost.learn_rows
 
 
+def test_steps_without_guidance_cost_one_row():
+    """In the figures of an iteration as in the forecast of it."""
+    config = small("tempflow", "explore.siblings=3", "sample.steps=6", "tails.guidance_above=0.5")
+    trainer, _ = make_trainer(small("tempflow", "explore.siblings=3", "sample.steps=6"), panel_of((tilt,), (1.0,)))
+    rule, schedule, explore = trainer.method.rule, trainer.schedule, config.explore
+    cost = iteration_cost(rule, schedule, tail_solvers(config.tails), Shape(explore.prompts * explore.noises, 3, 6, 24))
+    found = network_rows(config, trainer.method, schedule, 0, 2)
+    everything = cost.trunk_rows + cost.window_rows + cost.tail_rows + cost.learn_rows
+    assert cost.unguided_rows > 0 and found == 2 * everything - cost.unguided_rows
+
+
 def test_the_paper_setting():
     """T = 10, K = 6, every step: 9 trunk and 270 tail evaluations and 54 images per initial noise."""
     trainer, _ = make_trainer(small("tempflow", "sample.steps=10"), panel_of((tilt,), (1.0,)))

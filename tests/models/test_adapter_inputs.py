@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from saved_bytes import saved_bytes
 from tiny_pipelines import TEXTS
 
 from tempflow.models.attention import Case
@@ -13,24 +14,6 @@ from tempflow.models.network.adapters import adapted_layers
 def casting(policy, wanted: bool) -> None:
     for layer in adapted_layers(policy.network.module).values():
         layer.cast_input_dtype_enabled = wanted
-
-
-def kept_bytes(policy) -> int:
-    """What a training row's forward pass keeps for its backward pass, apart from what was there before."""
-    conditioning = policy.encode(TEXTS[:1])
-    module = policy.network.module
-    held = [*module.parameters(), *module.buffers(), *conditioning.tensors.values()]
-    known, kept = {tensor.untyped_storage()._cdata for tensor in held}, {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in known:
-            kept[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy.velocity(torch.randn(1, *policy.latent_shape), torch.full((1,), 0.5), conditioning)
-    return sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
@@ -50,13 +33,13 @@ def test_numbers_and_gradients_are_those_with_casts(load_tiny, disturb, name, dt
 def test_a_training_row_keeps_fewer_bytes(load_tiny, name):
     """Also after a LoRA was loaded and the adapters were off for a while."""
     policy = load_tiny(name, dtype="bf16")
-    before = kept_bytes(policy)
+    before = saved_bytes(policy, 1, TEXTS[0])
     with policy.reference():
         pass
-    assert kept_bytes(policy) == before
+    assert saved_bytes(policy, 1, TEXTS[0]) == before
     casting(policy, True)
-    print(f"{name}: {before} bytes, with casts {kept_bytes(policy)}")
-    assert before < 0.97 * kept_bytes(policy)
+    print(f"{name}: {before} bytes, with casts {saved_bytes(policy, 1, TEXTS[0])}")
+    assert before < 0.97 * saved_bytes(policy, 1, TEXTS[0])
 
 
 def test_a_continued_lora_takes_its_inputs_as_they_are(load_tiny, tmp_path):

@@ -46,7 +46,8 @@ class Choosy(Brightness):
 def evaluator(policy, schedule, ranks: Ranks, pictures: int = 2, noises: int = 1) -> Evaluator:
     reward, gold = (Panel({"brightness": Brightness()}, torch.ones(1)) for _ in range(2))
     prompts = [Prompt(text) for text in TEXTS]
-    return Evaluator(policy, EagerEngine(policy, 2), schedule, prompts, reward, gold, ranks, 7, noises, 2, pictures)
+    return Evaluator(policy, EagerEngine(policy, 2), schedule, prompts, reward, gold, ranks, 7, noises, policy, 2,
+                     pictures)  # fmt: skip
 
 
 class OneOf(Ranks):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from fake_cuda import FakeCuda
 
 from tempflow.common.capture import CudaGraphs
 from tempflow.common.errors import BadInput
@@ -14,13 +13,6 @@ from tempflow.explore.tails.recorded import Direct
 from tempflow.settings.fields import TailConfig
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    fake = FakeCuda()
-    fake.install(monkeypatch)
-    return fake
 
 
 def test_a_wait_for_the_host_is_found_before_the_capture(cuda):

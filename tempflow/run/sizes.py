@@ -1,6 +1,8 @@
-"""What carries the branches of a run, and what they are decoded by: chosen for its shapes and the memory it has."""
+"""What a run takes at a time: branches, latents to decode, noise of the loss; by its shapes and the memory there is."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
@@ -47,11 +49,23 @@ def loss_noise(config: Config, policy: Policy, ranks: Ranks, held_back: int) -> 
     return choose_noise(config.learn.noise, shape, ranks, free_memory(policy.device) - held_back)
 
 
-def decoders(config: Config, policy: Policy, tail_rows: int) -> tuple[ImageDecoder, ImageDecoder, int]:
-    """What decodes for evaluation, what decodes branches for their rewards, and how many latents a call."""
+@dataclass(frozen=True)
+class Decoders:
+    """Example: a compiled decoder of chunks of 24 branches with reward.rows = 16: both in calls of 12."""
+
+    own: ImageDecoder
+    """the model's, for evaluation and pictures"""
+    light: ImageDecoder
+    """for the rewards of branches; where there is no lighter one, the model's"""
+    rows: int
+    """latents of a call"""
+
+
+def choose_decoders(config: Config, policy: Policy, tail_rows: int) -> Decoders:
+    """A compiled decoder gets calls of one size, into which a chunk of `tail_rows` branches goes evenly."""
     path, compiled, most = config.tails.decoder, config.tails.compile_vae, config.reward.rows
     light = policy.light_decoder(path, compiled) if path else policy
     if not compiled:
-        return policy, light, most
+        return Decoders(policy, light, most)
     rows = even_rows(tail_rows, most)
-    return FullCalls(policy, rows), FullCalls(light, rows), rows
+    return Decoders(FullCalls(policy, rows), FullCalls(light, rows), rows)
