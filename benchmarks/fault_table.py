@@ -24,11 +24,10 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from importable import ROOT  # noqa: E402, isort: skip
-
-from faults import report, servers, table  # noqa: E402, F401
-from faults.kinds import Fault  # noqa: E402
-from faults.trials import Bench, Outcome, attempt  # noqa: E402
+from faults import report, table
+from faults.kinds import Fault
+from faults.trials import Bench, Outcome, attempt
+from importable import ROOT
 
 
 def options(arguments: list[str] | None) -> argparse.Namespace:

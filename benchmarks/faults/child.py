@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from faults import scorer
+
 from tempflow import train
 from tempflow.commands.train import main
 from tempflow.run import checkpoint

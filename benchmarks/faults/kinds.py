@@ -43,7 +43,7 @@ class Ends:
     """How the disturbed run must end.
 
     Args:
-        codes: exit codes of the process, or of the first rank; None: none is left, a signal ended it.
+        codes: exit codes of the process, or of the first rank (None: it left none, a signal ended it); none: any.
         words: regular expression, case ignored, of a line that begins with `tempflow:`.
         within: seconds from the fault to the end of the last process.
         lost: iterations that may be lost beyond the one in flight.

@@ -14,17 +14,15 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-import torch
+from faults import child
+from faults.child import SIGNALS, Job, enter
 from importable import ROOT
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import api
-
-from faults import child
-from faults.child import SIGNALS, Job, enter
 
 SCRIPT = ROOT / "tempflow" / "train.py"
 POLL = 0.01
@@ -40,6 +38,8 @@ class Started:
     began: float
     code: int | None = None
     """128 + n where signal n ended it"""
+    known: set[int] = field(default_factory=set)
+    """processes below it that have been seen"""
 
     def poll(self) -> int | None:
         """The exit code, or None while it runs."""
@@ -63,19 +63,37 @@ class Started:
         path = self.folder / f"rank{rank}.moments"
         return path.read_text().splitlines() if path.exists() else []
 
+    def look(self) -> None:
+        """Remembers all processes below it, which stay when it dies."""
+        parents = {int(path.name): _parent(path) for path in Path("/proc").iterdir() if path.name.isdigit()}
+        found = {self.pid}
+        while more := {pid for pid, parent in parents.items() if parent in found} - found:
+            found |= more
+        self.known |= found - {self.pid}
+
     def living(self) -> list[int]:
-        """Ranks that run yet, zombies not counted."""
-        found = [int(path.read_text() or 0) for path in self.folder.glob("rank*.pid")]
-        return [pid for pid in found if pid and _lives(pid)]
+        """Processes below it that run yet, zombies not counted."""
+        self.known |= {int(path.read_text() or 0) for path in self.folder.glob("rank*.pid")} - {0, self.pid}
+        return [pid for pid in self.known if _lives(pid)]
 
     def kill(self) -> None:
         """Ends all of it at once."""
+        if self.code is None:
+            self.look()
         for pid in {self.pid, *self.living()}:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 continue
         self.wait(time.monotonic() + 10)
+
+
+def _parent(process: Path) -> int:
+    """The parent of a process in /proc; 0 where it is gone."""
+    try:
+        return int((process / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
 
 def _lives(pid: int) -> bool:
@@ -182,7 +200,6 @@ def warm_up(job: Job) -> None:
     Raises:
         RuntimeError: that run failed; with its words.
     """
-    torch.set_num_threads(1)
     listing = job.folder / "modules.txt"
 
     def begin() -> NoReturn:

@@ -11,7 +11,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-
 from faults.trials import Outcome
 
 
@@ -52,8 +51,8 @@ def _page(outcomes: list[Outcome], minutes: float) -> list[str]:
 
 
 LEGEND = (
-    "Seconds: from the fault to the end of the last process (or of the whole run, where the run outlives the fault), at "
-    "most. Lost: iterations beyond the one in flight, at most. After: what the run comes to that goes on with "
+    "Seconds: from the fault to the end of the last process (or of the whole run, where the run outlives the fault), "
+    "at most. Lost: iterations beyond the one in flight, at most. After: what the run comes to that goes on with "
     "`run.resume=auto`; *equal* is weights, optimizer, average and metrics of an undisturbed run, bit for bit. A kind "
     "holds where exit code, line, seconds, lost iterations and what comes after are as stated, and no rank shows a "
     "traceback."

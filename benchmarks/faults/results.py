@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from tempflow.records.rows import read_metrics
-
 from faults.deeds import newest
+from safetensors.torch import load_file
+
+from tempflow.records.rows import read_metrics
 
 CLOCK = re.compile(r"second|per_hour|memory|peak|time|wait")
 """names of figures that differ from run to run"""

@@ -1,4 +1,4 @@
-"""The scorer's server of a run, in a process of its own, which can be killed, begun again, and told to answer wrongly."""
+"""The scorer's server of a run, a process of its own: it can be killed, begun again, told to answer wrongly."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from typing import NoReturn
 from importable import ROOT
 
 sys.path.append(str(ROOT / "tests" / "support"))
-import scorer_faults  # noqa: E402
-from tempflow.rewards.scorer import load_scorer  # noqa: E402
-from tempflow.rewards.servers.server import serve  # noqa: E402
-from tempflow.rewards.servers.wire import Limits  # noqa: E402
+import scorer_faults
+from faults.processes import fork
 
-from faults.processes import fork  # noqa: E402
+from tempflow.rewards.scorer import load_scorer
+from tempflow.rewards.servers.server import serve
+from tempflow.rewards.servers.wire import Limits
 
 SCORER = "faults.scorer:Judge"
+ANSWERS = tuple(scorer_faults.FAULTS)
+"""names of wrong answers"""
 
 
 class Server:

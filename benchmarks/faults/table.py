@@ -6,14 +6,16 @@ from dataclasses import replace
 from itertools import chain
 
 import torch
-from scorer_faults import FAULTS
-
 from faults import deeds, troubles
 from faults.deeds import HUP, INT, KILL, TERM, USR1, send
 from faults.kinds import FINISHED, REFUSED, Ends, Fault, Room
+from faults.servers import ANSWERS
 
 WRONG, HALTED, STOPPED, KILLED = 2, 2, 130, 137
 """Exit codes: the user has to change something; the run stopped on its way; a signal asked it to; SIGKILL."""
+LEFT = 2
+"""of a rank whose torchrun is gone"""
+ANY = ()
 TWO, RESTARTS, COMMAND, TORCHRUN = "2 ranks", "2 ranks, restarts", "command", "torchrun command"
 EACH = ("run.save_every=1",)
 """a checkpoint after each iteration"""
@@ -26,7 +28,7 @@ def killed(name: str, at: str, **more: object) -> Fault:
 
 
 def killed_ranks(name: str, target: str, **more: object) -> Fault:
-    ends = Ends((None, *range(256)), within=30, lost=1)
+    ends = Ends(ANY, within=30, lost=1)
     do = deeds.kill_all if target == "all" else send(KILL, target)
     return Fault(f"SIGKILL {name}", ends, TWO, at="any", do=do, settings=EACH, **more)
 
@@ -40,11 +42,13 @@ KILLS = Room("Kills", (
           send(KILL)),
     killed_ranks("of torchrun and 2 ranks at once, at a random moment", "all", tries=4),
     killed_ranks("of torchrun alone, at a random moment", "run", tries=2),
+    Fault("SIGKILL of torchrun alone in an iteration: its ranks do not go on", Ends((LEFT,), within=6), TWO,
+          at="iteration 2", do=send(KILL)),
     killed_ranks("of the first of 2 ranks, at a random moment", "rank0"),
     killed_ranks("of the second of 2 ranks, at a random moment", "rank1"),
     Fault("SIGKILL of a rank, torchrun --max-restarts=3 run.resume=auto", Ends((0,), lost=1), RESTARTS, EACH,
           "iteration 4", send(KILL, "rank1")),
-    Fault("SIGKILL of the torchrun command, at a random moment, imports included", Ends((None, *range(256)), lost=1),
+    Fault("SIGKILL of the torchrun command, at a random moment, imports included", Ends(ANY, lost=1),
           TORCHRUN, EACH, "any", send(KILL)),
 ))  # fmt: skip
 
@@ -101,7 +105,8 @@ SCORERS = Room("Scorers", (
     scored("gives a matrix", lambda scores: scores[None], "one number per image"),
     scored("gives words", lambda scores: ["good"] * len(scores), "no numbers"),
     scored("gives nothing", lambda scores: None, "reward"),
-    Fault("the second opinion raises RuntimeError", Ends((HALTED,), "reward.*saved"), troubles=(troubles.gold_raises(),)),
+    Fault("the second opinion raises RuntimeError", Ends((HALTED,), "reward.*saved"),
+          troubles=(troubles.gold_raises(),)),
     Fault("the scorer of the second of 2 ranks raises RuntimeError", Ends((HALTED,), SCORE_REFUSED), TWO,
           troubles=(troubles.scorer(troubles.raises(ERRORS[0]), rank=1),)),
     Fault("the scorer of the second of 2 ranks raises SystemExit", Ends((HALTED,), SCORE_REFUSED), TWO,
@@ -119,7 +124,7 @@ SERVERS = Room("Scorer servers", (
     Fault("the server is killed", Ends((HALTED,), SCORE_REFUSED), served=True, do=deeds.stop_server,
           settings=("run.save_every=100", "reward.patience=3")),
     Fault("the server is killed and is back after 2 s", Ends((0,)), served=True, do=deeds.restart_server),
-    *map(spoilt, FAULTS),
+    *map(spoilt, ANSWERS),
 ))  # fmt: skip
 
 DISK = Room("Disk and folder", (
@@ -144,7 +149,12 @@ def damaged(name: str, prepared: object, words: str = "step_000004") -> Fault:
     return Fault(f"newest checkpoint: {name}", Ends((0,), words, lost=1), at="start", prepared=prepared)
 
 
-WEIGHTS, OPTIMIZER, AVERAGE, STATE = "parameters.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"
+WEIGHTS, OPTIMIZER, AVERAGE, STATE = (
+    "parameters.safetensors",
+    "optimizer.safetensors",
+    "average.safetensors",
+    "state.json",
+)
 CHECKPOINTS = Room("Checkpoints", (
     *(damaged(f"{name} cut in half", deeds.truncate(name)) for name in (WEIGHTS, OPTIMIZER, AVERAGE, STATE)),
     *(damaged(f"one bit of {name} flipped", deeds.flip(name)) for name in (WEIGHTS, OPTIMIZER, AVERAGE)),
@@ -159,9 +169,10 @@ CHECKPOINTS = Room("Checkpoints", (
 ))  # fmt: skip
 
 NUMBERS = Room("Numbers and memory", (
-    Fault("a gradient is NaN once", Ends((0,), "finite"), troubles=(troubles.not_a_number(range(3, 4)),), then=FINISHED),
-    Fault("gradients are NaN for ever", Ends((HALTED,), "finite", lost=9), troubles=(troubles.not_a_number(range(3, 99)),),
-          settings=EACH, then=FINISHED),
+    Fault("a gradient is NaN once", Ends((0,), "finite"), then=FINISHED,
+          troubles=(troubles.not_a_number(range(3, 4)),)),
+    Fault("gradients are NaN for ever", Ends((HALTED,), "finite", lost=9), settings=EACH, then=FINISHED,
+          troubles=(troubles.not_a_number(range(3, 99)),)),
     Fault("the network gives NaN", Ends((HALTED,), "finite|NaN", lost=9), settings=EACH, then=FINISHED,
           troubles=(troubles.velocity_not_a_number(),)),
     Fault("memory is short once in tails", Ends((0,), "memory"), troubles=(troubles.memory(12),), then=FINISHED),

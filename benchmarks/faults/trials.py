@@ -10,12 +10,14 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from faults.child import Job
-from tempflow.settings.fields import RunConfig
 from faults.kinds import EQUAL, REFUSED, WAYS, Fault, Scene
 from faults.processes import POLL, Started, warm_up
 from faults.results import differences, traceback_in, words
 from faults.servers import SCORER, Server
+
+from tempflow.settings.fields import RunConfig
 
 ITERATIONS, HALTED = 6, 4
 SETTINGS = ("explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]", "sample.steps=5",
@@ -60,7 +62,8 @@ class Bench:
     def __init__(self, folder: Path, seed: int):
         self.folder, self.random = folder, random.Random(seed)
         self.seconds: dict[str, float] = {}
-        warm_up(self.job("warm", self.folder / "warm" / "run"))
+        torch.set_num_threads(1)
+        warm_up(self.job("undisturbed/first", self.folder / "undisturbed" / "one process" / "run", "run.save_every=1"))
 
     def job(self, name: str, run: Path, *more: str, **parts: object) -> Job:
         """A run in `run` whose logs go to a new folder of that name."""
@@ -84,10 +87,18 @@ class Bench:
         """The folder of a run that was stopped after HALTED iterations; made once."""
         return self._made(PLAIN.get(way, way), "halted", f"learn.iterations={HALTED}", "run.save_every=1")
 
+    def moment(self, fault: Fault) -> str:
+        """When the fault comes, a random moment drawn within the length of an undisturbed run."""
+        if fault.at != "any":
+            return fault.at
+        return f"{self.random.uniform(0, self.duration(fault.way)):.2f} s"
+
     def duration(self, way: str) -> float:
         """Seconds of an undisturbed run, imports included where there are any."""
-        self.undisturbed(way)
-        return self.seconds[PLAIN.get(way, way)] + (12.0 if "command" in way else 0.0)
+        way = PLAIN.get(way, way)
+        if way not in self.seconds:
+            self._made(way, "timed", f"learn.iterations={ITERATIONS}", "run.save_every=1")
+        return self.seconds[way] + (12.0 if "command" in way else 0.0)
 
     def _made(self, way: str, kind: str, *more: str) -> Path:
         run = self.folder / kind / way / "run"
@@ -146,28 +157,27 @@ def _disturb(bench: Bench, fault: Fault, name: str, run: Path, server: Server | 
     if fault.prepared:
         shutil.copytree(bench.halted(fault.way), run)
         fault.prepared(run)
-    duration = bench.duration(fault.way)
+    outcome.moment = bench.moment(fault)
     parts = {"troubles": fault.troubles, "pause_at": fault.at if fault.do else None}
     started = WAYS[fault.way](bench.job(f"{name}/first", run, *settings, **parts))
     scene = Scene(run, started, lambda: WAYS[fault.way](bench.job(f"{name}/second", run, *settings)), server=server)
-    struck = _strike(bench, fault, scene, duration, outcome)
+    struck = _strike(fault, scene, outcome)
     _await_end(fault, scene, struck, outcome)
     return scene
 
 
-def _strike(bench: Bench, fault: Fault, scene: Scene, duration: float, outcome: Outcome) -> float:
+def _strike(fault: Fault, scene: Scene, outcome: Outcome) -> float:
     """Waits for the moment and does what the fault does; returns when that was."""
-    started, moment = scene.started, fault.at
-    wait = bench.random.uniform(0, duration) if moment == "any" else None
-    wait = float(moment.removesuffix(" s")) if moment.endswith(" s") else wait
+    started, moment = scene.started, outcome.moment
+    wait = float(moment.removesuffix(" s")) if moment.endswith(" s") else None
     limit = started.began + (SLOWEST if wait is None else wait)
     while time.monotonic() < limit and started.poll() is None:
         if wait is None and (moment == "start" or moment in started.moments()):
             break
         time.sleep(POLL)
-    outcome.moment = moment if wait is None else f"{time.monotonic() - started.began:.2f} s"
     struck = time.monotonic()
     if fault.do and started.poll() is None:
+        started.look()
         fault.do(scene)
     return struck
 
@@ -190,16 +200,16 @@ def _await_end(fault: Fault, scene: Scene, struck: float, outcome: Outcome) -> N
     judged = next((each for each in processes if scene.others and each.code), processes[-1])
     rest = [each for each in processes if each is not judged]
     outcome.problems += [f"the other process ended with {each.code}" for each in rest if each.code]
-    _judge(fault, judged, outcome)
+    _judge(fault, scene, judged, outcome)
 
 
-def _judge(fault: Fault, judged: Started, outcome: Outcome) -> None:
+def _judge(fault: Fault, scene: Scene, judged: Started, outcome: Outcome) -> None:
     said, code = words(judged.folder), rank_code(judged)
     outcome.code = code
     fitting = [line for line in said if re.search(fault.ends.words, line, re.IGNORECASE)]
-    outcome.line = (fitting or said or [""])[-1].removeprefix("tempflow: ")
+    outcome.line = (fitting or said or [""])[-1].removeprefix("tempflow: ").replace(f"{scene.run.parent}/", "")
     outcome.begun = _last_iteration(judged)
-    if code not in fault.ends.codes:
+    if fault.ends.codes and code not in fault.ends.codes:
         outcome.problems.append(f"exit code {code}, expected {' or '.join(map(str, fault.ends.codes))}")
     if fault.ends.words and not fitting:
         outcome.problems.append(f"no line that says {fault.ends.words!r}")

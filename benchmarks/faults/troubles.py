@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from tempflow.models.pipeline import PipelinePolicy
-from tempflow.parallel import ranks
-from torch import Tensor
-
 from faults.child import Inside, Trouble, before
 from faults.scorer import Judge
+from torch import Tensor
+
 from tempflow import train
+from tempflow.models.pipeline import PipelinePolicy
+from tempflow.parallel import ranks
 
 WHEN = 3
 """the iteration in which traps spring"""
@@ -139,6 +139,7 @@ def unprivileged() -> None:
 
 def fail_in_set_up() -> Trouble:
     """Something only this rank meets while it is set up."""
+
     def strike(inside: Inside, _: Any) -> None:
         def fail(*_: Any) -> None:
             raise OSError(5, "Input/output error", "/data/prompts.txt")
