@@ -30,7 +30,7 @@ def read_prompts(path: str, setting: str) -> list[Prompt]:
     Raises:
         BadInput: no such file, no prompt in it, or a line that is no prompt object.
     """
-    file = _file(resolve(path), setting)
+    file = _file(resolve(path, setting), setting)
     if not file.is_file():
         hint = "no such file; give a .txt or .jsonl file of prompts, or a folder of train and test files"
         raise BadInput(setting, path, hint)

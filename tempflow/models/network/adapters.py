@@ -15,11 +15,13 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
+from tempflow.models.weights.files import check_safetensors
+from tempflow.models.weights.origin import Origin
+from tempflow.models.weights.parts import nonfinite
 from tempflow.settings.fields import ModelConfig
 
 NAME = "default"
@@ -123,19 +125,25 @@ def _folded(weights: dict[str, Tensor], alphas: dict[str, Tensor]) -> dict[str, 
 
 def _read(pipeline_class: type[DiffusionPipeline], source: str) -> tuple[dict[str, Tensor], dict]:
     """Adapter weights by the transformer's names, and metadata; other trainers' formats are converted by diffusers."""
-    path = resolve(source)
-    try:
+    path, origin = resolve(source, "model.lora"), Origin("model.lora", source, "the LoRA")
+    for file in _local_files(path):
+        check_safetensors(file, origin)
+    with origin.one_line():
         found = pipeline_class.lora_state_dict(
             str(path) if path.exists() else source, return_lora_metadata=True, return_alphas=True, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise BadInput("model.lora", source, f"does not load as a LoRA ({reason})") from error
     apart = found[1] if len(found) == 3 else None  # FLUX's loader takes `.alpha` tensors out, the others leave them in
     alphas = apart or {name: tensor for name, tensor in found[0].items() if name.endswith(".alpha")}
     weights = _folded(found[0], alphas)
     own = {n.removeprefix(PREFIX): tensor for n, tensor in weights.items() if n.startswith(PREFIX)}
+    for name in nonfinite(own):
+        raise origin.refusal(f"its {name} holds NaN or infinity")
     return own, found[-1] or {}
+
+
+def _local_files(path: Path) -> list[Path]:
+    """The file, or the safetensors files of a folder; none of them may be of another kind."""
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
 
 
 def save_adapters(module: nn.Module, pipeline_class: type[DiffusionPipeline], folder: Path) -> None:
