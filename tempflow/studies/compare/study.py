@@ -24,6 +24,8 @@ from tempflow.settings.names import nearest
 from tempflow.settings.reading import is_override, load
 
 SHIPPED = PACKAGE / "studies" / "shipped"
+KEPT = "study.yaml"
+"""A study's own file in its folder."""
 OWN = ("run.seed", "run.dir", "run.resume", "run.plan_only", "learn.iterations", "learn.max_seconds")
 """Fields that a study sets by itself."""
 SHARED = ("model.path", "model.lora", "prompts.train", "prompts.test", "reward.name", "reward.gold", "reward.options",
@@ -168,7 +170,7 @@ def open_folder(study: Study, folder: Path) -> None:
     Raises:
         BadInput: anything but runs, seeds, processes and words differs, or runs or seeds are gone.
     """
-    kept, now = folder / "study.yaml", study.model_dump()
+    kept, now = folder / KEPT, study.model_dump()
     if kept.is_file():
         before = Study.model_validate(_content(kept)).model_dump()
         for name, value in before.items():
