@@ -155,6 +155,6 @@ def _evaluator(
     """Held-out evaluation, or None where there are no held-out prompts."""
     if not prompts:
         return None
-    schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
+    schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, 1.0)  # no noise is taken
     return Evaluator(policy, engine, schedule, prompts, *panels, ranks, config.eval.seed, config.eval.noises,
                      decoders.own, decoders.rows, config.eval.pictures)  # fmt: skip

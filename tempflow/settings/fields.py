@@ -79,8 +79,9 @@ class SampleConfig:
     """Guidance as the pipeline counts it: classifier-free (SD3, Qwen-Image, klein: > 1; Z-Image: > 0) or embedded."""
     transition: Literal["flow_sde", "dance_sde", "flash_sde", "cps"] = "flow_sde"
     """The stochastic step: Flow-GRPO's SDE, DanceGRPO's, Flash-GRPO's, or coefficients-preserving sampling."""
-    noise_level: Positive = 0.7
-    """Noise of the stochastic step: a of Flow-SDE and CPS, eta of Dance-SDE, a factor (released: 1) of Flash-SDE."""
+    noise_level: Positive | Annotated[list[Positive], Field(min_length=1)] = 0.7
+    """Noise of the stochastic step: a of Flow-SDE and CPS, eta of Dance-SDE, a factor (released: 1) of Flash-SDE; or a
+    list, one for each step but the last."""
 
 
 @section
