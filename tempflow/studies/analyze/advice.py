@@ -16,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import yaml
-
+from tempflow.common.yaml_values import to_yaml
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.settings.fields import Config
 from tempflow.studies.analyze.measure import Spread, fork_rows
@@ -58,7 +57,7 @@ class Advice:
         explore = {"forks": list(self.forks), "take": None, "draw": "iteration", "window": 1, "jump": 1,
                    "siblings": self.siblings}  # fmt: skip
         values = {"sample": {"noise_level": self.noise_level}, "explore": explore}
-        return f"# {self.describe()}.\n" + yaml.safe_dump(values, sort_keys=False)
+        return f"# {self.describe()}.\n" + to_yaml(values)
 
 
 def advise(config: Config, schedule: NoiseSchedule, spreads: Sequence[Spread]) -> Advice:
