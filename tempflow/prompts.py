@@ -76,7 +76,7 @@ def _refuse_header(line: str, path: str, setting: str) -> None:
     """A table's first line names its columns, each a word; and JSON over several lines opens a bracket."""
     cells = [] if " " in line else re.split(r"[,;\t]", line.replace('"', "").lower())
     if HEADERS & set(cells) or line in ("{", "["):
-        hint = "begins as a table or as JSON over several lines does; give its prompts alone, one a line, or JSON objects (.jsonl)"
+        hint = "begins as a table or as JSON over several lines does; give prompts alone, or one JSON object a line"
         raise BadInput(setting, f"{path}:1", hint)
 
 

@@ -12,9 +12,20 @@ PACKAGE = Path(__file__).resolve().parents[1]
 SHIPPED = "tempflow:"
 
 
-def resolve(path: str) -> Path:
-    """`tempflow:x` to the package's own folder x, anything else to the user's path."""
-    return PACKAGE / path.removeprefix(SHIPPED) if path.startswith(SHIPPED) else Path(path).expanduser()
+def resolve(path: str, field: str = "path") -> Path:
+    """`tempflow:x` to the package's own folder x, anything else to the user's path.
+
+    Args:
+        field: the setting that the path was given in.
+    Raises:
+        BadInput: a `tempflow:` path that leaves the package.
+    """
+    if not path.startswith(SHIPPED):
+        return Path(path).expanduser()
+    found = PACKAGE / path.removeprefix(SHIPPED)
+    if not Path(os.path.normpath(found)).is_relative_to(PACKAGE):
+        raise BadInput(field, path, f"`{SHIPPED}` names what ships with the package, and this leaves it")
+    return found
 
 
 def user_path(field: str, path: str | Path) -> Path:
@@ -26,7 +37,7 @@ def user_path(field: str, path: str | Path) -> Path:
         BadInput: no file can have this name, or nobody can tell whether one has.
     """
     try:
-        found = resolve(str(path))
+        found = resolve(str(path), field)
         found.stat()
     except (FileNotFoundError, NotADirectoryError):
         return found

@@ -14,7 +14,7 @@ from pydantic.dataclasses import dataclass
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 Whole = Annotated[int, Field(ge=0, lt=2**31)]
-Steps = Annotated[int, Field(ge=2, le=10_000)]
+Steps = Annotated[int, Field(ge=2, le=1000)]
 Seconds = Annotated[float, Field(gt=0, le=1e8)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
@@ -249,7 +249,7 @@ class EvalConfig:
     """Iterations between evaluations; 0 evaluates only before and after."""
     prompts: Count = 128
     """Held-out prompts per evaluation, spread evenly over the file."""
-    steps: Annotated[int, Field(ge=1, le=10_000)] = 10
+    steps: Annotated[int, Field(ge=1, le=1000)] = 10
     """Denoising steps, ODE only, from fixed noises."""
     noises: Count = 1
     """Initial noises per held-out prompt; its scores are means over them, pictures show the first."""
