@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import yaml
 
+from tempflow.common.yaml_values import to_yaml
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.settings.fields import Config
 from tempflow.settings.reading import plain
@@ -66,12 +66,12 @@ class Advice:
         explore = {"forks": list(self.forks), "take": None, "draw": "iteration", "window": 1, "jump": 1,
                    "siblings": self.siblings}  # fmt: skip
         values = {"sample": {"noise_level": plain(self.noise_level)}, "explore": explore}
-        return f"# {self.describe()}.\n" + yaml.safe_dump(values, sort_keys=False)
+        return f"# {self.describe()}.\n" + to_yaml(values)
 
     def even_yaml(self) -> str:
         """The same, with the noise of rule 4 and nothing else."""
         values = {"sample": {"noise_level": plain(self.even_levels)}}
-        return "# Noise at which siblings' rewards spread alike at every step.\n" + yaml.safe_dump(values)
+        return "# Noise at which siblings' rewards spread alike at every step.\n" + to_yaml(values)
 
 
 def advise(config: Config, schedule: NoiseSchedule, spreads: Sequence[Spread]) -> Advice:
