@@ -44,9 +44,8 @@ def analyze(config: Config, iterations: int):
         apart = replace(config.run, dir=folder, resume=False, plan_only=False, trackers=[])
         trainer, _, _ = set_up(analysis_config(replace(config, run=apart)))
         steps, spread = measure_steps(trainer, backward, iterations)
-        level = config.sample.noise_level
-        others = [measure_spread(trainer, factor * level, iterations) for factor in LEVELS if factor != 1.0]
-        spreads = sorted([spread, *others], key=lambda found: found.level)
+        others = {factor: measure_spread(trainer, factor, iterations) for factor in LEVELS if factor != 1.0}
+        spreads = [found for _, found in sorted((others | {1.0: spread}).items())]
         advice = advise(trainer.config, trainer.schedule, spreads)
         return Analysis(steps, spreads, advice, trainer.policy.network_rows)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
+from tempflow.common.machine import host_memory
 from tempflow.models.weights.files import check_safetensors
 from tempflow.models.weights.origin import Origin
 from tempflow.models.weights.parts import nonfinite
@@ -30,10 +31,12 @@ PREFIX = "transformer."
 
 def add_adapters(module: nn.Module, config: ModelConfig, default_targets: Sequence[str]) -> None:
     """Puts fp32 adapters, without effect at first, on the layers that `config.lora_targets` names."""
+    names = layer_names(module, list(config.lora_targets or default_targets), bool(config.lora_targets))
+    _check_rank(module, config.lora_rank, names)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=layer_names(module, list(config.lora_targets or default_targets), bool(config.lora_targets)),
+        target_modules=names,
         init_lora_weights="gaussian",
     )
     module.add_adapter(lora)
@@ -44,6 +47,15 @@ def add_adapters(module: nn.Module, config: ModelConfig, default_targets: Sequen
         # Else peft widens every input to the adapter's fp32, and autocast rounds it back to the very same numbers: a
         # copy for each projection to keep until the backward pass.
         layer.cast_input_dtype_enabled = False
+
+
+def _check_rank(module: nn.Module, rank: int, names: Sequence[str]) -> None:
+    """Adapters of this rank can be held: they are made in main memory, even for a plan."""
+    sides = sum(sum(module.get_submodule(name).weight.shape) for name in names)
+    needed, most = 4 * rank * sides, host_memory()
+    if needed > most:
+        hint = f"adapters of this rank need {needed / 2**30:,.0f} GiB, and there are {most / 2**30:,.0f}; lower it"
+        raise BadInput("model.lora_rank", rank, hint)
 
 
 def layer_names(module: nn.Module, targets: list[str], all_needed: bool) -> list[str]:
