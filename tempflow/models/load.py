@@ -25,7 +25,7 @@ from tempflow.models.families.qwen_image import QwenImage
 from tempflow.models.families.sd3 import SD3
 from tempflow.models.families.z_image import ZImage
 from tempflow.models.loading import build_pipeline, dtypes, load_pipeline, read_index
-from tempflow.models.network.network import TrainedNetwork
+from tempflow.models.network.network import Spread, TrainedNetwork
 from tempflow.models.pipeline import PipelinePolicy
 from tempflow.models.text import TextRows, files_identity
 from tempflow.models.without_weights.skeleton import Skeleton
@@ -44,6 +44,7 @@ def load_policy(
     keep_reference: bool = True,
     rows: int = 1,
     slowest: Callable[[Tensor], Tensor] | None = None,
+    spread: Spread | None = None,
 ) -> PipelinePolicy:
     """The policy of the pipeline at `model.path`, its transformer ready for training.
 
@@ -51,6 +52,7 @@ def load_policy(
         keep_reference: False where no KL is asked for; then full training keeps no second copy of the weights.
         rows: of a network call in learning, at which attention backends are compared.
         slowest: the largest of each number over all processes, so that all choose the same one.
+        spread: shares the transformer out over processes, from main memory.
     Raises:
         BadInput: no pipeline there, a class that is not supported, or a setting it cannot take; nothing that can be
             told from its configuration waits for the weights.
@@ -59,9 +61,10 @@ def load_policy(
     folder, index, family_class = _find(model)
     pipeline = load_pipeline(family_class.pipeline_class, model, index, device)
     family = family_class(pipeline, model, sample, device)
-    pipeline.transformer.to(device)
+    if spread is None:
+        pipeline.transformer.to(device)
     _place_decoder(pipeline.vae, model, device)
-    network = _network(family, model, keep_reference)
+    network = _network(family, model, keep_reference, spread)
     policy = PipelinePolicy(family, network, _texts(family, model, folder, device), device)
     set_attention(policy, model.attention, rows, slowest)
     return policy
@@ -91,10 +94,9 @@ def _find(model: ModelConfig) -> tuple[Path, dict[str, Any], type[Family]]:
     return folder, index, family
 
 
-def _network(family: Family, model: ModelConfig, keep_reference: bool) -> TrainedNetwork:
-    return TrainedNetwork(
-        family.pipeline.transformer, model, family.pipeline_class, family.lora_targets, keep_reference
-    )
+def _network(family: Family, model: ModelConfig, keep_reference: bool, spread: Spread | None = None) -> TrainedNetwork:
+    module, kind, targets = family.pipeline.transformer, family.pipeline_class, family.lora_targets
+    return TrainedNetwork(module, model, kind, targets, keep_reference, spread)
 
 
 def _place_decoder(vae: diffusers.ModelMixin, model: ModelConfig, device: torch.device) -> None:
