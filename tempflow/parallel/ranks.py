@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from tempflow.common.errors import BadInput
@@ -28,6 +29,10 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
+    patience: float = 0.0
+    """seconds that it waits for the others before it gives up"""
+    in_step: bool = False
+    """a network call is one of all processes: each has to make the same ones"""
 
     @property
     def first(self) -> bool:
@@ -72,10 +77,11 @@ class Ranks:
         raise problem or BadInput(field, f"rank {self.rank}", "another process could not go on and says why")
 
     def average_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Replaces each gradient by its mean over ranks, bucket by bucket; a rank without one counts as 0."""
+        """Replaces each gradient by its mean over ranks, bucket by bucket; a rank without one counts as 0. Gradients of
+        parameters that are shared out are means already."""
         if self.size == 1:
             return
-        gradients = [_gradient(parameter) for parameter in parameters]
+        gradients = [_gradient(parameter) for parameter in parameters if not isinstance(parameter, DTensor)]
         while gradients:
             sizes = list(accumulate(gradient.nbytes for gradient in gradients))
             count = max(1, bisect_right(sizes, BUCKET))
@@ -117,9 +123,9 @@ def start(device: str, patience: float = 0.0) -> Ranks:
     place = torch.device("cuda", own.local) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(place)
-    if size > 1:
+    if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=patience + MARGIN))
-    return Ranks(rank, size, place)
+    return Ranks(rank, size, place, patience + MARGIN)
 
 
 def stop() -> None:

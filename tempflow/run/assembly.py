@@ -36,6 +36,7 @@ from tempflow.run.folder import check_folder, write_settings
 from tempflow.run.journal import Journal
 from tempflow.run.noise_mode import settle_mode
 from tempflow.run.sizes import Decoders, choose_decoders, chunk_rows, loss_noise, memory_held_back
+from tempflow.run.spreading import spread_out
 from tempflow.run.trainer import Trainer
 from tempflow.settings.checks import check_consistency, longest_wait
 from tempflow.settings.fields import Config
@@ -57,10 +58,13 @@ def set_up(
     check_folder(config)
     prompts, held_out = read_prompts(config.prompts.train, "prompts.train"), _held_out(config)
     method, schedule = show_plan(config, ranks)
+    spreading = spread_out(config, ranks)
+    config, ranks = spreading.config, spreading.ranks
     rewards, gold = _accepted(panels or load_panels(config.reward, config.reward.rows, ranks.device), prompts, held_out)
     torch.manual_seed(config.run.seed)  # here: the adapters' first values must not depend on what scorers drew
     policy = policy or load_policy(config.model, config.sample, ranks.device, keep_reference=config.objective.kl > 0,
-                                   rows=config.learn.rows, slowest=ranks.largest)  # fmt: skip
+                                   rows=config.learn.rows, slowest=ranks.largest,
+                                   spread=spreading.shards)  # fmt: skip
     say(f"attention: {policy.attention}")
     stepper, folder = _stepper(config, policy), Path(config.run.dir).expanduser()
     progress = checkpoint.restore(folder / "checkpoints", stepper)
@@ -70,6 +74,7 @@ def set_up(
     rows = config.tails.rows if config.tails.rows != "auto" else progress.tail_rows
     rows = rows or chunk_rows(config, policy, method, schedule, ranks, prompts[0].text, held_back)
     engines = ranks.agree(lambda: choose_engines(config.tails, policy, schedule, rows, prompts[0].text), "tails.level")
+    engines = spreading.engines(engines, policy)
     decoders = choose_decoders(config, policy, engines.explore[0].rows)
     evaluator = _evaluator(config, policy, held_out, (rewards, gold), ranks, engines.evaluate, decoders)
     write_settings(config, ranks)

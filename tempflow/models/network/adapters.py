@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
 from tempflow.common.machine import host_memory
+from tempflow.common.tensors import whole
 from tempflow.models.weights.files import check_safetensors
 from tempflow.models.weights.origin import Origin
 from tempflow.models.weights.parts import nonfinite
@@ -79,7 +80,7 @@ def adapted_layers(module: nn.Module) -> dict[str, LoraLayer]:
 
 def adapter_state(module: nn.Module) -> tuple[dict[str, Tensor], dict]:
     """Adapter weights and their configuration, as diffusers' savers take them."""
-    weights = {name: tensor.detach().clone() for name, tensor in get_peft_model_state_dict(module).items()}
+    weights = {name: whole(t.detach()).clone() for name, t in get_peft_model_state_dict(module).items()}
     return weights, module.peft_config[NAME].to_dict()
 
 
@@ -158,9 +159,11 @@ def _local_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
 
 
-def save_adapters(module: nn.Module, pipeline_class: type[DiffusionPipeline], folder: Path) -> None:
-    """Writes `pytorch_lora_weights.safetensors` for `load_lora_weights`, of the scale 1."""
-    weights, metadata = adapter_state(module)
+def save_adapters(
+    module: nn.Module, pipeline_class: type[DiffusionPipeline], folder: Path, weights: dict[str, Tensor]
+) -> None:
+    """Writes `weights` of `adapter_state` as `pytorch_lora_weights.safetensors` for `load_lora_weights`, of scale 1."""
+    metadata = module.peft_config[NAME].to_dict()
     weights = _scaled(weights, metadata["lora_alpha"] / metadata["r"])
     pipeline_class.save_lora_weights(
         folder,
