@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from tempflow.common.errors import BadInput
-from tempflow.rewards.scorer import Scorer
+from tempflow.rewards.scorer import Scorer, ScorerFailed
 from tempflow.rewards.servers.wire import Limits, Malformed, Request, pack_answer, pack_refusal, unpack_request
 
 try:
@@ -125,6 +125,8 @@ def _work(scorer: Scorer, job: Request) -> tuple[int, bytes]:
     """Status and body of the answer; in the scorer's own thread."""
     try:
         return 200, pack_answer(job, scorer(job.images, job.prompts))
+    except ScorerFailed:
+        raise  # and is asked again when the request comes again
     except BadInput as error:
         return 422, pack_refusal(job, error.hint)
 
