@@ -119,6 +119,10 @@ class Policy(ImageDecoder, Protocol):
         """
         ...
 
-    def save(self, folder: Path) -> None:
-        """Writes what was trained in the format of the model's own library."""
+    def save(self, folder: Path, write: bool = True) -> None:
+        """Writes what was trained in the format of the model's own library.
+
+        Args:
+            write: a network that is shared out is gathered by all processes, and written by the one that has it true.
+        """
         ...

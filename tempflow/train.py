@@ -83,7 +83,7 @@ def train_step(trainer: Trainer, iteration: int) -> IterationRow:
     set_learning_rate(stepper.optimizer, learn, iteration)
     record, own = LossRecord(), ranks.share(credit.advantages.shape[1])
     with clock("learn"), trainer.numerics():
-        for number, update in enumerate(updates(rollout, credit, method.objective, learn, own)):
+        for number, update in enumerate(updates(rollout, credit, method.objective, learn, own, ranks.in_step)):
             for batch in update.batches:
                 decided = batch.advantages.numel() / (learn.rows * plan.siblings)  # less later in a window
                 record.add(backward(trainer, batch), number, decided)

@@ -1,8 +1,8 @@
-"""From host to device without waiting."""
+"""From host to device without waiting, and from shares to a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +13,33 @@ def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor whose shares lie in several processes (a DTensor) in full, in all of them; any other itself."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+def own_share(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    local = getattr(tensor, "to_local", None)
+    return tensor if local is None else local()
+
+
+@torch.no_grad()
+def gather(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Full tensors in main memory, one at a time on the device; for those in shares all processes call it.
+
+    Args:
+        keep: False in processes that only take part: they get nothing.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if keep:
+            found[name] = full.to("cpu").contiguous()
+    return found
 
 
 def chunks(total: int, size: int) -> Iterator[slice]:

@@ -79,22 +79,24 @@ FORKS_OF_A_STEP = {
 
 
 def updates(
-    rollout: Rollout, credit: Credit, objective: Objective, learn: LearnConfig, own: range
+    rollout: Rollout, credit: Credit, objective: Objective, learn: LearnConfig, own: range, in_step: bool = False
 ) -> Iterator[Update]:
     """The optimizer steps of an iteration, over all inner epochs.
 
     Args:
         credit: of the R trunks of all processes; `own` are those of this one.
+        in_step: leave a batch out only where no process learns from its own one in that place.
     """
     mine = replace(credit, advantages=credit.advantages[:, own.start : own.stop],
                    informative=credit.informative[:, own.start : own.stop])  # fmt: skip
+    everyone = credit.informative.view(len(credit.informative), -1, len(own))
+    telling = everyone.any(1) if in_step else mine.informative
     for _ in range(learn.inner_epochs):
         for cut in cuts(len(own), len(credit.advantages), learn):
             known = _informative(credit, cut, len(own))
             share = objective.share(known)
-            batches = [batch for batch in _batches(rollout, mine, objective, cut, learn.rows, share)
-                       if objective.learns(batch.terms)]  # fmt: skip
-            yield Update(batches, not known.any() and not objective.learns_from_idle())
+            batches = _batches(rollout, mine, objective, cut, learn.rows, share, telling)
+            yield Update(list(batches), not known.any() and not objective.learns_from_idle())
 
 
 def _informative(credit: Credit, cut: _Cut, trunks: int) -> Tensor:
@@ -104,9 +106,13 @@ def _informative(credit: Credit, cut: _Cut, trunks: int) -> Tensor:
 
 
 def _batches(
-    rollout: Rollout, credit: Credit, objective: Objective, cut: _Cut, rows: int, share: float
+    rollout: Rollout, credit: Credit, objective: Objective, cut: _Cut, rows: int, share: float, telling: Tensor
 ) -> Iterator[TransitionBatch]:
-    """All batches of one optimizer step: chunk of trunks by chunk of trunks, decision by decision."""
+    """The batches of one optimizer step: chunk of trunks by chunk of trunks, decision by decision.
+
+    Args:
+        telling: groups (S, R) bool without which a batch is left out, where it has no gradient then.
+    """
     siblings, taken = credit.advantages.shape[2], [d for d in rollout.decisions if d.fork in cut.forks]
     total = sum(len(cut.trunks) * siblings for _ in taken)
     for part in chunks(len(cut.trunks), rows):
@@ -116,7 +122,9 @@ def _batches(
             for piece in chunks(end - first, rows):
                 here = slice(first + piece.start, first + piece.stop)
                 count = (here.stop - here.start) * decision.siblings
-                yield _batch(decision, credit, objective, here, share * count / total)
+                anywhere = telling[decision.fork].repeat_interleave(per_trunk)[here]
+                if objective.learns(objective.rows(decision.steps[here], anywhere)):
+                    yield _batch(decision, credit, objective, here, share * count / total)
 
 
 def _batch(decision: Decision, credit: Credit, objective: Objective, here: slice, share: float) -> TransitionBatch:

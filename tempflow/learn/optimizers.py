@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tempflow.common.errors import BadInput
+from tempflow.common.tensors import own_share
+from tempflow.parallel.shards import like
 from tempflow.settings.fields import LearnConfig
 
 
@@ -80,14 +82,19 @@ def estimated_state_bytes(learn: LearnConfig, sizes: Iterable[int]) -> int:
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the state tensors of an optimizer, those shared between parameters counted once."""
-    tensors = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    """Bytes of the state tensors of an optimizer in this process, those shared between parameters counted once."""
+    states = optimizer.state.values()
+    tensors = [own_share(value) for state in states for value in state.values() if isinstance(value, Tensor)]
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors}.values())
 
 
 def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """`optimizer.load_state_dict`, after which the state of a paged optimizer lies in pages again."""
-    optimizer.load_state_dict(state)
+    """`optimizer.load_state_dict` of full tensors; a paged optimizer's then lie in pages again, a shared-out one's in
+    shares."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    own = {place: {name: like(parameters[int(place)], value) if isinstance(value, Tensor) else value
+                   for name, value in values.items()} for place, values in state["state"].items()}  # fmt: skip
+    optimizer.load_state_dict({**state, "state": own})
     if not getattr(optimizer, "is_paged", False):
         return
     for number, group in enumerate(optimizer.param_groups):

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tempflow.common.errors import Halted
+from tempflow.common.tensors import whole
 from tempflow.learn.average import MovingAverage
 from tempflow.learn.optimizers import state_bytes
 from tempflow.parallel.ranks import Ranks
@@ -78,7 +79,7 @@ class Stepper:
 
     def idle(self) -> None:
         """An optimizer step in which nothing is to be learnt: no parameter moves, and its norm counts as 0."""
-        self.norms.append(next(iter(self.parameters.values())).new_zeros(()))
+        self.norms.append(torch.zeros((), device=next(iter(self.parameters.values())).device))
 
     def update(self, ranks: Ranks, idle: bool) -> None:
         """One optimizer step of all processes: gradients averaged over them, without waiting for the device.
@@ -99,14 +100,15 @@ class Stepper:
         """Clips the gradients, steps unless their norm is not finite, and drops them."""
         parameters = list(self.parameters.values())
         if self.scale is not None:
-            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1 / self.scale.scale)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+            inverse = 1 / self.scale.scale.to(parameters[0].device)
+            torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], inverse)
+        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.max_norm))
         overflow = ~torch.isfinite(norm)
         self._step_unless(overflow)
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update()
         if self.scale is not None:
-            self.scale.update(overflow)
+            self.scale.update(overflow.to(self.scale.scale.device))
         self.norms.append(norm)
 
     def _step_unless(self, overflow: Tensor) -> None:

@@ -90,12 +90,15 @@ class PipelinePolicy:
         decoder.prepare(compiled)
         return decoder
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, write: bool = True) -> None:
         """`pytorch_lora_weights.safetensors` for `load_lora_weights`, or the whole transformer in `transformer/`."""
+        weights = self.network.whole_weights(keep=write)
+        if not write:
+            return
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as workshop:
             fresh, target = Path(workshop) / "transformer", folder / "transformer"
-            self.network.save(fresh)
+            self.network.save(fresh, weights)
             if self.network.config.train == "lora":
                 for file in fresh.iterdir():
                     os.replace(file, folder / file.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -14,9 +13,11 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from tempflow.common.errors import BadInput
+from tempflow.parallel.environment import read_place
 
 Result = TypeVar("Result")
 
@@ -28,6 +29,10 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
+    patience: float = 0.0
+    """seconds that it waits for the others before it gives up"""
+    in_step: bool = False
+    """a network call is one of all processes: each has to make the same ones"""
 
     @property
     def first(self) -> bool:
@@ -72,10 +77,11 @@ class Ranks:
         raise problem or BadInput(field, f"rank {self.rank}", "another process could not go on and says why")
 
     def average_gradients(self, parameters: Iterable[Parameter]) -> None:
-        """Replaces each gradient by its mean over ranks, bucket by bucket; a rank without one counts as 0."""
+        """Replaces each gradient by its mean over ranks, bucket by bucket; a rank without one counts as 0. Gradients of
+        parameters that are shared out are means already."""
         if self.size == 1:
             return
-        gradients = [_gradient(parameter) for parameter in parameters]
+        gradients = [_gradient(parameter) for parameter in parameters if not isinstance(parameter, DTensor)]
         while gradients:
             sizes = list(accumulate(gradient.nbytes for gradient in gradients))
             count = max(1, bisect_right(sizes, BUCKET))
@@ -107,18 +113,19 @@ def start(device: str, patience: float = 0.0) -> Ranks:
     Args:
         patience: seconds that a process may wait for something else, a scorer, while the others wait for it.
     Raises:
-        BadInput: a GPU is asked for and there is none.
+        BadInput: a GPU is asked for and there is none, or the environment is not as torchrun makes it.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("run.device", device, "no GPU is visible to torch; use run.device=cpu")
     use_gpu = device != "cpu" and torch.cuda.is_available()
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
+    own = read_place()
+    size, rank = own.size, own.rank
+    place = torch.device("cuda", own.local) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(place)
-    if size > 1:
+    if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=patience + MARGIN))
-    return Ranks(rank, size, place)
+    return Ranks(rank, size, place, patience + MARGIN)
 
 
 def stop() -> None:

@@ -16,6 +16,7 @@ from tempflow.explore.schedule import NoiseSchedule, build_schedule
 from tempflow.explore.tails.choose import check_tail_settings, choose_engines, prepare_weights
 from tempflow.explore.tails.compiled import CompiledBlocks
 from tempflow.explore.tails.engine import TailEngine
+from tempflow.forecast.limits import check_fits
 from tempflow.forecast.words import Forecast
 from tempflow.learn.average import MovingAverage
 from tempflow.learn.optimizers import make_optimizer
@@ -35,6 +36,7 @@ from tempflow.run.folder import check_folder, write_settings
 from tempflow.run.journal import Journal
 from tempflow.run.noise_mode import settle_mode
 from tempflow.run.sizes import Decoders, choose_decoders, chunk_rows, loss_noise, memory_held_back
+from tempflow.run.spreading import spread_out
 from tempflow.run.trainer import Trainer
 from tempflow.settings.checks import check_consistency, longest_wait
 from tempflow.settings.fields import Config
@@ -56,10 +58,13 @@ def set_up(
     check_folder(config)
     prompts, held_out = read_prompts(config.prompts.train, "prompts.train"), _held_out(config)
     method, schedule = show_plan(config, ranks)
+    spreading = spread_out(config, ranks)
+    config, ranks = spreading.config, spreading.ranks
     rewards, gold = _accepted(panels or load_panels(config.reward, config.reward.rows, ranks.device), prompts, held_out)
     torch.manual_seed(config.run.seed)  # here: the adapters' first values must not depend on what scorers drew
     policy = policy or load_policy(config.model, config.sample, ranks.device, keep_reference=config.objective.kl > 0,
-                                   rows=config.learn.rows, slowest=ranks.largest)  # fmt: skip
+                                   rows=config.learn.rows, slowest=ranks.largest,
+                                   spread=spreading.shards)  # fmt: skip
     say(f"attention: {policy.attention}")
     stepper, folder = _stepper(config, policy), Path(config.run.dir).expanduser()
     progress = checkpoint.restore(folder / "checkpoints", stepper)
@@ -69,6 +74,7 @@ def set_up(
     rows = config.tails.rows if config.tails.rows != "auto" else progress.tail_rows
     rows = rows or chunk_rows(config, policy, method, schedule, ranks, prompts[0].text, held_back)
     engines = ranks.agree(lambda: choose_engines(config.tails, policy, schedule, rows, prompts[0].text), "tails.level")
+    engines = spreading.engines(engines, policy)
     decoders = choose_decoders(config, policy, engines.explore[0].rows)
     evaluator = _evaluator(config, policy, held_out, (rewards, gold), ranks, engines.evaluate, decoders)
     write_settings(config, ranks)
@@ -107,6 +113,7 @@ def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[Metho
     check_tail_settings(config.tails, skeleton.network_rows, device)
     method, schedule = read_method(config, skeleton.sigmas(config.sample.steps))
     forecast = Forecast(config, skeleton, method, schedule, ranks.size)
+    check_fits(forecast, ranks.device)
     say(forecast.describe(ranks.device.type))
     if memory:
         say(forecast.describe_memory())
@@ -155,6 +162,6 @@ def _evaluator(
     """Held-out evaluation, or None where there are no held-out prompts."""
     if not prompts:
         return None
-    schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
+    schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, 1.0)  # no noise is taken
     return Evaluator(policy, engine, schedule, prompts, *panels, ranks, config.eval.seed, config.eval.noises,
                      decoders.own, decoders.rows, config.eval.pictures)  # fmt: skip

@@ -21,8 +21,10 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from tempflow.common.errors import BadInput
+from tempflow.common.tensors import gather, own_share
 from tempflow.learn.optimizers import load_state
 from tempflow.learn.stepper import Stepper
+from tempflow.parallel.shards import put
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,24 @@ class Progress:
     """how its branches' noise was drawn, exact or fast"""
 
 
-def save(folder: Path, progress: Progress, stepper: Stepper, keep: int) -> Path:
-    """Writes `folder/step_N`, complete or not at all, and drops all but the newest `keep`."""
+def save(folder: Path, progress: Progress, stepper: Stepper, keep: int, write: bool = True) -> Path:
+    """Writes `folder/step_N`, complete or not at all, and drops all but the newest `keep`.
+
+    Args:
+        write: parameters that are shared out are gathered by all processes, and written by the one that has it true.
+    """
     target = folder / f"step_{progress.iteration:06d}"
+    average, scale = stepper.average, stepper.scale
+    tensors, plain = _flatten_optimizer(stepper.optimizer.state_dict())
+    files = {name: gather(found, write) for name, found in (
+        ("parameters", stepper.parameters), ("average", average.average), ("optimizer", tensors))}  # fmt: skip
+    if not write:
+        return target
     partial = folder / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    average, scale = stepper.average, stepper.scale
-    tensors, plain = _flatten_optimizer(stepper.optimizer.state_dict())
-    parameters = {name: parameter.detach().contiguous() for name, parameter in stepper.parameters.items()}
-    save_file(parameters, partial / "parameters.safetensors")
-    save_file({name: t.contiguous() for name, t in average.average.items()}, partial / "average.safetensors")
-    save_file(tensors, partial / "optimizer.safetensors")
+    for name, found in files.items():
+        save_file(found, partial / f"{name}.safetensors")
     state = {"progress": asdict(progress), "optimizer": plain, "optimizer_steps": average.optimizer_steps,
              "loss_scale": None if scale is None else scale.state()}  # fmt: skip
     (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -107,7 +115,7 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor] | dict[str, Param
         if source[name].shape != tensor.shape:
             raise ValueError(f"{name} has shape {tuple(source[name].shape)}, the model's has {tuple(tensor.shape)}")
     for name, tensor in target.items():
-        tensor.copy_(source[name])
+        put(tensor, source[name])
 
 
 def _flatten_optimizer(state: dict) -> tuple[dict[str, Tensor], dict]:
@@ -117,8 +125,8 @@ def _flatten_optimizer(state: dict) -> tuple[dict[str, Tensor], dict]:
     """
     leaves = dict(_leaves(state["state"]))
     tensors = {key: value for key, value in leaves.items() if isinstance(value, Tensor)}
-    owners = Counter(tensor.data_ptr() for tensor in tensors.values())
-    apart = {key: t.clone() if owners[t.data_ptr()] > 1 else t.contiguous() for key, t in tensors.items()}
+    owners = Counter(own_share(tensor).data_ptr() for tensor in tensors.values())
+    apart = {key: t.clone() if owners[own_share(t).data_ptr()] > 1 else t for key, t in tensors.items()}
     numbers = {key: value for key, value in leaves.items() if key not in tensors}
     return apart, {"numbers": numbers, "param_groups": state["param_groups"]}
 

@@ -98,11 +98,13 @@ class Journal:
 
     def save(self, progress: Progress) -> None:
         """A checkpoint, the trained weights (averaged) in the model library's own format, and the report so far."""
-        if self.ranks.first:
+        first = self.ranks.first
+        if first or self.ranks.in_step:  # what is shared out is gathered by all
             stepper, keep = self.trainer.stepper, self.config.run.keep_checkpoints
-            checkpoint.save(self.folder / "checkpoints", progress, stepper, keep)
+            checkpoint.save(self.folder / "checkpoints", progress, stepper, keep, write=first)
             with stepper.average.applied():
-                self.trainer.policy.save(self.folder)
+                self.trainer.policy.save(self.folder, write=first)
+        if first:
             draw_report(self.folder)
         self.ranks.wait()
 

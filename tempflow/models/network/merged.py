@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
+from tempflow.common.tensors import whole
 from tempflow.models.network.adapters import NAME, adapted_layers
 from tempflow.models.network.float8 import Float8Linear, describe_layers, takes_float8
 
@@ -24,26 +25,32 @@ class MergedNetwork:
 
     In bf16 the copy needs no autocast, which on a GPU would give norms and softmaxes fp32 outputs: they round to bf16,
     as every product after them does anyway. (Not in fp16, whose range these fp32 outputs may exceed.)
+
+    Args:
+        apart: nothing is shared, since the weights of `module` are going to be shared out over processes.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype):
-        shared = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
-        self.module = copy.deepcopy(module, shared)
+    def __init__(self, module: nn.Module, dtype: torch.dtype, apart: bool = False):
+        shared = {} if apart else {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+        self.source, self.module = module, copy.deepcopy(module, shared)
         self.adapted = adapted_layers(module)
-        self.cast: dict[str, Parameter] = {}
+        self.cast: list[str] = []
         self.float8: dict[str, Float8Linear] = {}
         for name, layer in self.adapted.items():
-            self._take_adapter_off(name, layer.get_base_layer())
+            self._take_adapter_off(name, layer.get_base_layer(), apart)
         if not self.adapted:
-            self.cast = {name: p for name, p in module.named_parameters() if p.dtype != dtype}
-            for name, source in self.cast.items():
-                self._put(name, Parameter(source.detach().to(dtype), requires_grad=False))
+            self.cast = [name for name, p in module.named_parameters() if apart or p.dtype != dtype]
+            for name in self.cast:
+                value = self.module.get_parameter(name).detach().to(dtype)
+                self._put(name, Parameter(value, requires_grad=False))
+        if apart:
+            self.module.requires_grad_(False)
         self.all_bf16 = all(parameter.dtype == torch.bfloat16 for parameter in self.module.parameters())
         self.refresh()
 
-    def _take_adapter_off(self, name: str, base: nn.Module) -> None:
+    def _take_adapter_off(self, name: str, base: nn.Module, apart: bool) -> None:
         """Replaces an adapted layer of the copy by a plain one with a weight of its own."""
-        plain = copy.deepcopy(base, {id(tensor): tensor for tensor in base.parameters()})
+        plain = copy.deepcopy(base, {} if apart else {id(tensor): tensor for tensor in base.parameters()})
         plain.weight = Parameter(base.weight.detach().clone(), requires_grad=False)
         self._put(name, plain)
 
@@ -56,15 +63,16 @@ class MergedNetwork:
         """Takes over the trained weights, in place: W + scale B A in fp32, then rounded to the copy's precision."""
         for name, layer in self.adapted.items():
             self._store(name, "weight", layer.get_base_layer().weight.float() + layer.get_delta_weight(NAME).float())
-        for name, source in self.cast.items():
-            self._store(*name.rpartition(".")[::2], source)
+        for name in self.cast:
+            self._store(*name.rpartition(".")[::2], self.source.get_parameter(name))
 
     def _store(self, name: str, parameter: str, value: Tensor) -> None:
         """Puts a value into a parameter of the layer `name`, wherever that layer keeps it."""
         if name in self.float8 and parameter == "weight":
-            self.float8[name].refresh(value)
-        else:
-            getattr(self.module.get_submodule(name), parameter).copy_(value)
+            self.float8[name].refresh(whole(value))
+            return
+        target = getattr(self.module.get_submodule(name), parameter)
+        target.copy_(value if hasattr(target, "full_tensor") else whole(value))
 
     def quantise(self, smallest: int) -> str:
         """Turns the linear layers of the repeated blocks with sides of at least `smallest` to fp8; says which.

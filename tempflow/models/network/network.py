@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,16 +14,38 @@ from torch import Tensor, nn
 
 from tempflow.common.errors import BadInput
 from tempflow.common.precision import DTYPES
-from tempflow.models.network.adapters import adapted_layers, add_adapters, load_adapters, save_adapters
+from tempflow.common.tensors import gather
+from tempflow.models.network.adapters import (
+    adapted_layers,
+    adapter_state,
+    add_adapters,
+    load_adapters,
+    save_adapters,
+)
 from tempflow.models.network.float8 import why_not
 from tempflow.models.network.merged import MergedNetwork
 from tempflow.settings.fields import ModelConfig
+
+
+class Spread(Protocol):
+    """How networks are shared out over processes (`tempflow.parallel.shards.Shards`)."""
+
+    device: torch.device
+    merged: str | None
+    """the merged copy: whole in each process, sharded, or none"""
+
+    def apply(self, module: nn.Module, widen: bool = False) -> None:
+        """Shares a network out; with `widen` its parameters become fp32 on the way."""
+        ...
 
 
 class TrainedNetwork:
     """The transformer, its trainable parameters (fp32), its reference and its merged copy.
 
     With adapters the reference is the same network with them off. With full training it is a frozen copy.
+
+    Args:
+        spread: shares these networks out; None where each process holds them whole.
     """
 
     def __init__(
@@ -33,29 +55,49 @@ class TrainedNetwork:
         pipeline_class: type[DiffusionPipeline],
         default_targets: tuple[str, ...],
         keep_reference: bool,
+        spread: Spread | None = None,
     ):
         self.module = module.requires_grad_(False).eval()
         self.config, self.pipeline_class, self.dtype = config, pipeline_class, DTYPES[config.dtype]
         self.frozen: nn.Module | None = None
         self._merged: MergedNetwork | None = None
+        self._kind, self._spread = type(module), spread
         if config.train == "lora":
             add_adapters(module, config, default_targets)
             if config.lora is not None:
                 load_adapters(module, pipeline_class, config)
         else:
             self.frozen = copy.deepcopy(module) if keep_reference else None
-            module.requires_grad_(True).float()
+            module.requires_grad_(True)
+            if spread is None:
+                module.float()
         if config.gradient_checkpointing:
             module.enable_gradient_checkpointing()
+        if spread is not None:
+            self._share_out(spread)
         self.active = module
         """the module that `forward` calls: the trained one, or within a context the reference or the merged copy"""
+
+    def _share_out(self, spread: Spread) -> None:
+        """The merged copy first, as long as the weights are whole."""
+        if spread.merged is not None:
+            self._merged = MergedNetwork(self.module, self.dtype, apart=True)
+        spread.apply(self.module, widen=self.config.train == "full")
+        if self.frozen is not None:
+            spread.apply(self.frozen)
+        if spread.merged == "sharded":
+            spread.apply(self._merged.module)
+        elif self._merged is not None:
+            self._merged.module.to(spread.device)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
 
     def forward(self, inputs: dict[str, Any], device: torch.device) -> Tensor:
         """The network's output, fp32; in autocast where its precision is not fp32, but for a merged copy in bf16."""
-        with torch.autocast(device.type, self.dtype, enabled=self._in_autocast()):
+        # No cache of weights in the lower precision where they are shared out: it would hold all of them at once.
+        cached = self._spread is None
+        with torch.autocast(device.type, self.dtype, enabled=self._in_autocast(), cache_enabled=cached):
             return self.active(**inputs, return_dict=False)[0].float()
 
     def _in_autocast(self) -> bool:
@@ -120,9 +162,26 @@ class TrainedNetwork:
         if self._merged is not None:
             self._merged.refresh()
 
-    def save(self, folder: Path) -> None:
-        """Adapters for `load_lora_weights`, or the transformer for `from_pretrained`."""
+    def whole_weights(self, keep: bool) -> dict[str, Tensor]:
+        """What `save` writes, in full: the adapters', or all weights of a network that is shared out.
+
+        Args:
+            keep: False in processes that only take part in gathering them.
+        """
         if self.config.train == "lora":
-            save_adapters(self.module, self.pipeline_class, folder)
-        else:
+            return adapter_state(self.module)[0]
+        if self._spread is None:
+            return {}
+        return gather(self.module.state_dict(), keep)
+
+    def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
+        """Adapters for `load_lora_weights`, or the transformer for `from_pretrained`; `weights` of `whole_weights`."""
+        if self.config.train == "lora":
+            save_adapters(self.module, self.pipeline_class, folder, weights)
+        elif self._spread is None:
             self.module.save_pretrained(folder)
+        else:
+            with torch.device("meta"):
+                fresh = self._kind.from_config(self.module.config)
+            fresh.load_state_dict(weights, assign=True)
+            fresh.save_pretrained(folder)

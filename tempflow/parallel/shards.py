@@ -1,0 +1,134 @@
+"""Networks shared out over processes by torch's own engine (FSDP2), from outside: no step of training knows of it.
+
+Each block of a transformer, then what is left around them, is a group whose parameters lie in equal shares (DTensors)
+and are gathered for the time of a call; gradients are reduced into shares and averaged on the way back. A call is then
+one of all processes: every process has to make the same calls (`Ranks.in_step`).
+
+`put` and `like` turn full tensors into shares, `tempflow.common.tensors.gather` turns them back: what is saved knows no
+number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from tempflow.common.errors import BadInput
+from tempflow.parallel.ranks import Ranks
+from tempflow.settings.spread import ParallelConfig
+
+NODE = 8
+"""processes of a node where torchrun does not tell"""
+
+
+@dataclass(frozen=True)
+class Shards:
+    """How networks are shared out.
+
+    Example: hybrid on 16 processes, 8 a node: a mesh of (2, 8); each parameter lies in 8 shares, twice.
+    """
+
+    mesh: DeviceMesh
+    offload: bool
+    """shares stay in main memory"""
+    device: torch.device
+    """where calls are computed"""
+    dtype: torch.dtype
+    """in which parameters are gathered; gradients are averaged in fp32"""
+    merged: str | None
+    """the tails' copy: whole in each process, sharded, or none"""
+
+    def apply(self, module: nn.Module, widen: bool = False) -> None:
+        """Shares `module` out, block by block, so that no GPU holds more than its share and one block meanwhile.
+
+        Args:
+            module: on the CPU, or on this process's device.
+            widen: whether its parameters are to be kept in fp32.
+        """
+        for part in (*blocks(module), module):
+            if widen:
+                _widen(part)
+            fully_shard(part, mesh=self.mesh, reshard_after_forward=True, mp_policy=self._precision(),
+                        offload_policy=CPUOffloadPolicy() if self.offload else OffloadPolicy())  # fmt: skip
+
+    def _precision(self) -> MixedPrecisionPolicy:
+        if self.dtype == torch.float32:
+            return MixedPrecisionPolicy(cast_forward_inputs=False)
+        return MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer."""
+    return [block for part in module.children() if isinstance(part, nn.ModuleList) for block in part]
+
+
+@torch.no_grad()
+def _widen(part: nn.Module) -> None:
+    for tensor in (*part.parameters(), *part.buffers()):
+        if not isinstance(tensor, DTensor) and tensor.is_floating_point():
+            tensor.data = tensor.data.float()
+
+
+def make_shards(config: ParallelConfig, ranks: Ranks, dtype: torch.dtype, merged: str | None) -> Shards:
+    """The mesh of all processes; one process alone makes a group of itself."""
+    if not dist.is_initialized():
+        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
+        dist.init_process_group(f"cpu:gloo,cuda:{backend}" if backend == "nccl" else backend, store=dist.HashStore(),
+                                rank=0, world_size=1)  # fmt: skip
+    count = shard_count(config, ranks.size)
+    kind, table = ranks.device.type, torch.arange(ranks.size).view(-1, count)
+    if config.shard == "full":
+        mesh = DeviceMesh.from_group(dist.group.WORLD, kind, mesh_dim_names=("shard",))
+    else:
+        groups = [_own_group(rows.tolist(), ranks.patience) for rows in (table.T, table)]
+        mesh = DeviceMesh.from_group(groups, kind, table, mesh_dim_names=("replicate", "shard"))
+    return Shards(mesh, config.offload, ranks.device, dtype, merged)
+
+
+def _own_group(members: list[list[int]], patience: float) -> dist.ProcessGroup:
+    """This process's group of several that partition all; it waits as long as the group of all does."""
+    own, _ = dist.new_subgroups_by_enumeration(members, timeout=timedelta(seconds=patience))
+    return own
+
+
+def shard_count(config: ParallelConfig, ranks: int) -> int:
+    """Shares that a network is cut into.
+
+    Raises:
+        BadInput: nodes that do not fit evenly into the processes.
+    """
+    if config.shard == "none":
+        return 1
+    if config.shard == "full":
+        return ranks
+    node = config.per_node or int(os.environ.get("LOCAL_WORLD_SIZE", min(NODE, ranks)))
+    if ranks % node:
+        raise BadInput("parallel.per_node", node, f"must divide the {ranks} processes")
+    return node
+
+
+@torch.no_grad()
+def put(target: Tensor, source: Tensor) -> None:
+    """Copies a full tensor, the same in all processes, into a tensor that may be shared out; nobody waits."""
+    if isinstance(target, DTensor):
+        mine = distribute_tensor(source, target.device_mesh, target.placements, src_data_rank=None)
+        target.to_local().copy_(mine.to_local())
+    else:
+        target.copy_(source)
+
+
+def like(parameter: Tensor, value: Tensor) -> Tensor:
+    """A full tensor shared out as `parameter` is, if that is and has its shape; else itself."""
+    if not isinstance(parameter, DTensor) or value.shape != parameter.shape:
+        return value
+    fresh = torch.empty_like(parameter, dtype=value.dtype)
+    put(fresh, value)
+    return fresh
