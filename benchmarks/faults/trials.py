@@ -20,7 +20,7 @@ from faults.servers import SCORER, Server
 
 from tempflow.settings.fields import RunConfig
 
-ITERATIONS, HALTED = 6, 4
+ITERATIONS = 6
 SETTINGS = ("explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]", "sample.steps=5",
             "learn.rows=2", "learn.lr_schedule=constant", "eval.prompts=4", "eval.steps=4", "eval.pictures=2",
             "eval.every=3", "learn.ema_every=1", f"reward.name={SCORER}", "run.trackers=[]", "run.device=cpu",
@@ -86,8 +86,16 @@ class Bench:
         return self._made(way, "undisturbed", f"learn.iterations={ITERATIONS}", "run.save_every=1")
 
     def halted(self, way: str) -> Path:
-        """The folder of a run that was stopped after HALTED iterations; made once."""
-        return self._made(PLAIN.get(way, way), "halted", f"learn.iterations={HALTED}", "run.save_every=1")
+        """The folder of a run with checkpoints of iterations 2 and 4 that was killed in its last one; made once."""
+        way = PLAIN.get(way, way)
+        run = self.folder / "halted" / way / "run"
+        if not run.exists():
+            last = f"iteration {ITERATIONS}"
+            started = WAYS[way](self.job(f"halted/{way}/logs", run, "run.save_every=2", pause_at=last))
+            while last not in started.moments() and started.poll() is None:
+                time.sleep(POLL)
+            started.kill()
+        return run
 
     def prepare(self, faults: Iterable[Fault]) -> None:
         """Makes what trials compare with or begin from, so that several may be made at once."""
