@@ -6,7 +6,7 @@ import os
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate
 from typing import TypeVar
@@ -29,9 +29,9 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
-    patience: float = 0.0
+    patience: float = field(default=0.0, kw_only=True)
     """seconds that it waits for the others before it gives up"""
-    in_step: bool = False
+    in_step: bool = field(default=False, kw_only=True)
     """a network call is one of all processes: each has to make the same ones"""
 
     @property
@@ -124,7 +124,7 @@ def start(device: str, patience: float = 0.0) -> Ranks:
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=patience + MARGIN))
-    return Ranks(rank, size, place, patience + MARGIN)
+    return Ranks(rank, size, place, patience=patience + MARGIN)
 
 
 def stop() -> None:
