@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from tempflow.common.errors import BadInput
-from tempflow.common.files import resolve
+from tempflow.common.files import read_text, user_path
+
+OBJECTS = (".jsonl", ".ndjson")
+"""Ends of files that hold one JSON object a line; the content of any other file says whether it does, too."""
+TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".parquet", ".arrow", ".xls", ".xlsx", ".zip", ".gz", ".pkl", ".pt")
+"""Ends of files that hold prompts in another form."""
+HEADERS = {"prompt", "prompts", "caption", "captions", "text"}
+"""What a table calls its column of prompts; a prompt of this one word is a header, too."""
+LARGEST = 2**30
+"""Bytes of a file of prompts."""
+LONGEST = 100_000
+"""Characters of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -21,31 +33,31 @@ class Prompt:
 
 
 def read_prompts(path: str, setting: str) -> list[Prompt]:
-    """Prompts of a text file (one a line) or a .jsonl file (objects with `prompt`; the rest is metadata).
+    """Prompts of a text file (one a line) or of a file with a JSON object a line (`prompt`; the rest is metadata).
 
-    Of a folder, as the data sets of Flow-GRPO are, `train_metadata.jsonl` or `train.txt`; for prompts.test, test's.
+    The latter ends in .jsonl or .ndjson, or its first line is such an object. Of a folder, as the data sets of
+    Flow-GRPO are, `train_metadata.jsonl` or `train.txt`; for prompts.test, test's. Lines end with a line feed; empty
+    ones are passed over.
 
     Args:
         setting: the name of the field that gave the path, for error messages.
     Raises:
-        BadInput: no such file, no prompt in it, or a line that is no prompt object.
+        BadInput: no such file, no prompt in it, another form, or a line that is no prompt, by its number.
     """
-    file = _file(resolve(path), setting)
-    if not file.is_file():
+    file = _file(user_path(setting, path), setting)
+    if file.suffix.lower() in TABLES:
+        raise BadInput(setting, path, "give text with one prompt a line (.txt), or one JSON object a line (.jsonl)")
+    if not file.exists():
         hint = "no such file; give a .txt or .jsonl file of prompts, or a folder of train and test files"
         raise BadInput(setting, path, hint)
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (UnicodeDecodeError, OSError) as error:
-        raise BadInput(setting, path, f"not readable as UTF-8 text ({error})") from error
-    numbered = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+    lines = read_text(setting, file, LARGEST).replace("\r\n", "\n").split("\n")
+    numbered = [(f"{path}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise BadInput(setting, path, "the file holds no prompt; put one a line")
-    if file.suffix == ".json":
-        raise BadInput(setting, path, "give JSON objects one a line, in a .jsonl file")
-    if file.suffix != ".jsonl":
-        return [Prompt(line) for _, line in numbered]
-    return [_parse(line, f"{path}:{number}", setting) for number, line in numbered]
+    if file.suffix.lower() in OBJECTS or _is_object(numbered[0][1]):
+        return [_parse(line, place, setting) for place, line in numbered]
+    _refuse_header(numbered[0][1], path, setting)
+    return [Prompt(_plain(line, place, setting)) for place, line in numbered]
 
 
 def _file(path: Path, setting: str) -> Path:
@@ -54,20 +66,63 @@ def _file(path: Path, setting: str) -> Path:
         return path
     split = "test" if setting == "prompts.test" else "train"
     names = [f"{split}_metadata.jsonl", f"{split}.jsonl", f"{split}.txt"]
-    found = next((path / name for name in names if (path / name).is_file()), None)
+    found = next((path / name for name in names if user_path(setting, path / name).is_file()), None)
     if found is None:
         raise BadInput(setting, path, f"the folder holds none of {', '.join(names)}")
     return found
 
 
+def _refuse_header(line: str, path: str, setting: str) -> None:
+    """A table's first line names its columns, each a word; and JSON over several lines opens a bracket."""
+    cells = [] if " " in line else re.split(r"[,;\t]", line.replace('"', "").lower())
+    if HEADERS & set(cells) or line in ("{", "["):
+        hint = "begins as a table or as JSON over several lines does; give prompts alone, or one JSON object a line"
+        raise BadInput(setting, f"{path}:1", hint)
+
+
+def _plain(line: str, place: str, setting: str) -> str:
+    """A line of text that is a prompt."""
+    if _is_object(line):
+        raise BadInput(setting, place, "a JSON object among lines of text; give either, in a file of its own")
+    return _checked(line, place, setting)
+
+
+def _checked(text: str, place: str, setting: str) -> str:
+    """A prompt's text that an encoder and a report can take."""
+    if not text.strip():
+        raise BadInput(setting, place, "the prompt is empty")
+    if len(text) > LONGEST:
+        raise BadInput(setting, place, f"a prompt of {len(text):,} characters; at most {LONGEST:,}")
+    if any((sign < " " and sign not in "\t\n\r") or "\ud800" <= sign <= "\udfff" for sign in text):
+        raise BadInput(setting, place, "the prompt holds a control character or half a character; is this text?")
+    return text
+
+
+def _is_object(line: str) -> bool:
+    """Whether a line is a JSON object, or was meant to be one."""
+    return re.match(r'\{\s*["}]', line) is not None
+
+
 def _parse(line: str, place: str, setting: str) -> Prompt:
+    """A line with an object in it."""
     try:
-        values = json.loads(line)
+        values = json.loads(line, object_pairs_hook=_once, parse_constant=_refuse_constant)
         text = values.pop("prompt")
         if not isinstance(text, str):
             raise TypeError(text)
-        return Prompt(text, values)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise BadInput(setting, place, 'each line must be a JSON object such as {"prompt": "..."}') from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        said = f" ({error})" if type(error) is ValueError else ""
+        raise BadInput(setting, place, f'each line must be a JSON object such as {{"prompt": "..."}}{said}') from error
+    return Prompt(_checked(text, place, setting), values)
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys each come once."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key is given twice")
+    return values
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")

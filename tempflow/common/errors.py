@@ -2,13 +2,40 @@
 
 from __future__ import annotations
 
+import reprlib
+
+LONGEST = 300
+"""Characters of a value that are shown: the line has to stay one that can be read."""
+
 
 class OneLine(Exception):
-    """A field, the value found, and a hint at what to do, as one line."""
+    """A field, the value found, and a hint at what to do, as one line, whatever they hold."""
 
     def __init__(self, field: str, value: object, hint: str):
-        super().__init__(f"{field}={value}: {hint}")
+        super().__init__(f"{_printable(field)}={shown(value)}: {_printable(hint)}")
         self.field, self.value, self.hint = field, value, hint
+
+
+def shown(value: object) -> str:
+    """A value on one line, its middle left out where it is long.
+
+    Lists and dictionaries are cut before they are written out: a few that hold one another can be endless in words.
+    """
+    text = value if isinstance(value, str) else _SHORT.repr(value) if isinstance(value, list | dict) else str(value)
+    text = _printable(text)
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST * 2 // 3]}...{text[-LONGEST // 3 :]} ({len(text)} characters)"
+    return text
+
+
+def _printable(text: str) -> str:
+    """The text without line breaks and other signs that would move a terminal's cursor."""
+    text = " ".join(text.split()) if any(sign in text for sign in "\n\r\t\v\f\x85\u2028\u2029") else text
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxother = 6, 64, 64, LONGEST, LONGEST
 
 
 class BadInput(OneLine, ValueError):

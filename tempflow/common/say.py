@@ -8,7 +8,8 @@ import sys
 
 def is_first() -> bool:
     """Whether this is the first of the processes that torchrun started, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    rank = os.environ.get("RANK", "0")
+    return not rank.isdigit() or int(rank[:9]) == 0  # what is no number is said, and not by nobody
 
 
 def say(words: str) -> None:

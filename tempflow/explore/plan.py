@@ -143,7 +143,7 @@ def _listed(steps: Sequence[int], num_steps: int) -> tuple[int, ...]:
 def _named(explore: ExploreConfig, num_steps: int) -> tuple[tuple[int, ...], int]:
     """The pool of a named form, and how many of it are drawn."""
     every, spec = tuple(range(num_steps - 1)), explore.forks
-    match = re.fullmatch(r"(first|random):(\d+)(%?)", spec)
+    match = re.fullmatch(r"(first|random):(\d{1,6})(%?)", spec)
     if spec != "all" and (not match or (match[1] == "random" and match[3])):
         raise BadInput("explore.forks", spec, f"give {FORMS}")
     if spec == "all":

@@ -22,6 +22,9 @@ from torch import Tensor
 from tempflow.common.errors import BadInput
 from tempflow.common.tensors import to_device
 
+Level = float | Tensor
+"""Noise of a transition: one for all steps, or (T,) float64."""
+
 
 @dataclass(frozen=True)
 class Transition:
@@ -39,7 +42,7 @@ class Transition:
         return to_device(torch.stack((self.x_coef, self.v_coef, self.std), 1)[steps].float(), device)
 
 
-def ode(sigmas: Tensor, level: float = 0.0) -> Transition:
+def ode(sigmas: Tensor, level: Level = 0.0) -> Transition:
     """The Euler step of the probability-flow ODE. sigmas: (T+1,) float64; `level` is ignored."""
     step_size = sigmas[:-1] - sigmas[1:]
     return Transition(torch.ones_like(step_size), -step_size, torch.zeros_like(step_size))
@@ -54,11 +57,11 @@ def _langevin(sigma: Tensor, following: Tensor, diffusion: Tensor) -> Transition
     return Transition(x_coef, v_coef, diffusion * step_size.sqrt())
 
 
-def flow_sde(sigmas: Tensor, level: float, following: Tensor | None = None) -> Transition:
+def flow_sde(sigmas: Tensor, level: Level, following: Tensor | None = None) -> Transition:
     """Flow-GRPO's SDE, g = level * sqrt(s / (1 - s)); where s = 1 the second sigma of the schedule stands in for s.
 
     Args (of every transition):
-        sigmas: (T+1,) float64, the whole schedule.
+        sigmas: (T+1,) float64, the whole schedule. level: one for all steps, or (T,).
         following: (T,) float64, the sigma that each step goes to; by default the next one, further on a merged step.
     """
     sigma = sigmas[:-1]
@@ -66,28 +69,29 @@ def flow_sde(sigmas: Tensor, level: float, following: Tensor | None = None) -> T
     return _langevin(sigma, sigmas[1:] if following is None else following, diffusion)
 
 
-def dance_sde(sigmas: Tensor, level: float, following: Tensor | None = None) -> Transition:
+def dance_sde(sigmas: Tensor, level: Level, following: Tensor | None = None) -> Transition:
     """DanceGRPO's SDE with a constant diffusion coefficient g = level."""
-    return _langevin(sigmas[:-1], sigmas[1:] if following is None else following, torch.full_like(sigmas[:-1], level))
+    diffusion = level * torch.ones_like(sigmas[:-1])
+    return _langevin(sigmas[:-1], sigmas[1:] if following is None else following, diffusion)
 
 
-def flash_sde(sigmas: Tensor, level: float, following: Tensor | None = None) -> Transition:
+def flash_sde(sigmas: Tensor, level: Level, following: Tensor | None = None) -> Transition:
     """Flash-GRPO's SDE (arXiv 2605.15980), g = level * s * (second sigma of the schedule); its released level is 1."""
     sigma = sigmas[:-1]
     return _langevin(sigma, sigmas[1:] if following is None else following, level * sigmas[1] * sigma)
 
 
-def cps(sigmas: Tensor, level: float, following: Tensor | None = None) -> Transition:
+def cps(sigmas: Tensor, level: Level, following: Tensor | None = None) -> Transition:
     """Coefficients-preserving sampling: std = s' |sin(level pi / 2)|, the rest of s' keeps the predicted noise."""
     sigma, following = sigmas[:-1], sigmas[1:] if following is None else following
-    angle = level * math.pi / 2
-    kept_noise = following * abs(math.cos(angle))
+    angle = torch.as_tensor(level, dtype=torch.float64) * math.pi / 2
+    kept_noise = following * angle.cos().abs()
     x_coef = (1 - following) + kept_noise
     v_coef = kept_noise * (1 - sigma) - sigma * (1 - following)
-    return Transition(x_coef, v_coef, following * abs(math.sin(angle)))
+    return Transition(x_coef, v_coef, following * angle.sin().abs())
 
 
-TRANSITIONS: dict[str, Callable[[Tensor, float, Tensor], Transition]] = {
+TRANSITIONS: dict[str, Callable[[Tensor, Level, Tensor], Transition]] = {
     "flow_sde": flow_sde,
     "dance_sde": dance_sde,
     "flash_sde": flash_sde,
@@ -128,11 +132,13 @@ class NoiseSchedule:
 
 
 def build_schedule(
-    sigmas: Sequence[float] | Tensor, transition: str, noise_level: float, jumps: Sequence[int] | None = None
-) -> NoiseSchedule:
+    sigmas: Sequence[float] | Tensor, transition: str, noise_level: float | Sequence[float],
+    jumps: Sequence[int] | None = None,
+) -> NoiseSchedule:  # fmt: skip
     """The schedule of `sigmas` (T+1 values from the model's own scheduler) with the named stochastic transition.
 
     Args:
+        noise_level: of all steps, or T - 1, of each step but the last.
         jumps: T, the sigmas that each stochastic step spans; by default 1.
     Raises:
         BadInput: unknown transition, sigmas that do not fall from at most 1 to 0, or a level without noise.
@@ -143,13 +149,23 @@ def build_schedule(
     if not (torch.all(sigmas[:-1] > sigmas[1:]) and sigmas[0] <= 1 and sigmas[-1] == 0):
         found = sigmas.tolist()
         raise BadInput("sample.steps", len(sigmas) - 1, f"sigmas must fall from at most 1 to 0, found {found}")
-    if noise_level <= 0:
-        raise BadInput("sample.noise_level", noise_level, "siblings differ only by noise; give a level above 0")
-    if transition == "cps" and noise_level >= 2:
-        raise BadInput("sample.noise_level", noise_level, "cps replaces all noise at 1 and none at 2; go below 2")
+    level = _levels(noise_level, transition, len(sigmas) - 1)
     reach = torch.ones(len(sigmas) - 1, dtype=torch.int64) if jumps is None else torch.tensor(jumps)
     following = sigmas[torch.arange(len(reach)) + reach]
-    return NoiseSchedule(sigmas, ode(sigmas), TRANSITIONS[transition](sigmas, noise_level, following), reach)
+    return NoiseSchedule(sigmas, ode(sigmas), TRANSITIONS[transition](sigmas, level, following), reach)
+
+
+def _levels(noise_level: float | Sequence[float], transition: str, num_steps: int) -> Level:
+    """The level of all steps, or (T,) of each: the last step, which no list names, repeats the one before."""
+    listed = noise_level if isinstance(noise_level, Sequence) else [noise_level]
+    if isinstance(noise_level, Sequence) and len(listed) != num_steps - 1:
+        hint = f"give one number, or {num_steps - 1}, one for each step but the last"
+        raise BadInput("sample.noise_level", noise_level, hint)
+    if min(listed) <= 0:
+        raise BadInput("sample.noise_level", noise_level, "siblings differ only by noise; give a level above 0")
+    if transition == "cps" and max(listed) >= 2:
+        raise BadInput("sample.noise_level", noise_level, "cps replaces all noise at 1 and none at 2; go below 2")
+    return torch.tensor([*listed, listed[-1]], dtype=torch.float64) if listed is noise_level else noise_level
 
 
 def ode_step(latents: Tensor, velocity: Tensor, schedule: NoiseSchedule, step: int) -> Tensor:

@@ -6,16 +6,19 @@ diffusers pipeline that it is put into would: TAESD's are 1 and 0, for it knows 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, ModelMixin
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
 from torch import Tensor
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
-from tempflow.models.families.family import Family, scaling
+from tempflow.models.families.family import Family, check_scaling, scaling
+from tempflow.models.weights.origin import Origin
+from tempflow.models.weights.parts import check_finite, load_part, without_weights
 
 FIELD = "tails.decoder"
 KINDS = {kind.__name__: kind for kind in (AutoencoderTiny, AutoencoderKL)}
@@ -49,20 +52,15 @@ def load_light(path: str, family: Family) -> ModelMixin:
     Raises:
         BadInput: as `plan_light`, or its weights are missing, incomplete or no safetensors.
     """
-    kind, own = type(plan_light(path, family)), family.pipeline.vae
-    try:
-        vae, report = kind.from_pretrained(
-            _source(path), torch_dtype=own.dtype, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise _not_loading(path, error) from error
-    if report["missing_keys"]:
-        raise BadInput(FIELD, path, f"its file lacks weights, such as {report['missing_keys'][0]}")
+    kind, own, origin = type(plan_light(path, family)), family.pipeline.vae, _origin(path)
+    folder = _downloaded(path)
+    vae = load_part(kind, folder, own.dtype, origin).to(own.device)
+    check_finite(vae, folder, origin)
     if getattr(own, "use_slicing", False):
         vae.enable_slicing()
     if getattr(own, "use_tiling", False):
         vae.enable_tiling()
-    return vae.to(own.device).requires_grad_(False).eval()
+    return vae
 
 
 def plan_light(path: str, family: Family) -> ModelMixin:
@@ -72,6 +70,7 @@ def plan_light(path: str, family: Family) -> ModelMixin:
         BadInput: no such autoencoder, or other channels, another scale, another image size.
     """
     vae = _without_weights(path)
+    check_scaling(vae, _origin(path))
     latents = family.spatial(torch.zeros(1, *family.latent_shape, device=family.device))
     channels, own = vae.config.latent_channels, scaling(family.pipeline.vae)
     if latents.dim() != 4:
@@ -95,28 +94,32 @@ def _check_size(path: str, vae: ModelMixin, shape: torch.Size, family: Family) -
 
 
 def _without_weights(path: str) -> ModelMixin:
-    try:
+    origin = _origin(path)
+    with origin.one_line():
         config: dict[str, Any] = AutoencoderTiny.load_config(_source(path))
-        kind = config.get("_class_name")
-    except (OSError, ValueError, AttributeError) as error:
-        raise _not_loading(path, error) from error
-    if kind not in KINDS:
-        raise BadInput(FIELD, path, f"holds a {kind}; supported are {', '.join(KINDS)}")
-    try:
-        with torch.device("meta"), torch.random.fork_rng(devices=()):
-            return KINDS[kind].from_config(config).requires_grad_(False)
-    except (ValueError, TypeError, KeyError, RuntimeError, NotImplementedError) as error:
-        raise _not_loading(path, error) from error
+    kind = KINDS.get(config.get("_class_name"))
+    if kind is None:
+        raise BadInput(FIELD, path, f"holds a {config.get('_class_name')}; supported are {', '.join(KINDS)}")
+    with origin.one_line():
+        return without_weights(kind, _source(path))
 
 
 def _source(path: str) -> str:
     """The folder, where there is one, or a hub id."""
-    folder = resolve(path)
+    folder = resolve(path, FIELD)
     if not folder.is_dir() and (path.count("/") != 1 or path.startswith((".", "/", "~", "tempflow:"))):
         raise BadInput(FIELD, path, "no such folder, and no hub id (owner/name)")
     return str(folder) if folder.is_dir() else path
 
 
-def _not_loading(path: str, error: Exception) -> BadInput:
-    reason = " ".join(str(error).split())[:200]
-    return BadInput(FIELD, path, f"no autoencoder loads from there ({reason})")
+def _downloaded(path: str) -> Path:
+    """The folder; one of the hub is fetched, weights and configuration only."""
+    source = _source(path)
+    if source != path or Path(path).is_dir():
+        return Path(source)
+    with _origin(path).one_line():
+        return Path(snapshot_download(path, allow_patterns=["config.json", "diffusion_pytorch_model*.safetensors*"]))
+
+
+def _origin(path: str) -> Origin:
+    return Origin(FIELD, path, "the light decoder")

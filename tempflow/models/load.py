@@ -24,7 +24,8 @@ from tempflow.models.families.flux2 import Flux2, Flux2Klein
 from tempflow.models.families.qwen_image import QwenImage
 from tempflow.models.families.sd3 import SD3
 from tempflow.models.families.z_image import ZImage
-from tempflow.models.loading import build_pipeline, dtypes, load_pipeline, read_index
+from tempflow.models.index import check_index, origin_of, read_index
+from tempflow.models.loading import build_pipeline, check_numbers, dtypes, load_pipeline
 from tempflow.models.network.network import Spread, TrainedNetwork
 from tempflow.models.pipeline import PipelinePolicy
 from tempflow.models.text import TextRows, files_identity
@@ -64,8 +65,9 @@ def load_policy(
     if spread is None:
         pipeline.transformer.to(device)
     _place_decoder(pipeline.vae, model, device)
-    network = _network(family, model, keep_reference, spread)
-    policy = PipelinePolicy(family, network, _texts(family, model, folder, device), device)
+    texts = _texts(family, model, folder, device)
+    check_numbers(pipeline, model)
+    policy = PipelinePolicy(family, _network(family, model, keep_reference, spread), texts, device)
     set_attention(policy, model.attention, rows, slowest)
     return policy
 
@@ -78,9 +80,10 @@ def load_skeleton(model: ModelConfig, sample: SampleConfig) -> Skeleton:
     """
     check_attention(model.attention)
     _, index, family_class = _find(model)
-    with torch.random.fork_rng(devices=()):  # initialising weights without storage draws numbers all the same
+    with torch.random.fork_rng(devices=()):  # initialising adapters without storage draws numbers all the same
         pipeline = build_pipeline(family_class.pipeline_class, model, index)
-        family = family_class(pipeline, model, sample, torch.device("meta"))
+        with origin_of(model.path).one_line():
+            family = family_class(pipeline, model, sample, torch.device("meta"))
         return Skeleton(family, _network(family, model, keep_reference=False), model)
 
 
@@ -91,6 +94,7 @@ def _find(model: ModelConfig) -> tuple[Path, dict[str, Any], type[Family]]:
     if family is None:
         hint = f"holds a {index['_class_name']}; supported are {', '.join(FAMILIES)}"
         raise BadInput("model.path", model.path, hint)
+    check_index(family.pipeline_class, index, family.optional_parts, origin_of(model.path))
     return folder, index, family
 
 
@@ -117,7 +121,7 @@ def _texts(family: Family, model: ModelConfig, folder: Path, device: torch.devic
         "tokens": model.text_tokens,
         "libraries": [diffusers.__version__, transformers.__version__],
     }
-    cache = None if model.text_cache is None else resolve(model.text_cache)
+    cache = None if model.text_cache is None else resolve(model.text_cache, "model.text_cache")
     return TextRows(
         family.encode, encoders, device, precision["transformer"], model.offload_text, cache, json.dumps(decisive)
     )

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tempflow.common.errors import BadInput
+from tempflow.models.weights.parts import nonfinite
 
 MEMORY_LIMIT = 8 * 2**30
 """Bytes of encoded texts kept in main memory; the texts used longest ago go first."""
@@ -49,6 +50,8 @@ class TextRows:
         self.folder, self.identity = folder, identity
         self.memory: OrderedDict[str, Row] = OrderedDict()
         self.bytes = 0
+        self.layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        """shape and type of each tensor of a row"""
         self._place("cpu" if offload else device)
         if folder is not None:
             _make_folder(folder)
@@ -59,6 +62,7 @@ class TextRows:
         fresh = {text: row for text in missing if (row := self._read(text)) is not None}
         fresh |= self._encode([text for text in missing if text not in fresh])
         rows = [self.memory.get(text) or fresh[text] for text in texts]
+        self._check_layout(rows)
         for text in texts:
             self._remember(text, self.memory.get(text) or fresh[text])
         return {name: torch.cat([row[name] for row in rows]).to(self.device) for name in rows[0]}
@@ -72,6 +76,10 @@ class TextRows:
         for text in texts:
             row = self.encode(text)
             found[text] = {name: self._kept(tensor) for name, tensor in row.items()}
+            for name in nonfinite(found[text]):
+                precision = str(self.dtype).removeprefix("torch.")
+                hint = f"its text encoders compute NaN or infinity in {precision} ({name} of {text[:40]!r})"
+                raise BadInput("model.path", "text_encoder", f"{hint}; try model.text_dtype=bf16")
             self._write(text, found[text])
         if self.offload:
             self._place("cpu")
@@ -101,10 +109,24 @@ class TextRows:
         if self.folder is None or not self._file(text).is_file():
             return None
         try:
-            return load_file(self._file(text))
+            row = load_file(self._file(text))
         except (SafetensorError, OSError) as error:
             print(f"tempflow: {self._file(text)} does not load ({error}); encoding its text again", file=sys.stderr)
             return None
+        for name in nonfinite(row):
+            problem = f"its {name} holds NaN or infinity"
+            print(f"tempflow: {self._file(text)} is not used ({problem}); encoding its text again", file=sys.stderr)
+            return None
+        return row
+
+    def _check_layout(self, rows: Sequence[Row]) -> None:
+        """All rows of a run are of the same tensors; one of another kind can only have been written by others."""
+        for row in rows:
+            layout = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in row.items()}
+            self.layout = self.layout or layout
+            if layout != self.layout:
+                hint = "its files hold rows of different names, shapes or types; give another folder, or empty it"
+                raise BadInput("model.text_cache", self.folder, hint)
 
     def _write(self, text: str, row: Row) -> None:
         """Complete or not at all; several processes may write the same row."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
@@ -18,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from tempflow.common.errors import BadInput
+from tempflow.parallel.environment import read_place
 
 Result = TypeVar("Result")
 
@@ -113,13 +113,14 @@ def start(device: str, patience: float = 0.0) -> Ranks:
     Args:
         patience: seconds that a process may wait for something else, a scorer, while the others wait for it.
     Raises:
-        BadInput: a GPU is asked for and there is none.
+        BadInput: a GPU is asked for and there is none, or the environment is not as torchrun makes it.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise BadInput("run.device", device, "no GPU is visible to torch; use run.device=cpu")
     use_gpu = device != "cpu" and torch.cuda.is_available()
-    size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if use_gpu else torch.device("cpu")
+    own = read_place()
+    size, rank = own.size, own.rank
+    place = torch.device("cuda", own.local) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():

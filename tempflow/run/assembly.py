@@ -16,6 +16,7 @@ from tempflow.explore.schedule import NoiseSchedule, build_schedule
 from tempflow.explore.tails.choose import check_tail_settings, choose_engines, prepare_weights
 from tempflow.explore.tails.compiled import CompiledBlocks
 from tempflow.explore.tails.engine import TailEngine
+from tempflow.forecast.limits import check_fits
 from tempflow.forecast.words import Forecast
 from tempflow.learn.average import MovingAverage
 from tempflow.learn.optimizers import make_optimizer
@@ -114,6 +115,7 @@ def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[Confi
     check_tail_settings(config.tails, skeleton.network_rows, device)
     method, schedule = read_method(config, skeleton.sigmas(config.sample.steps))
     forecast = Forecast(config, skeleton, method, schedule, size)
+    check_fits(forecast, ranks.device)
     config = settle_copy(forecast, gpu_bytes(config, ranks, planned=memory))
     forecast = replace(forecast, config=config)
     say(forecast.describe(ranks.device.type))
@@ -164,6 +166,6 @@ def _evaluator(
     """Held-out evaluation, or None where there are no held-out prompts."""
     if not prompts:
         return None
-    schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, config.sample.noise_level)
+    schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, 1.0)  # no noise is taken
     return Evaluator(policy, engine, schedule, prompts, *panels, ranks, config.eval.seed, config.eval.noises,
                      decoders.own, decoders.rows, config.eval.pictures)  # fmt: skip

@@ -26,6 +26,9 @@ def check_consistency(config: Config, ranks: int) -> None:
     """
     _check_groups(config)
     _check_batches(config, ranks)
+    if isinstance(config.explore.window, int) and config.explore.window >= config.sample.steps:
+        hint = f"a window must leave a step for the tail; sample.steps={config.sample.steps}"
+        raise BadInput("explore.window", config.explore.window, hint)
     if config.objective.kl_divisor == "diffusion" and config.sample.transition == "cps":
         hint = "cps has no diffusion coefficient; use objective.kl_divisor=std"
         raise BadInput("objective.kl_divisor", "diffusion", hint)

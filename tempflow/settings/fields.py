@@ -9,7 +9,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from tempflow.settings.declare import Count, Fraction, NonNegative, Positive, Precision, Whole, changeable, section
+from tempflow.settings.declare import (
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Precision,
+    Seconds,
+    Steps,
+    Whole,
+    changeable,
+    section,
+)
 from tempflow.settings.spread import ParallelConfig
 
 
@@ -51,7 +62,7 @@ class ModelConfig:
 
 @section
 class SampleConfig:
-    steps: Annotated[int, Field(ge=2)] = 10
+    steps: Steps = 10
     """Denoising steps of a trajectory during training."""
     height: Count | None = None
     """Image height in pixels; null takes the pipeline's default."""
@@ -61,8 +72,9 @@ class SampleConfig:
     """Guidance as the pipeline counts it: classifier-free (SD3, Qwen-Image, klein: > 1; Z-Image: > 0) or embedded."""
     transition: Literal["flow_sde", "dance_sde", "flash_sde", "cps"] = "flow_sde"
     """The stochastic step: Flow-GRPO's SDE, DanceGRPO's, Flash-GRPO's, or coefficients-preserving sampling."""
-    noise_level: Positive = 0.7
-    """Noise of the stochastic step: a of Flow-SDE and CPS, eta of Dance-SDE, a factor (released: 1) of Flash-SDE."""
+    noise_level: Positive | Annotated[list[Positive], Field(min_length=1)] = 0.7
+    """Noise of the stochastic step: a of Flow-SDE and CPS, eta of Dance-SDE, a factor (released: 1) of Flash-SDE; or a
+    list, one for each step but the last."""
 
 
 @section
@@ -215,9 +227,9 @@ class RewardConfig:
     """Images of one request; null takes reward.rows, as many as a scorer here gets in one call."""
     requests: Count = changeable(8)
     """Requests in flight at once, over all servers, per process."""
-    timeout: Positive = changeable(120.0)
+    timeout: Seconds = changeable(120.0)
     """Seconds after which a request without an answer is sent again."""
-    patience: Positive = changeable(600.0)
+    patience: Seconds = changeable(600.0)
     """Seconds after a request's first failure until the run saves and stops; other processes wait for it as long."""
     token_file: str | None = changeable(None)
     """File whose first line is the servers' token; null takes the environment variable TEMPFLOW_SCORER_TOKEN."""
@@ -229,7 +241,7 @@ class EvalConfig:
     """Iterations between evaluations; 0 evaluates only before and after."""
     prompts: Count = 128
     """Held-out prompts per evaluation, spread evenly over the file."""
-    steps: Count = 10
+    steps: Annotated[int, Field(ge=1, le=1000)] = 10
     """Denoising steps, ODE only, from fixed noises."""
     noises: Count = 1
     """Initial noises per held-out prompt; its scores are means over them, pictures show the first."""

@@ -7,17 +7,19 @@ field is refused with the nearest name. The fields themselves stand in `fields.p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from tempflow.common import yaml_values
 from tempflow.common.errors import BadInput
 from tempflow.settings.fields import Config
 from tempflow.settings.names import changeable_fields, field_names, nearest_field, refuse_old_names
 from tempflow.settings.stacks import kind_of, presets, read_stack, read_values
+from tempflow.settings.texts import check_paths, read_override
 
 __all__ = [
     "changeable_fields", "field_names", "is_override", "load", "plain", "presets", "read_values", "to_yaml", "validate",
@@ -36,7 +38,9 @@ def load(arguments: Sequence[str]) -> Config:
     values = read_stack(names if _has_base(names) else ["digits", *names]).values
     for override in overrides:
         _override(values, override)
-    return validate(values)
+    config = validate(values)
+    check_paths(config)
+    return config
 
 
 def is_override(argument: str) -> bool:
@@ -60,21 +64,17 @@ def _override(values: dict[str, dict[str, Any]], argument: str) -> None:
     if not (section and dot and field):
         raise BadInput("argument", argument, "settings have the form section.field=value")
     refuse_old_names({section: {field: text}})
-    try:
-        value = yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
-        raise BadInput(name, text, "not readable as a YAML value; quote it") from error
-    values.setdefault(section, {})[field] = value
+    values.setdefault(section, {})[field] = read_override(name, text)
 
 
 def validate(values: dict[str, Any]) -> Config:
-    """Sections of plain values to a checked Config.
+    """Sections of plain values to a checked Config. Types are those of JSON: no text or truth value is a number.
 
     Raises:
         BadInput: unknown or ill-typed field.
     """
     try:
-        return TypeAdapter(Config).validate_python(values)
+        return TypeAdapter(Config).validate_json(json.dumps(values), strict=True)
     except ValidationError as error:
         errors = [(".".join(str(part) for part in each["loc"][:2]), each) for each in error.errors()]
         name, first = errors[0]
@@ -97,7 +97,7 @@ def to_yaml(config: Config) -> str:
     """The whole configuration, from which a new run can be started."""
     values = asdict(config)
     values["run"]["resume"] = False
-    return yaml.safe_dump(plain(values), sort_keys=False)
+    return yaml_values.to_yaml(plain(values))
 
 
 def plain(value: Any) -> Any:

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tempflow.common.errors import BadInput
-from tempflow.common.files import PACKAGE
+from tempflow.common.files import PACKAGE, user_path
+from tempflow.common.yaml_values import read_yaml_file
 from tempflow.settings.names import field_names, nearest, refuse_old_names
+from tempflow.settings.texts import is_text
 
 FOLDER = PACKAGE / "settings" / "presets"
 KINDS = ("models", "tasks", "methods", "runs")
@@ -88,10 +88,10 @@ def read_stack(sources: Iterable[str]) -> Layer:
 
 def _find(name: str, beside: Path | None = None) -> Path:
     """The file of a preset's name or of a path, which may be relative to `beside`, the file that extends it."""
-    path = presets().get(name) or (beside.parent if beside else Path()) / Path(name).expanduser()
-    if path.is_file():
-        return path
     field, place = ("extends", f"in {beside}: ") if beside else ("preset", "")
+    path = presets().get(name) or (beside.parent if beside else Path()) / user_path(field, name)
+    if user_path(field, path).exists():
+        return path
     if path.suffix in (".yaml", ".yml") or "/" in name:
         raise BadInput(field, name, f"{place}no such file")
     known = [*presets(), *(f"{setting}=" for setting in field_names())]
@@ -118,10 +118,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Layer:
 
 def _content(path: Path) -> dict[Any, Any]:
     """What a YAML file holds."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise BadInput("preset", path, f"not readable as YAML ({' '.join(str(error).split())})") from error
+    content = read_yaml_file("preset", path, is_text)
     content = {} if content is None else content
     if not isinstance(content, dict):
         raise BadInput("preset", path, "holds no sections of fields, such as `learn: {lr: 0.001}`")

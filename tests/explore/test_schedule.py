@@ -97,6 +97,16 @@ def test_steps_are_the_published_ones(kind, level, jumps):
     assert torch.equal(schedule.ode.x_coef, torch.ones(7))
 
 
+@pytest.mark.parametrize("kind", TRANSITIONS)
+def test_a_list_gives_each_step_the_coefficients_of_its_own_level(kind):
+    sigmas, levels, jumps = random_sigmas(), [0.9, 0.4, 0.7, 1.1, 0.2, 0.6], JUMPS["merged steps"]
+    listed = build_schedule(sigmas, kind, levels, jumps).sde
+    for step, level in enumerate([*levels, levels[-1]]):
+        alone = build_schedule(sigmas, kind, level, jumps).sde
+        for column in ("x_coef", "v_coef", "std"):
+            assert getattr(listed, column)[step] == getattr(alone, column)[step], (step, column)
+
+
 def test_transitions_by_themselves_take_single_steps():
     sigmas = random_sigmas()
     for name, transition in (("flow_sde", flow_sde), ("dance_sde", dance_sde), ("flash_sde", flash_sde), ("cps", cps)):
@@ -149,6 +159,10 @@ def test_coef_rows_are_what_operators_take(schedule):
         (((1, 0.5, 0), "flow_sde", -0.1), "sample.noise_level"),
         (((1, 0.5, 0), "cps", 2.0), "sample.noise_level"),
         (((1, 0.5, 0), "cps", 2.5), "sample.noise_level"),
+        (((1, 0.5, 0.2, 0), "flow_sde", [0.7]), "sample.noise_level"),
+        (((1, 0.5, 0.2, 0), "flow_sde", [0.7, 0.7, 0.7]), "sample.noise_level"),
+        (((1, 0.5, 0.2, 0), "flow_sde", [0.7, 0.0]), "sample.noise_level"),
+        (((1, 0.5, 0.2, 0), "cps", [0.7, 2.0]), "sample.noise_level"),
         (((1.2, 0.5, 0), "flow_sde", 0.7), "sample.steps"),
         (((1, 0.5, 0.5, 0), "flow_sde", 0.7), "sample.steps"),
         (((1, 0.5, 0.6, 0), "flow_sde", 0.7), "sample.steps"),

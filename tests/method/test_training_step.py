@@ -118,6 +118,12 @@ CASES = {
         kind="cps", level=0.8, noises=3, siblings=2, pool=(1,), window=3, ratio="undivided",
         weighting=(0.5, 2, 1, 3), clip=0.002, kl=0.05, inner_epochs=3, group="prompt",
     ),
+    "noise of each step's own, in windows": case(
+        "sample.noise_level=[0.9,0.3,1.1,0.6] explore.noises=2 explore.siblings=3 explore.forks=[0,2] explore.window=2 "
+        "objective.weighting=noise objective.kl=0.1 objective.clip=0.004 learn.inner_epochs=3",
+        level=(0.9, 0.3, 1.1, 0.6), noises=2, siblings=3, pool=(0, 2), window=2, weighting="noise", kl=0.1,
+        clip=0.004, inner_epochs=3,
+    ),
     "Dance-SDE, second-order tails": case(
         "sample.transition=dance_sde sample.noise_level=0.9 explore.noises=2 explore.siblings=3 explore.forks=[0,1] "
         "tails.solver=dpmpp_2m objective.weighting=noise objective.clip=0.01 learn.inner_epochs=2",

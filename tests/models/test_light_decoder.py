@@ -154,18 +154,18 @@ def test_only_whole_safetensors_are_loaded(load_tiny, light, monkeypatch):
     half = {name: value for name, value in tiny_decoder().state_dict().items() if "decoder" not in name}
     diffusers.utils.logging.set_verbosity_error()
     save_file(half, file)
-    refused(path, "lacks weights")
+    refused(path, "lacks the tensor")
     file.write_bytes(b"torn")
-    refused(path, "loads")
+    refused(path, "not readable")
     file.unlink()
     torch.save(tiny_decoder().state_dict(), file.with_suffix(".bin"))
-    refused(path, "loads")
+    refused(path, "does not load")
     (resolve(path) / "config.json").write_text("[")
-    refused(path, "loads")
+    refused(path, "does not load")
     (resolve(path) / "config.json").write_text(json.dumps({"_class_name": "AutoencoderTiny", "latent_channels": "x"}))
-    refused(path, "loads")
+    refused(path, "does not load")
     refused("/nowhere/at/all", "no such folder")
-    refused("nobody/nothing", "loads")
+    refused("nobody/nothing", "does not load")
 
 
 class Looking:

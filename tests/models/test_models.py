@@ -1,7 +1,5 @@
 """The shipped pipeline against plain diffusers: same latents, same images, adapters that travel."""
 
-import json
-
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -148,8 +146,8 @@ def test_wrong_models_are_refused(cpu, model, sample, field):
 
 @pytest.mark.parametrize(
     ("index", "words"),
-    [('{"_class_name": "SanaPipeline"}', "supported are StableDiffusion3Pipeline, Fl"), ("{", "no pipeline class"),
-     (json.dumps({"_class_name": "StableDiffusion3Pipeline", "vae": ["diffusers", "AutoencoderKL"]}), "does not load")],
+    [('{"_class_name": "SanaPipeline"}', "supported are StableDiffusion3Pipeline, Fl"), ("{", "no readable JSON"),
+     ("{}", "no pipeline class"), ('{"_class_name": "StableDiffusion3Pipeline"}', "names no transformer")],
 )  # fmt: skip
 def test_wrong_pipelines_are_refused(cpu, tmp_path, index, words):
     (tmp_path / "model_index.json").write_text(index)

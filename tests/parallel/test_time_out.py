@@ -18,7 +18,8 @@ def test_collectives_wait_longer_than_scorers_may_take(monkeypatch):
         seen.update(options)
         raise Joined
 
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "1")):
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(ranks.dist, "init_process_group", join)
     for arguments in (["run.plan_only=true"], ["run.plan_only=false"]):
         seen.clear()

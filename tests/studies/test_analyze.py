@@ -10,7 +10,14 @@ import tempflow.train
 from tempflow.commands import analyze as command
 from tempflow.common.errors import BadInput
 from tempflow.settings.reading import load
-from tempflow.studies.analyze.advice import Advice, advise, choose_forks, choose_level, choose_siblings
+from tempflow.studies.analyze.advice import (
+    Advice,
+    advise,
+    choose_even_levels,
+    choose_forks,
+    choose_level,
+    choose_siblings,
+)
 from tempflow.studies.analyze.measure import (
     Spread,
     analysis_config,
@@ -65,7 +72,7 @@ def test_chains_are_analyzed_as_forks():
 
 def test_more_noise_spreads_rewards_of_the_same_trunks():
     trainer = analyzed()
-    low, same = measure_spread(trainer, 0.1, 1), measure_spread(trainer, 0.7, 1)
+    low, same = measure_spread(trainer, 1 / 7, 1), measure_spread(trainer, 1.0, 1)
     _, spread = measure_steps(trainer, tempflow.train.backward, 1)
     assert torch.equal(same.rewards, spread.rewards) and (low.stds() < same.stds()).all()
 
@@ -99,6 +106,20 @@ def test_rules_of_the_advice():
     assert choose_siblings(Spread(1, torch.rand(1, 10, 8)), [0]) == 4
 
 
+def test_even_noise_is_where_each_step_spreads_as_all_do_on_average():
+    """Mean 2 at level 1: the first step reaches it at .5 already, the second between, the third not at 2 yet."""
+    low, mid, high = spread_of(0.5, 2.0, 1.0, 0.1), spread_of(1, 4.0, 1.5, 0.5), spread_of(2, 6.0, 2.5, 1.0)
+    assert choose_even_levels([low, mid, high], mid) == (0.5, 1.5, 2.0)
+
+
+def test_even_noise_makes_spreads_even():
+    trainer = analyzed("sample.noise_level=[0.4,0.6,0.8,1.0]")
+    spreads = [measure_spread(trainer, factor, 1) for factor in (0.5, 1.0, 1.5)]
+    levels = choose_even_levels(spreads, spreads[1])
+    even = measure_spread(analyzed(f"sample.noise_level={list(levels)}"), 1.0, 1)
+    assert even.stds().std() < 0.5 * spreads[1].stds().std() and even.level == levels
+
+
 def test_the_recommendation_stacks_and_costs_what_it_says(tmp_path):
     """On a chain too, whose forks and window it replaces."""
     config = analysis_config(small(*STACK))
@@ -116,13 +137,14 @@ def test_the_recommendation_stacks_and_costs_what_it_says(tmp_path):
         found = load([*stack, str(tmp_path / "recommended.yaml")])
         assert (found.explore.forks, found.explore.siblings) == (list(advice.forks), advice.siblings)
         assert (found.explore.window, found.sample.noise_level) == (1, advice.noise_level)
+        assert load([*stack, str(tmp_path / "even_noise.yaml")]).sample.noise_level == list(advice.even_levels)
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
     def analyze(config, iterations):
         trainer = analyzed()
         steps, spread = measure_steps(trainer, tempflow.train.backward, iterations)
-        return Analysis(steps, [spread], Advice((0, 1), 4, 0.7, 30, 60, 0.9), 1)
+        return Analysis(steps, [spread], Advice((0, 1), 4, 0.7, 30, 60, 0.9, (0.6, 0.9)), 1)
 
     monkeypatch.setattr(command, "analyze", analyze)
     assert command.main(["digits", "--folder", str(tmp_path / "a"), "--iterations", "1", "explore.prompts=2"]) == 0

@@ -27,7 +27,7 @@ class Facts:
 
     sigmas: tuple[float, ...]
     kind: str = "flow_sde"
-    level: float = 0.7
+    level: float | tuple[float, ...] = 0.7
     noises: int = 1
     siblings: int = 1
     pool: tuple[int, ...] = (0,)
@@ -68,7 +68,8 @@ class Facts:
         """The stochastic steps of a window that begins at `fork`."""
         moves, step = [], fork
         for _ in range(self.window):
-            moves.append(Move(self.kind, self.level, self.sigmas, step, self.target(step)))
+            level = self.level[step] if isinstance(self.level, tuple) else self.level
+            moves.append(Move(self.kind, level, self.sigmas, step, self.target(step)))
             step = self.target(step)
         return moves
 

@@ -7,6 +7,7 @@ loading, precision, placement, caching and training stand once, in the other mod
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -15,12 +16,33 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 
 from tempflow.common.errors import BadInput
+from tempflow.models.weights.origin import Origin
 from tempflow.settings.fields import ModelConfig, SampleConfig
 
 
 def scaling(vae: ModelMixin) -> tuple[float, float]:
-    """An autoencoder's scale and shift: it decodes `latents / scale + shift`; 1 and 0 where it names none."""
-    return vae.config.get("scaling_factor") or 1.0, vae.config.get("shift_factor") or 0.0
+    """An autoencoder's scale and shift: it decodes `latents / scale + shift`; 1 and 0 where its class has none."""
+    return vae.config.get("scaling_factor", 1.0), vae.config.get("shift_factor") or 0.0
+
+
+def check_scaling(vae: ModelMixin, origin: Origin) -> None:
+    """Whether an autoencoder's scale, shift and spread are numbers that latents can be decoded with.
+
+    Raises:
+        BadInput: a scale that is no positive number, or a shift that is none.
+    """
+    scale, shift = scaling(vae)
+    spread, means = vae.config.get("latents_std") or [1.0], vae.config.get("latents_mean") or [0.0]
+    for name, values in (("scaling_factor", [scale]), ("latents_std", spread)):
+        if not all(_is_number(value) and value > 0 for value in values):
+            raise origin.refusal(f"the configuration of its autoencoder has {name}={values[0]}; give a positive number")
+    for name, values in (("shift_factor", [shift]), ("latents_mean", means)):
+        if not all(map(_is_number, values)):
+            raise origin.refusal(f"the configuration of its autoencoder has {name}={values[0]}; give a number")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 class Family:
@@ -30,6 +52,8 @@ class Family:
     """
 
     pipeline_class: ClassVar[type[DiffusionPipeline]]
+    optional_parts: ClassVar[tuple[str, ...]] = ()
+    """parts that the pipeline can do without"""
     lora_targets: ClassVar[tuple[str, ...]]
     """ends of the names of the layers that get adapters"""
     max_text_tokens: ClassVar[int] = 512
@@ -40,7 +64,7 @@ class Family:
     """the text of unconditional rows"""
 
     def __init__(self, pipeline: DiffusionPipeline, model: ModelConfig, sample: SampleConfig, device: torch.device):
-        self.pipeline, self.device = pipeline, device
+        self.pipeline, self.device, self._origin = pipeline, device, Origin("model.path", model.path)
         self.text_tokens, self.guidance = model.text_tokens, sample.guidance
         if not isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
             found = type(pipeline.scheduler).__name__
@@ -49,6 +73,7 @@ class Family:
             raise BadInput("model.text_tokens", model.text_tokens, f"this model takes at most {self.max_text_tokens}")
         if self.distilled and sample.guidance > 1:
             raise BadInput("sample.guidance", sample.guidance, "this model is distilled to none; leave it at 1")
+        check_scaling(pipeline.vae, self._origin)
         self.height = self._pixels("sample.height", sample.height)
         self.width = self._pixels("sample.width", sample.width)
         self.image_shape = (3, self.height, self.width)
@@ -90,10 +115,19 @@ class Family:
     # Schedule
 
     def sigmas(self, num_steps: int) -> Tensor:
-        """(T+1,) float64, those of the pipeline's own scheduler."""
+        """(T+1,) float64, those of the pipeline's own scheduler.
+
+        Raises:
+            BadInput: its configuration does not give sigmas that fall to 0.
+        """
         scheduler = copy.deepcopy(self.pipeline.scheduler)
-        scheduler.set_timesteps(num_steps, **self.timestep_arguments(num_steps))
-        return scheduler.sigmas.double()
+        with self._origin.one_line():
+            scheduler.set_timesteps(num_steps, **self.timestep_arguments(num_steps))
+        sigmas = scheduler.sigmas.double()
+        if len(sigmas) != num_steps + 1 or not (sigmas.diff() < 0).all() or not 0 < sigmas[0] < 2 or sigmas[-1] != 0:
+            shown = [round(sigma, 4) for sigma in sigmas.tolist()[:4]]
+            raise self._origin.refusal(f"its scheduler gives the sigmas {shown}..., which do not fall to 0")
+        return sigmas
 
     def timestep_arguments(self, num_steps: int) -> dict[str, Any]:
         """What the pipeline gives to its scheduler: evenly falling sigmas and the shift of this image size."""

@@ -15,6 +15,7 @@ from tempflow.settings.fields import ModelConfig, SampleConfig
 
 class SD3(Family):
     pipeline_class = StableDiffusion3Pipeline
+    optional_parts = ("text_encoder_3", "tokenizer_3")
     lora_targets = (
         "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
         "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",

@@ -15,12 +15,15 @@ from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
+from tempflow.common.machine import host_memory
 from tempflow.common.tensors import whole
+from tempflow.models.weights.files import check_safetensors
+from tempflow.models.weights.origin import Origin
+from tempflow.models.weights.parts import nonfinite
 from tempflow.settings.fields import ModelConfig
 
 NAME = "default"
@@ -29,10 +32,12 @@ PREFIX = "transformer."
 
 def add_adapters(module: nn.Module, config: ModelConfig, default_targets: Sequence[str]) -> None:
     """Puts fp32 adapters, without effect at first, on the layers that `config.lora_targets` names."""
+    names = layer_names(module, list(config.lora_targets or default_targets), bool(config.lora_targets))
+    _check_rank(module, config.lora_rank, names)
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
-        target_modules=layer_names(module, list(config.lora_targets or default_targets), bool(config.lora_targets)),
+        target_modules=names,
         init_lora_weights="gaussian",
     )
     module.add_adapter(lora)
@@ -43,6 +48,15 @@ def add_adapters(module: nn.Module, config: ModelConfig, default_targets: Sequen
         # Else peft widens every input to the adapter's fp32, and autocast rounds it back to the very same numbers: a
         # copy for each projection to keep until the backward pass.
         layer.cast_input_dtype_enabled = False
+
+
+def _check_rank(module: nn.Module, rank: int, names: Sequence[str]) -> None:
+    """Adapters of this rank can be held: they are made in main memory, even for a plan."""
+    sides = sum(sum(module.get_submodule(name).weight.shape) for name in names)
+    needed, most = 4 * rank * sides, host_memory()
+    if needed > most:
+        hint = f"adapters of this rank need {needed / 2**30:,.0f} GiB, and there are {most / 2**30:,.0f}; lower it"
+        raise BadInput("model.lora_rank", rank, hint)
 
 
 def layer_names(module: nn.Module, targets: list[str], all_needed: bool) -> list[str]:
@@ -124,19 +138,25 @@ def _folded(weights: dict[str, Tensor], alphas: dict[str, Tensor]) -> dict[str, 
 
 def _read(pipeline_class: type[DiffusionPipeline], source: str) -> tuple[dict[str, Tensor], dict]:
     """Adapter weights by the transformer's names, and metadata; other trainers' formats are converted by diffusers."""
-    path = resolve(source)
-    try:
+    path, origin = resolve(source, "model.lora"), Origin("model.lora", source, "the LoRA")
+    for file in _local_files(path):
+        check_safetensors(file, origin)
+    with origin.one_line():
         found = pipeline_class.lora_state_dict(
             str(path) if path.exists() else source, return_lora_metadata=True, return_alphas=True, use_safetensors=True
         )
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise BadInput("model.lora", source, f"does not load as a LoRA ({reason})") from error
     apart = found[1] if len(found) == 3 else None  # FLUX's loader takes `.alpha` tensors out, the others leave them in
     alphas = apart or {name: tensor for name, tensor in found[0].items() if name.endswith(".alpha")}
     weights = _folded(found[0], alphas)
     own = {n.removeprefix(PREFIX): tensor for n, tensor in weights.items() if n.startswith(PREFIX)}
+    for name in nonfinite(own):
+        raise origin.refusal(f"its {name} holds NaN or infinity")
     return own, found[-1] or {}
+
+
+def _local_files(path: Path) -> list[Path]:
+    """The file, or the safetensors files of a folder; none of them may be of another kind."""
+    return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
 
 
 def save_adapters(

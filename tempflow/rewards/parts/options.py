@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import yaml
 
 from tempflow.common.errors import BadInput
+from tempflow.common.yaml_values import Unreadable, read_word
 
 
 def read_options(arguments: Sequence[str], rewards: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -21,9 +21,9 @@ def read_options(arguments: Sequence[str], rewards: Sequence[str]) -> dict[str, 
             form = "KEY=VALUE" if len(rewards) == 1 else f"REWARD.KEY=VALUE with one of {', '.join(rewards)}"
             raise BadInput("--option", argument, f"must have the form {form}")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise BadInput("--option", argument, "not readable as a YAML value; quote it") from error
+            value = read_word(text)
+        except Unreadable as error:
+            raise BadInput("--option", argument, f"not readable as a YAML value ({error}); quote it") from error
         options[reward or rewards[0]][name if reward is None else name.removeprefix(f"{reward}.")] = value
     return options
 

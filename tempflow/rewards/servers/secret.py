@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 from tempflow.common.errors import BadInput
+from tempflow.common.files import read_text
 
 VARIABLE = "TEMPFLOW_SCORER_TOKEN"
 
@@ -18,10 +18,7 @@ def read_token(setting: str, file: str | None) -> str | None:
     """
     token = os.environ.get(VARIABLE)
     if file is not None:
-        try:
-            token = Path(file).expanduser().read_text(encoding="utf-8").partition("\n")[0].strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(setting, file, f"cannot be read ({error})") from error
+        token = read_text(setting, file).partition("\n")[0].strip()
     if token is None:
         return None
     if not (token and token.isascii() and token.isprintable() and " " not in token):

@@ -60,9 +60,14 @@ class StepFigures:
 class Spread:
     """Rewards of one noise level. S = T - 1 forks, R trunks, K siblings."""
 
-    level: float
+    level: float | tuple[float, ...]
+    """sample.noise_level: of all steps, or S, of each"""
     rewards: Tensor
     """(S, R, K) fp32; NaN where a scorer has no opinion"""
+
+    def levels(self) -> Tensor:
+        """(S,) float64"""
+        return torch.tensor(self.level, dtype=torch.float64).expand(len(self.rewards))
 
     def stds(self) -> Tensor:
         """(S,): mean over trunks of the standard deviation among siblings."""
@@ -114,12 +119,26 @@ def explore_once(trainer: Trainer, method: Method, schedule: NoiseSchedule, iter
     return Explored(rollout, credit, trainer.rewards.total(rewards[0]))
 
 
-def measure_spread(trainer: Trainer, level: float, iterations: int) -> Spread:
-    """Rewards at a noise level, on the prompts, noises and random numbers of all other levels."""
-    sample = replace(trainer.config.sample, noise_level=level)
+def scaled(level: float | Sequence[float], factor: float) -> float | list[float]:
+    """A noise level of all steps, or of each, times a factor."""
+    return [factor * each for each in level] if isinstance(level, Sequence) else factor * level
+
+
+def level_words(level: float | Sequence[float]) -> str:
+    """Example: "0.7", or "[0.5, 0.7, 0.9]"."""
+    return str([round(each, 4) for each in level]) if isinstance(level, Sequence) else f"{level:g}"
+
+
+def measure_spread(trainer: Trainer, factor: float, iterations: int) -> Spread:
+    """Rewards at the stack's noise level times `factor`, on the prompts, noises and random numbers of all others."""
+    sample = replace(trainer.config.sample, noise_level=scaled(trainer.config.sample.noise_level, factor))
     method, schedule = read_method(replace(trainer.config, sample=sample), trainer.schedule.sigmas)
     parts = [explore_once(trainer, method, schedule, iteration).rewards for iteration in range(iterations)]
-    return Spread(level, torch.cat(parts, 1))
+    return Spread(_plain(sample.noise_level), torch.cat(parts, 1))
+
+
+def _plain(level: float | list[float]) -> float | tuple[float, ...]:
+    return tuple(level) if isinstance(level, list) else level
 
 
 def measure_steps(trainer: Trainer, backward: Callable[[Trainer, Any], Any], iterations: int) -> tuple[
@@ -136,7 +155,7 @@ def measure_steps(trainer: Trainer, backward: Callable[[Trainer, Any], Any], ite
         found = explore_once(trainer, method, schedule, iteration)
         rewards.append(found.rewards)
         gradients.append(_gradients(trainer, found, backward))
-    spread = Spread(trainer.config.sample.noise_level, torch.cat(rewards, 1))
+    spread = Spread(_plain(trainer.config.sample.noise_level), torch.cat(rewards, 1))
     if (spread.zero_spread() == 1).all():
         hint = "gives all siblings of every fork the same score: there is no spread to analyze or to learn from"
         raise BadInput("reward.name", trainer.config.reward.name, hint)

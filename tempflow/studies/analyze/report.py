@@ -13,7 +13,7 @@ import matplotlib
 
 from tempflow.common.files import write_atomically
 from tempflow.studies.analyze.advice import Advice
-from tempflow.studies.analyze.measure import Spread, StepFigures, correlation
+from tempflow.studies.analyze.measure import Spread, StepFigures, correlation, level_words
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -44,13 +44,13 @@ class Analysis:
                  f"{s.gradient:.3g}", f"{s.weighted_gradient:.3g}", str(s.rows * self.network_rows))
                 for s in self.steps]  # fmt: skip
         lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
-        levels = [f"noise level {s.level:g}: mean reward {s.rewards.nanmean():.4f}, spread {s.stds().mean():.4f}"
-                  for s in self.spreads]  # fmt: skip
+        levels = [f"noise level {level_words(s.level)}: mean reward {s.rewards.nanmean():.4f}, "
+                  f"spread {s.stds().mean():.4f}" for s in self.spreads]  # fmt: skip
         found = f"correlation of reward std with noise std over {len(self.steps)} steps: {self.correlation:.3f}"
         return "\n".join([*lines, "", found, *levels, self.advice.describe()])
 
     def write(self, folder: Path) -> None:
-        """analysis.md, analysis.json, analysis.png and recommended.yaml."""
+        """analysis.md, analysis.json, analysis.png, recommended.yaml and even_noise.yaml."""
         folder.mkdir(parents=True, exist_ok=True)
         levels = [{"level": s.level, "reward_mean": s.rewards.nanmean().item(), "reward_std": s.stds().tolist()}
                   for s in self.spreads]  # fmt: skip
@@ -60,6 +60,7 @@ class Analysis:
         write_atomically(folder / "analysis.json", json.dumps(values, indent=1).encode())
         write_atomically(folder / "analysis.md", (self.describe() + "\n").encode())
         write_atomically(folder / "recommended.yaml", self.advice.to_yaml().encode())
+        write_atomically(folder / "even_noise.yaml", self.advice.even_yaml().encode())
         write_atomically(folder / "analysis.png", draw(self))
 
 
@@ -80,7 +81,7 @@ def draw(analysis: Analysis) -> bytes:
     _name(against, f"correlation {analysis.correlation:.3f}", "noise std", "reward std")
     _gradients(pull, analysis.steps)
     for spread in analysis.spreads:
-        levels.plot(steps, spread.stds().tolist(), "o-", ms=3, label=f"level {spread.level:g}")
+        levels.plot(steps, spread.stds().tolist(), "o-", ms=3, label=f"level {level_words(spread.level)}")
     levels.legend(fontsize=8)
     _name(levels, "reward std by noise level", "fork step", "reward std")
     buffer = BytesIO()

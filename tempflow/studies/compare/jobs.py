@@ -43,6 +43,8 @@ class Job:
     """network rows that its training will take; 0 where the budget is in seconds"""
     seconds: float | None = None
     """of training that it will take, where the budget is in seconds"""
+    known: bool = False
+    """its results are known from elsewhere: it is not made again"""
 
     @property
     def log(self) -> Path:
@@ -50,7 +52,7 @@ class Job:
         return self.folder.with_suffix(".log")
 
     def is_finished(self) -> bool:
-        return (self.folder / FINISHED).is_file()
+        return self.known or (self.folder / FINISHED).is_file()
 
     def finish(self) -> None:
         """Marks the run as finished."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +13,10 @@ from tempflow.common.say import say
 from tempflow.records.rows import read_metrics
 from tempflow.studies.compare.figures import draw_curves, draw_differences
 from tempflow.studies.compare.jobs import Job, Machine, make_jobs
+from tempflow.studies.compare.known import Known, known_results
 from tempflow.studies.compare.page import result_rows, write_page
 from tempflow.studies.compare.pool import Failure, run_jobs
-from tempflow.studies.compare.results import read_points, summarise, write_csv
+from tempflow.studies.compare.results import RESULTS, read_points, summarise, write_csv
 from tempflow.studies.compare.study import Study, configuration, open_folder
 
 TRIAL = ("prompts.test=null", "learn.iterations=3", "eval.every=0", "run.save_every=0")
@@ -28,24 +29,36 @@ def make_study(study: Study, folder: Path, processes: int | None = None) -> int:
     Raises:
         BadInput: anything that the user has to change, before a run begins.
     """
-    jobs, machine = make_jobs(study, folder), _machine(study)
+    (jobs, known), machine = _jobs(study, folder), _machine(study)
     open_folder(study, folder)
     failures: list[Failure] = []
     try:
         failures += run_jobs(jobs, machine, _places(study, machine, processes))
     finally:
-        print(write_report(study, folder, jobs, failures))
+        print(write_report(study, folder, jobs, failures, known))
     return 1 if failures else 0
 
 
-def write_report(study: Study, folder: Path, jobs: Sequence[Job], failures: Sequence[Failure]) -> str:
+def _jobs(study: Study, folder: Path) -> tuple[list[Job], dict[tuple[str, int], Known]]:
+    """All runs, and the results of those that need not be made again."""
+    jobs = make_jobs(study, folder)
+    known = known_results(study, jobs, folder)
+    return [replace(job, known=(job.run, job.seed) in known) for job in jobs], known
+
+
+def write_report(study: Study, folder: Path, jobs: Sequence[Job], failures: Sequence[Failure],
+                 known: Mapping[tuple[str, int], Known] | None = None) -> str:  # fmt: skip
     """results.csv, study.png and study.html; returns the results in words."""
-    points = read_points(jobs)
+    known = known or {}
+    points = read_points(jobs, {key: result.points for key, result in known.items()})
     summaries = summarise(points, jobs, study.metric, study.target, study.baseline)
     notes = [failure.describe() for failure in failures]
+    if others := sorted({result.study for result in known.values()} - {folder.name}):
+        notes.append(f"{sum(result.study != folder.name for result in known.values())} runs are those of the same "
+                     f"settings in {', '.join(others)}; their seconds were measured there")  # fmt: skip
     if points and not any(study.metric in point.scores for point in points):
         notes.append(f"metric={study.metric}: no run has this score; there are {', '.join(points[-1].scores)}")
-    write_csv(points, folder / "results.csv")
+    write_csv(points, folder / RESULTS)
     write_atomically(folder / "study.png", draw_curves(study, points))
     pictures = [draw_curves(study, points, "svg"), draw_differences(study, summaries, "svg")]
     page = write_page(study, summaries, jobs, notes, [picture for picture in pictures if picture])
@@ -58,7 +71,7 @@ def write_report(study: Study, folder: Path, jobs: Sequence[Job], failures: Sequ
 
 def describe(study: Study, folder: Path, processes: int | None = None) -> str:
     """What a study would run, what that costs, and how long it will take. Changes nothing in the folder."""
-    jobs, machine = make_jobs(study, folder), _machine(study)
+    (jobs, _), machine = _jobs(study, folder), _machine(study)
     places, lines = _places(study, machine, processes), []
     for run in study.runs:
         own = [job for job in jobs if job.run == run]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from tempflow.studies.compare.statistics import Interval, interval, paired
 
 AXES = {"iteration": "iterations", "network_rows": "network rows", "seconds": "seconds of training"}
 """What curves are drawn against, and how it is called."""
+RESULTS = "results.csv"
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,14 @@ class Point:
     """held-out scores; `reward` is the mean over the branches of that iteration of training"""
 
 
-def read_points(jobs: Sequence[Job]) -> list[Point]:
-    """All evaluations of all runs that have begun."""
-    return [point for job in jobs for point in _points(job)]
+def read_points(jobs: Sequence[Job], known: Mapping[tuple[str, int], Sequence[Point]] | None = None) -> list[Point]:
+    """All evaluations of all runs that have begun.
+
+    Args:
+        known: (run, seed) -> those of runs that were made elsewhere.
+    """
+    known = known or {}
+    return [point for job in jobs for point in known.get((job.run, job.seed)) or _points(job)]
 
 
 def _points(job: Job) -> list[Point]:

@@ -11,19 +11,22 @@ baseline: chain
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tempflow.common.errors import BadInput
-from tempflow.common.files import PACKAGE, write_atomically
+from tempflow.common.files import PACKAGE, user_path, write_atomically
+from tempflow.common.yaml_values import read_yaml_file, to_yaml
 from tempflow.settings.fields import Config
 from tempflow.settings.names import nearest
 from tempflow.settings.reading import is_override, load
 
 SHIPPED = PACKAGE / "studies" / "shipped"
+KEPT = "study.yaml"
+"""A study's own file in its folder."""
 OWN = ("run.seed", "run.dir", "run.resume", "run.plan_only", "learn.iterations", "learn.max_seconds")
 """Fields that a study sets by itself."""
 SHARED = ("model.path", "model.lora", "prompts.train", "prompts.test", "reward.name", "reward.gold", "reward.options",
@@ -90,33 +93,43 @@ def read_study(source: str) -> Study:
     Raises:
         BadInput: no such file, no YAML, an unknown or ill-typed field, or runs that cannot be made or compared.
     """
-    content = _content(_find(source))
+    study = _validated(_content(_find(source)), source)
+    _check(study)
+    return study
+
+
+def _validated(content: Any, source: object) -> Study:
+    """A study from the content of a file; types are those of JSON: no text or truth value is a number.
+
+    Raises:
+        BadInput: an unknown or ill-typed field.
+    """
     try:
-        study = Study.model_validate(content)
+        return Study.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][:2]) or "study"
         unknown = f"no such field; nearest: {nearest(name.split('.')[-1], Study.model_fields)}"
         hint = unknown if first["type"] == "extra_forbidden" else first["msg"][0].lower() + first["msg"][1:]
         raise BadInput(name, first["input"], f"in {source}: {hint}") from error
-    _check(study)
-    return study
 
 
 def _find(source: str) -> Path:
     shipped = SHIPPED / f"{source}.yaml"
-    path = shipped if shipped.is_file() else Path(source).expanduser()
-    if not path.is_file():
+    path = shipped if shipped.is_file() else user_path("study", source)
+    if not path.exists():
         names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
         raise BadInput("study", source, f"no such file, and no study that ships: {names}")
     return path
 
 
 def _content(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise BadInput("study", path, f"not readable as YAML ({' '.join(str(error).split())})") from error
+    return read_yaml_file("study", path, _is_text)
+
+
+def _is_text(place: tuple[Any, ...]) -> bool:
+    """Names and command lines are words, whatever they look like: `runs: {one: [run.seed=1, 007]}`."""
+    return place[:1] in (("name",), ("about",), ("base",), ("runs",), ("baseline",), ("metric",))
 
 
 def _check(study: Study) -> None:
@@ -168,15 +181,15 @@ def open_folder(study: Study, folder: Path) -> None:
     Raises:
         BadInput: anything but runs, seeds, processes and words differs, or runs or seeds are gone.
     """
-    kept, now = folder / "study.yaml", study.model_dump()
+    kept, now = folder / KEPT, study.model_dump()
     if kept.is_file():
-        before = Study.model_validate(_content(kept)).model_dump()
+        before = _validated(_content(kept), kept).model_dump()
         for name, value in before.items():
             if name not in FREE and not _continues(name, value, now[name]):
                 hint = f"the study in {folder} has {value}; only runs and seeds may be added: give it another name"
                 raise BadInput(name, now[name], hint)
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(kept, yaml.safe_dump(now, sort_keys=False).encode())
+    write_atomically(kept, to_yaml(now).encode())
 
 
 def _continues(name: str, before: Any, now: Any) -> bool:
