@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from tempflow.common.clock import PhaseClock
 from tempflow.common.errors import BadInput
 from tempflow.parallel.environment import read_place
 
@@ -128,11 +129,23 @@ def start(device: str, patience: float = 0.0) -> Ranks:
     return Ranks(rank, size, place, patience=patience + MARGIN)
 
 
+def describe_loss(error: RuntimeError) -> str | None:
+    """One line about a meeting of processes that failed: which one noticed, in which phase; None of other errors."""
+    words = " ".join(str(error).split())
+    if not (dist.is_initialized() and (isinstance(error, dist.DistError) or any(sign in words for sign in SIGNS))):
+        return None
+    return (f"process {dist.get_rank()} of {dist.get_world_size()}, in {PhaseClock.phase}: the others did not answer "
+            f"({words[:160]}); go on with run.resume=true")  # fmt: skip
+
+
 def stop() -> None:
     """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
+
+SIGNS = ("gloo", "Gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+"""words of errors of collectives"""
 
 BUCKET = 256 * 2**20
 """bytes of gradients that ranks average at a time"""

@@ -11,6 +11,7 @@ number of processes.
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -53,6 +54,8 @@ class Shards:
             module: on the CPU, or on this process's device.
             widen: whether its parameters are to be kept in fp32.
         """
+        # Nothing here writes into what a block or a network returns.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         for part in (*blocks(module), module):
             if widen:
                 _widen(part)
