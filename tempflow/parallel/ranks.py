@@ -108,10 +108,16 @@ def _gradient(parameter: Parameter) -> Tensor:
     return parameter.grad
 
 
-def start(device: str, patience: float = 0.0) -> Ranks:
+def backend_of(gpu: bool, offload: bool) -> str:
+    """What processes meet by: with shares in main memory there, too."""
+    return ("cpu:gloo,cuda:nccl" if offload else "nccl") if gpu else "gloo"
+
+
+def start(device: str, patience: float = 0.0, offload: bool = False) -> Ranks:
     """Joins the processes that torchrun started, if it started several.
 
     Args:
+        offload: shares of networks lie in main memory.
         patience: seconds that a process may wait for something else, a scorer, while the others wait for it.
     Raises:
         BadInput: a GPU is asked for and there is none, or the environment is not as torchrun makes it.
@@ -125,7 +131,7 @@ def start(device: str, patience: float = 0.0) -> Ranks:
     if use_gpu:
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=patience + MARGIN))
+        dist.init_process_group(backend_of(use_gpu, offload), timeout=timedelta(seconds=patience + MARGIN))
     return Ranks(rank, size, place, patience=patience + MARGIN)
 
 

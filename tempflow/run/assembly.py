@@ -53,7 +53,7 @@ def set_up(
     Raises:
         BadInput: anything in the settings that cannot work; no file has been changed then.
     """
-    ranks = processes.start(config.run.device, longest_wait(config.reward))
+    ranks = processes.start(config.run.device, longest_wait(config.reward), config.parallel.offload)
     check_trackers(config.run.trackers)
     check_folder(config)
     prompts, held_out = read_prompts(config.prompts.train, "prompts.train"), _held_out(config)
