@@ -74,7 +74,7 @@ def test_calls_are_filled_up_and_cut(toy):
 
     toy.decode = decode
     latents = torch.randn(2, 4, 2, 3)
-    images = decode_branches(FullCalls(toy, 3), latents, 3)
+    images = decode_branches(FullCalls(toy, 3), latents, 3).images
     assert calls == [3, 3, 3] and images.shape == (2, 4, 3, 2, 3)
     assert torch.equal(images.flatten(0, 1), plain(latents.flatten(0, 1)))
     decode_branches(toy, latents, 3)
