@@ -13,16 +13,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from tempflow.commands.ending import Parser, end
 from tempflow.common.errors import BadInput
+from tempflow.common.files import check_makeable
 from tempflow.settings.fields import Config
 from tempflow.settings.reading import is_override, load
 
 LEVELS = (0.5, 1.0, 1.5)
 """Noise levels that are tried, times the stack's own."""
+MOST = 10_000
+"""Iterations."""
 
 
 def _arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(prog="python -m tempflow analyze", description=__doc__)
+    parser = Parser(prog="python -m tempflow analyze", description=__doc__)
     parser.add_argument("--folder", type=Path, help="where it is written (default: analysis/NAME of the stack)")
     parser.add_argument("--iterations", type=int, default=2, help="of explore.prompts prompts (default: %(default)s)")
     return parser.parse_known_args(arguments)
@@ -52,17 +56,22 @@ def analyze(config: Config, iterations: int):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 for wrong input."""
-    given, stack = _arguments(arguments)
+    return end(lambda: _run(*_arguments(arguments)))
+
+
+def _run(given: argparse.Namespace, stack: list[str]) -> int:
+    """Analyses a stack, writes and tells.
+
+    Raises:
+        BadInput: settings that cannot work, a reward without spread, or a folder that cannot be written.
+    """
     names = [Path(name).stem for name in stack if not is_override(name)]
     folder = given.folder or Path("analysis") / ("_".join(names) or "digits")
-    try:
-        if given.iterations < 1:
-            raise BadInput("--iterations", given.iterations, "must be at least 1")
-        analysis = analyze(load(stack), given.iterations)
-        analysis.write(folder)
-    except BadInput as error:
-        print(f"tempflow: {error}", file=sys.stderr)
-        return 2
+    if not 1 <= given.iterations <= MOST:
+        raise BadInput("--iterations", given.iterations, f"must lie in 1 .. {MOST}")
+    check_makeable("--folder", folder)
+    analysis = analyze(load(stack), given.iterations)
+    analysis.write(folder)
     print(analysis.describe())
     print(f"written to {folder}; lay the recommendation on the stack: {folder / 'recommended.yaml'}")
     return 0

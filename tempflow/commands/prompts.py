@@ -7,10 +7,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tempflow.commands.ending import Parser, end
 from tempflow.common.errors import BadInput
+from tempflow.common.files import check_makeable
 from tempflow.prompts import read_prompts
-from tempflow.rewards.geneval.prompts import EVEN, MIXES, content, generate, identities, write
+from tempflow.rewards.geneval.prompts import EVEN, MIXES, check_free, content, generate, identities, write
 from tempflow.rewards.geneval.words import WORDINGS
+
+MOST = 1_000_000
+"""Prompts of a file; there are some 600,000 different ones."""
+
+
+def _excluded(file: str) -> set[str]:
+    """What a file of prompts keeps out.
+
+    Raises:
+        BadInput: its metadata are of another kind.
+    """
+    try:
+        return identities(read_prompts(file, "--exclude"))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise BadInput("--exclude", file, "its metadata are not those of GenEval") from error
 
 
 def make(given: argparse.Namespace) -> None:
@@ -20,11 +37,16 @@ def make(given: argparse.Namespace) -> None:
         BadInput: wrong numbers, nothing to write, no prompt left, or a file that is there already.
     """
     for name in ("count", "test"):
-        if getattr(given, name) < 0:
-            raise BadInput(f"--{name}", getattr(given, name), "must not be below 0")
+        if not 0 <= getattr(given, name) <= MOST:
+            raise BadInput(f"--{name}", getattr(given, name), f"must lie in 0 .. {MOST:,}")
+    if not 0 <= given.seed < 2**62:
+        raise BadInput("--seed", given.seed, "must lie in 0 .. 2**62 - 1")
     if not given.count and not given.test:
         raise BadInput("--count", 0, "with --test=0 there is nothing to write")
-    phrase, outside = WORDINGS[given.wording], [identities(read_prompts(file, "--exclude")) for file in given.exclude]
+    phrase, outside = WORDINGS[given.wording], [_excluded(file) for file in given.exclude]
+    check_makeable("folder", given.folder)
+    for split in ("test", "train"):
+        check_free(given.folder, split)
     taken: set[str] = set().union(*outside)
     test = generate(given.test, EVEN, given.seed + 1, given.max_count, taken, phrase)
     taken |= {name for task in test for name in (task["prompt"], content(task))}
@@ -35,7 +57,11 @@ def make(given: argparse.Namespace) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m tempflow.commands.prompts", description=__doc__.partition("\n")[0])
+    return end(lambda: _run(arguments))
+
+
+def _run(arguments: Sequence[str] | None) -> int:
+    parser = Parser(prog="python -m tempflow.commands.prompts", description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path, help="where train_metadata.jsonl and test_metadata.jsonl are written")
     parser.add_argument("--count", type=int, default=50000, help="training prompts (default: %(default)s; 0: none)")
     parser.add_argument("--test", type=int, default=480,
@@ -46,11 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--exclude", action="append", default=[], help="file of prompts to keep out (repeatable)")
     given = parser.parse_args(arguments)
-    try:
-        make(given)
-    except BadInput as error:
-        print(f"tempflow: {error}", file=sys.stderr)
-        return 2
+    make(given)
     print(f"{given.count} training and {given.test} held-out prompts in {given.folder}")
     return 0
 

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from tempflow.common.errors import BadInput
+from tempflow.commands.ending import Parser, end
+from tempflow.common.files import user_path
 from tempflow.records.figures import draw_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 for wrong input."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    try:
-        print(draw_report(Path(arguments[0] if arguments else "runs/digits")))
+
+    def work() -> int:
+        parser = Parser(prog="python -m tempflow report", description=__doc__.partition(":")[0])
+        parser.add_argument("folder", nargs="?", default="runs/digits", help="of the run (default: %(default)s)")
+        print(draw_report(user_path("folder", parser.parse_args(arguments).folder)))
         return 0
-    except BadInput as error:
-        print(f"tempflow: {error}", file=sys.stderr)
-        return 2
+
+    return end(work)
 
 
 if __name__ == "__main__":

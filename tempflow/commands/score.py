@@ -10,18 +10,22 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from tempflow.commands.ending import Parser, end
 from tempflow.common.errors import BadInput
+from tempflow.common.files import check_makeable, user_path, write_atomically
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.rewards.parts.options import read_device, read_options
 from tempflow.rewards.scorer import SCORERS, Scorer, load_scorer
@@ -31,7 +35,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    own = argparse.ArgumentParser(
+    own = Parser(
         prog="python -m tempflow.commands.score",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -49,15 +53,28 @@ def parser() -> argparse.ArgumentParser:
     own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
     own.add_argument("--rows", type=int, default=16, help="pictures in one call, default %(default)s")
     own.add_argument("--output", help="CSV file; default: standard output")
+    own.add_argument("--force", action="store_true", help="overwrite the CSV file, if it is there already")
     return own
 
 
 def find_images(folder: str) -> list[Path]:
-    """Picture files of a folder, by name."""
-    path = Path(folder).expanduser()
+    """Picture files of a folder, by name.
+
+    Raises:
+        BadInput: no such folder, none that can be read, no picture in it, or something that only has a picture's name.
+    """
+    path = user_path("images", folder)
     if not path.is_dir():
         raise BadInput("images", folder, "no such folder")
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    try:
+        files = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+    except OSError as error:
+        raise BadInput("images", folder, f"cannot be read ({error.strerror})") from error
+    for file in files:
+        if not user_path("images", file).is_file():
+            raise BadInput("images", file, "is no file; a folder, pipe or device is not read as a picture")
+        if not file.name.isprintable():
+            raise BadInput("images", file, "has a name that a table of text cannot hold; rename it")
     if not files:
         raise BadInput("images", folder, f"holds no picture; looked for {', '.join(SUFFIXES)}")
     return files
@@ -72,13 +89,24 @@ def match_prompts(prompts: list[Prompt], count: int, source: str) -> list[Prompt
     return prompts
 
 
-def read_image(file: Path) -> Tensor:
-    """uint8 (3, H, W)."""
+@contextmanager
+def opened(file: Path) -> Iterator[Image.Image]:
+    """The picture in a file.
+
+    Raises:
+        BadInput: it is none, or one that grows beyond what Pillow unpacks; what is said of it comes from many readers.
+    """
     try:
         with Image.open(file) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            yield image
+    except Exception as error:
         raise BadInput("images", file, f"not readable as a picture ({error})") from error
+
+
+def read_image(file: Path) -> Tensor:
+    """uint8 (3, H, W)."""
+    with opened(file) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def score(scorer: Scorer, files: Sequence[Path], prompts: Sequence[Prompt]) -> list[float]:
@@ -99,11 +127,8 @@ def score(scorer: Scorer, files: Sequence[Path], prompts: Sequence[Prompt]) -> l
 
 def read_size(file: Path) -> tuple[int, int]:
     """Height and width."""
-    try:
-        with Image.open(file) as image:
-            return image.height, image.width
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise BadInput("images", file, f"not readable as a picture ({error})") from error
+    with opened(file) as image:
+        return image.height, image.width
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -115,6 +140,7 @@ def run(arguments: Sequence[str]) -> None:
     given = parser().parse_args(arguments)
     if given.rows < 1:
         raise BadInput("--rows", given.rows, "must be at least 1")
+    check_output(given.output, given.force)
     rewards = list(dict.fromkeys(given.reward))
     options = read_options(given.option, rewards)
     files = find_images(given.images)
@@ -125,32 +151,50 @@ def run(arguments: Sequence[str]) -> None:
         scorer.check(prompts)
         columns.append(score(scorer, files, prompts))
     rows = [[file.name, prompt.text, *values] for file, prompt, *values in zip(files, prompts, *columns, strict=True)]
-    write(rows, ["file", "prompt", *(["score"] if len(rewards) == 1 else rewards)], given.output)
+    write(rows, ["file", "prompt", *(["score"] if len(rewards) == 1 else rewards)], given.output, given.force)
 
 
-def write(rows: Sequence[Sequence[Any]], header: Sequence[str], output: str | None) -> None:
-    """CSV to a file, written beside it first, or to standard output."""
+def check_output(output: str | None, force: bool) -> None:
+    """The CSV file can be written, and nothing is lost by that. A link, a pipe or a device is never replaced by a file.
+
+    Raises:
+        BadInput: naming what stands in the way.
+    """
     if output is None:
-        csv.writer(sys.stdout, lineterminator="\n").writerows([header, *rows])
         return
-    path = Path(output).expanduser()
-    part = path.with_name(f"{path.name}.part")
+    path = user_path("--output", output)
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        hint = "is a link, pipe, device or folder and is left alone; name a file, or none for standard output"
+        raise BadInput("--output", output, hint)
+    if path.exists() and not force:
+        raise BadInput("--output", output, "exists already; --force overwrites it")
+    if not path.absolute().parent.is_dir():
+        raise BadInput("--output", output, "cannot be written: there is no such folder")
+    check_makeable("--output", path.absolute().parent)
+
+
+def write(rows: Sequence[Sequence[Any]], header: Sequence[str], output: str | None, force: bool) -> None:
+    """CSV to a file, which is there in full or not at all, or to standard output."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    if output is None:
+        sys.stdout.write(text.getvalue())
+        return
+    check_output(output, force)
     try:
-        with part.open("w", newline="", encoding="utf-8") as file:
-            csv.writer(file, lineterminator="\n").writerows([header, *rows])
-        part.replace(path)
+        write_atomically(user_path("--output", output), text.getvalue().encode())
     except OSError as error:
-        raise BadInput("--output", output, f"cannot be written ({error})") from error
+        raise BadInput("--output", output, f"cannot be written ({error.strerror})") from error
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; wrong input ends with one line and exit code 2."""
-    try:
+
+    def work() -> int:
         run(sys.argv[1:] if arguments is None else arguments)
-    except BadInput as error:
-        print(f"tempflow: {error}", file=sys.stderr)
-        return 2
-    return 0
+        return 0
+
+    return end(work)
 
 
 if __name__ == "__main__":

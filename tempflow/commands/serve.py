@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from tempflow.commands.ending import Parser, end
 from tempflow.common.errors import BadInput
 from tempflow.rewards.parts.options import read_device, read_options
 from tempflow.rewards.scorer import SCORERS, load_scorer
@@ -17,10 +18,13 @@ from tempflow.rewards.servers.secret import read_token
 from tempflow.rewards.servers.server import ScorerServer, serve
 from tempflow.rewards.servers.wire import Limits
 
+MOST = 2**20
+"""Of MiB, images, characters and requests."""
+
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     defaults = Limits()
-    parser = argparse.ArgumentParser(prog="python -m tempflow.commands.serve", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m tempflow.commands.serve", description=__doc__.split("\n\n")[0])
     parser.add_argument("scorers", nargs="+", help=f"{', '.join(SCORERS)}, or module:attribute")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; any but a loopback needs a token")
     parser.add_argument("--port", type=int, default=9000, help="0 takes a free one; the first line printed names it")
@@ -46,8 +50,12 @@ def build(given: argparse.Namespace) -> ScorerServer:
         hint = "is open to other machines: give a token by --token-file or TEMPFLOW_SCORER_TOKEN, or use 127.0.0.1"
         raise BadInput("--host", given.host, hint)
     for name in ("requests", "max_mib", "max_images", "max_prompt"):
-        if getattr(given, name) <= 0:
-            raise BadInput(f"--{name.replace('_', '-')}", getattr(given, name), "must be above 0")
+        if not 0 < getattr(given, name) <= MOST:  # nor is NaN
+            raise BadInput(f"--{name.replace('_', '-')}", getattr(given, name), f"must be above 0, at most {MOST:,}")
+    if len(set(given.scorers)) < len(given.scorers):
+        raise BadInput("scorers", " ".join(given.scorers), "names a scorer twice")
+    if not 0 <= given.port < 2**16:
+        raise BadInput("--port", given.port, "a port lies in 0 .. 65535")
     device = read_device(given.device)
     options = read_options(given.option, given.scorers)
     scorers = [load_scorer("scorer", name, given.max_images, options.get(name), device) for name in given.scorers]
@@ -64,18 +72,19 @@ def _is_loopback(host: str) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    given = _arguments(arguments)
-    try:
-        asyncio.run(serve(build(given), given.host, given.port))
-    except BadInput as error:
-        print(f"tempflow: {error}", file=sys.stderr)
-        return 2
-    except (OSError, OverflowError) as error:
-        print(f"tempflow: --port={given.port}: cannot listen at {given.host} ({error})", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        pass
-    return 0
+
+    def work() -> int:
+        given = _arguments(arguments)
+        server = build(given)
+        try:
+            asyncio.run(serve(server, given.host, given.port))
+        except (OSError, ValueError) as error:
+            raise BadInput("--port", given.port, f"cannot listen at {given.host} ({error})") from error
+        except KeyboardInterrupt:
+            pass
+        return 0
+
+    return end(work)
 
 
 if __name__ == "__main__":

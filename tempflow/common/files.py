@@ -50,6 +50,18 @@ def user_path(field: str, path: str | Path) -> Path:
     return found
 
 
+def check_makeable(field: str, folder: str | Path) -> None:
+    """Refuses a folder that cannot be made, or in which no file can.
+
+    Raises:
+        BadInput: naming the field that gave it.
+    """
+    found = user_path(field, folder).absolute()
+    existing = next(part for part in (found, *found.parents) if part.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        raise BadInput(field, folder, f"cannot be written: {existing} is no folder, or is not yours to write to")
+
+
 def read_text(field: str, path: str | Path, most: int = 2**20) -> str:
     """A file of UTF-8 text, without the mark that some editors put before it.
 

@@ -19,10 +19,12 @@ from torch import Tensor
 from tempflow.common.errors import BadInput
 from tempflow.common.files import write_atomically
 from tempflow.records.rows import read_metrics
+from tempflow.records.shape import check_drawable
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+matplotlib.rcParams["text.parse_math"] = False  # a dollar sign of a prompt is one
 REWARD, WEIGHT, WARNING = "#4269d0", "#6b7280", "#b91c1c"
 GOLDS = ("#d97706", "#15803d", "#9333ea", "#be185d")
 
@@ -38,11 +40,16 @@ def save_pictures(folder: Path, step: int, pictures: Tensor) -> None:
 
 
 def draw_report(folder: Path) -> Path:
-    """Writes `folder/report.png` from its metrics.jsonl and pictures."""
+    """Writes `folder/report.png` from its metrics.jsonl and pictures.
+
+    Raises:
+        BadInput: rows or pictures that are not those of a run, or a folder that cannot be written.
+    """
     rows = read_metrics(folder / "metrics.jsonl")
     if not rows:
         raise BadInput("run.dir", folder, "holds no metrics.jsonl with a line in it; give the folder of a run")
-    strips = sorted((folder / "pictures").glob("step_*.png"))
+    check_drawable(rows, folder / "metrics.jsonl")
+    strips = _strips(folder / "pictures", max(1, len(rows[0].get("picture_prompts", []))))
     figure = pyplot.figure(figsize=(13, 8.6), constrained_layout=True)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 0.95))
     by_step, by_time, by_fork = top.subplots(1, 3)
@@ -54,8 +61,36 @@ def draw_report(folder: Path) -> Path:
     buffer = BytesIO()
     figure.savefig(buffer, dpi=110)
     pyplot.close(figure)
-    write_atomically(folder / "report.png", buffer.getvalue())
+    try:
+        write_atomically(folder / "report.png", buffer.getvalue())
+    except OSError as error:
+        raise BadInput("run.dir", folder, f"report.png cannot be written ({error.strerror})") from error
     return folder / "report.png"
+
+
+def _strips(folder: Path, count: int) -> list[tuple[int, np.ndarray]]:
+    """The first and the last strip of `count` pictures in a folder, each with its iteration."""
+    found = [(int(path.stem[5:]), path) for path in folder.glob("step_*.png") if path.stem[5:].isdecimal()]
+    chosen = [min(found), max(found)] if len(found) > 1 else found
+    return [(step, _strip(path, count)) for step, path in chosen]
+
+
+def _strip(path: Path, count: int) -> np.ndarray:
+    """Levels (height, width, 3) of a strip.
+
+    Raises:
+        BadInput: no picture, or none that can be cut into `count` of them.
+    """
+    if not path.is_file():
+        raise BadInput("pictures", path, "is no file")
+    try:
+        with Image.open(path) as image:
+            strip = np.asarray(image.convert("RGB"))
+    except Exception as error:  # whatever Pillow's many readers say of foreign bytes
+        raise BadInput("pictures", path, f"not readable as a picture ({error})") from error
+    if strip.shape[1] % count:
+        raise BadInput("pictures", path, f"{strip.shape[1]} pixels wide, which is not a strip of {count} pictures")
+    return strip
 
 
 def _curves(axes: Any, rows: list[dict], key: str, unit: float, label: str) -> None:
@@ -104,15 +139,15 @@ def _spread(axes: Any, rows: list[dict]) -> None:
     axes.legend(handles[0][0] + handles[1][0], handles[0][1] + handles[1][1], fontsize=8)
 
 
-def _before_and_after(figure: Any, strips: list[Path], prompts: list[str]) -> None:
+def _before_and_after(figure: Any, strips: list[tuple[int, np.ndarray]], prompts: list[str]) -> None:
     """The first and the last strip of pictures under their prompts."""
     rows = [(strips[0], "before")] + ([(strips[-1], "after")] if len(strips) > 1 else [])
     count = max(1, len(prompts))
     grid = figure.subplots(len(rows), count, squeeze=False)
     figure.suptitle("the same held-out prompts and initial noises")
-    for line, (path, word) in zip(grid, rows, strict=True):
-        pieces = np.split(np.asarray(Image.open(path)), count, axis=1)
-        label = f"{word}\n(iteration {int(path.stem.split('_')[1])})"
+    for line, ((step, strip), word) in zip(grid, rows, strict=True):
+        pieces = np.split(strip, count, axis=1)
+        label = f"{word}\n(iteration {step})"
         line[0].set_ylabel(label)
         for axes, piece in zip(line, pieces, strict=True):
             axes.imshow(piece, interpolation="nearest")

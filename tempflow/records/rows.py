@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tempflow.common.files import write_atomically
+from tempflow.common.errors import BadInput
+from tempflow.common.files import read_text, write_atomically
+from tempflow.records.shape import check_line
 from tempflow.records.trackers import TRACKERS, flat_numbers
 
 
@@ -125,6 +127,9 @@ class EvaluationRow:
     """Seconds by phase."""
 
 
+LARGEST = 2**32
+"""Bytes of a metrics.jsonl that is read."""
+
 Row = StartRow | IterationRow | EvaluationRow
 
 
@@ -168,9 +173,15 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def _lines(path: Path) -> list[Mapping[str, Any]]:
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    for number, line in enumerate(read_text("metrics", path, LARGEST).split("\n") if path.exists() else [], 1):
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        except (ValueError, RecursionError) as error:
+            raise BadInput("metrics", f"{path}:{number}", "is no row of a run") from error
+        if not isinstance(row, dict):
+            raise BadInput("metrics", f"{path}:{number}", "is no row of a run")
+        check_line(row, f"{path}:{number}")
+        rows.append(row)
     return rows

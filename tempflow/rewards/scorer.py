@@ -6,8 +6,10 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,17 @@ SCORERS = {
 }
 """name -> `module:attribute`; a class is called with its options, and with a `device` if it takes one, to make the
 scorer."""
+
+
+class ScorerFailed(BadInput):
+    """A scorer that broke, and did not refuse: the same call may succeed another time."""
+
+
+def _broken(setting: str, name: str, error: BaseException, doing: str) -> ScorerFailed:
+    """The line about an exception of a scorer, with the place in its code."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return ScorerFailed(setting, name, f"{doing}: {type(error).__name__} {error}{place}")
 
 
 @dataclass(frozen=True)
@@ -68,8 +81,12 @@ class Scorer:
             return
         try:
             check(prompts)
+        except BadInput:
+            raise
         except ValueError as error:
             raise BadInput(self.setting, self.name, f"the scorer refuses a prompt: {error}") from error
+        except (Exception, SystemExit) as error:
+            raise _broken(self.setting, self.name, error, "the scorer failed as it looked at the prompts") from error
 
     def _score(self, images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
         try:
@@ -80,6 +97,8 @@ class Scorer:
         except (ValueError, TypeError) as error:
             hint = f"the scorer refuses its input or answers with no numbers: {error}"
             raise BadInput(self.setting, self.name, hint) from error
+        except (Exception, SystemExit) as error:
+            raise _broken(self.setting, self.name, error, "the scorer failed") from error
         if scores.shape != (len(images),):
             hint = f"must return one number per image: expected ({len(images)},), found {tuple(scores.shape)}"
             raise BadInput(self.setting, self.name, hint)
@@ -116,7 +135,12 @@ def load_scorer(
     """
     found = _find(setting, name)
     if isinstance(found, type):
-        found = _construct(found, name, dict(options or {}), device)
+        try:
+            found = _construct(found, name, dict(options or {}), device)
+        except BadInput:
+            raise
+        except (Exception, SystemExit) as error:
+            raise _broken(setting, name, error, "cannot be made with its options") from error
     elif options:
         hint = "takes no options: it is no class; remove them"
         raise BadInput(f"reward.options.{name}", dict(options), hint)
@@ -134,6 +158,8 @@ def _find(setting: str, name: str) -> Callable[..., Any]:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, SyntaxError) as error:
         raise BadInput(setting, name, f"cannot be imported ({error})") from error
+    except (Exception, SystemExit) as error:
+        raise _broken(setting, name, error, "cannot be imported") from error
     if not callable(found):
         raise BadInput(setting, name, "is not callable; give a function (images, prompts) -> scores, or a class of one")
     return found

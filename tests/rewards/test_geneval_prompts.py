@@ -165,7 +165,7 @@ def test_no_file_of_no_prompts(tmp_path, capsys):
 
 def test_negative_counts_are_refused(tmp_path, capsys):
     assert main([str(tmp_path / "made"), "--count", "-3"]) == 2
-    assert "--count=-3: must not be below 0" in capsys.readouterr().err and not (tmp_path / "made").exists()
+    assert "--count=-3: must lie in 0" in capsys.readouterr().err and not (tmp_path / "made").exists()
 
 
 def test_folders_in_flow_grpos_layout(tmp_path):

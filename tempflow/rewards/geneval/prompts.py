@@ -17,6 +17,7 @@ changes 7 % of GenEval's 553 texts.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, chain, islice, pairwise, permutations, product
@@ -157,12 +158,25 @@ def write(folder: Path, split: str, tasks: list[dict[str, Any]]) -> None:
     """The prompts as one JSON object a line, no file of none; a file that is there already is left alone.
 
     Raises:
-        BadInput: there is such a file.
+        BadInput: there is such a file, or it cannot be written.
     """
-    file = folder / f"{split}_metadata.jsonl"
-    if file.exists():
-        raise BadInput("folder", folder, f"holds a {file.name} already; remove it or choose another folder")
+    file = check_free(folder, split)
     if not tasks:
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, "".join(json.dumps(task) + "\n" for task in tasks).encode())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, "".join(json.dumps(task) + "\n" for task in tasks).encode())
+    except OSError as error:
+        raise BadInput("folder", folder, f"{file.name} cannot be written ({error.strerror})") from error
+
+
+def check_free(folder: Path, split: str) -> Path:
+    """The file of a split in the folder, which is not there yet.
+
+    Raises:
+        BadInput: it is.
+    """
+    file = folder / f"{split}_metadata.jsonl"
+    if os.path.lexists(file):
+        raise BadInput("folder", folder, f"holds a {file.name} already; remove it or choose another folder")
+    return file

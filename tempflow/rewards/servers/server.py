@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import sys
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from tempflow.common.errors import BadInput
-from tempflow.rewards.scorer import Scorer
+from tempflow.rewards.scorer import Scorer, ScorerFailed
+from tempflow.rewards.servers.door import IDLE_SECONDS, Counted, admit, most_connections
 from tempflow.rewards.servers.wire import Limits, Malformed, Request, pack_answer, pack_refusal, unpack_request
 
 try:
@@ -33,6 +35,12 @@ KEPT = 4
 
 BODY_SECONDS = 120.0
 """How long a request may take to arrive."""
+
+STALL_SECONDS = 5.0
+"""How long nothing of it may arrive; all of it arrives at SLOWEST at least, after this grace."""
+
+SLOWEST = 2**16
+"""Bytes a second."""
 
 
 class Bodies:
@@ -93,16 +101,20 @@ class ScorerServer:
             return _error(411, "a request must say its Content-Length")
         if size > self.limits.body:
             return _error(413, f"a body of {size} bytes; at most {self.limits.body}, see reward.batch and --max-mib")
-        async with self.free:  # the bodies of those that wait here stay with their senders
-            return await self._score(request, size)
-
-    async def _score(self, request: web.Request, size: int) -> web.Response:
         try:
-            job = unpack_request(await _read(request, self.bodies.take(size)), self.limits)
+            first = await _first(request)  # who sends nothing takes no place
+            async with self.free:  # the rest of the bodies of those that wait here stays with their senders
+                return await self._score(request, first, size)
         except Malformed as error:
             return _error(400, str(error))
         except TimeoutError:
-            return _error(408, f"the request did not arrive within {BODY_SECONDS:g} s")
+            return _error(408, f"the request did not arrive within {BODY_SECONDS:g} s, or stalled")
+        except ScorerFailed as error:
+            print(f"tempflow: {error}", file=sys.stderr, flush=True)
+            return _error(500, str(error))
+
+    async def _score(self, request: web.Request, first: bytes, size: int) -> web.Response:
+        job = unpack_request(await _read(request, first, self.bodies.take(size)), self.limits)
         if job.scorer not in self.scorers:
             return _error(404, f"no scorer {job.scorer[:80]!r} here; served are {', '.join(self.scorers)}")
         status, answer = await asyncio.shield(self._answer(job))
@@ -125,20 +137,33 @@ def _work(scorer: Scorer, job: Request) -> tuple[int, bytes]:
     """Status and body of the answer; in the scorer's own thread."""
     try:
         return 200, pack_answer(job, scorer(job.images, job.prompts))
+    except ScorerFailed:
+        raise  # and is asked again when the request comes again
     except BadInput as error:
         return 422, pack_refusal(job, error.hint)
 
 
-async def _read(request: web.Request, body: memoryview) -> memoryview:
-    """The body, every byte copied once."""
-    place = 0
-    async with asyncio.timeout(BODY_SECONDS):
-        async for piece in request.content.iter_any():
-            if place + len(piece) > len(body):
-                break
+async def _first(request: web.Request) -> bytes:
+    """What of a body comes first."""
+    async with asyncio.timeout(min(STALL_SECONDS, BODY_SECONDS)):
+        return await request.content.readany()
+
+
+async def _read(request: web.Request, first: bytes, body: memoryview) -> memoryview:
+    """The body, which begins with `first`, every byte copied once.
+
+    Raises:
+        Malformed: another number of bytes.
+        TimeoutError: it comes too slowly.
+    """
+    place, piece, begun = 0, first, asyncio.get_running_loop().time()
+    async with asyncio.timeout_at(begun + min(STALL_SECONDS, BODY_SECONDS)) as limit:
+        while piece and place + len(piece) <= len(body):
             body[place : place + len(piece)] = piece
             place += len(piece)
-    if place != len(body):
+            limit.reschedule(begun + min(STALL_SECONDS + place / SLOWEST, BODY_SECONDS))
+            piece = await request.content.readany()
+    if place != len(body) or piece:
         raise Malformed(f"{place} of {len(body)} bytes arrived")
     return body
 
@@ -149,12 +174,20 @@ def _error(status: int, reason: str) -> web.Response:
 
 async def serve(server: ScorerServer, host: str, port: int) -> None:
     """Serves until it is cancelled."""
-    runner = web.AppRunner(server.application(), access_log=None, auto_decompress=False)
+    counted, loop = Counted(), asyncio.get_running_loop()
+    loop.set_exception_handler(counted.of_loop)
+    runner = web.AppRunner(server.application(), access_log=None, auto_decompress=False, logger=counted.logger(),
+                           keepalive_timeout=IDLE_SECONDS)  # fmt: skip
     await runner.setup()
+    requests, most = runner.server, most_connections()
+    assert requests is not None
+    door = None
     try:
-        await web.TCPSite(runner, host, port).start()
+        door = await loop.create_server(lambda: admit(lambda: len(requests.connections), requests, most), host, port)
         name = f"[{host}]" if ":" in host else host
-        print(f"tempflow: {', '.join(server.scorers)} at http://{name}:{runner.addresses[0][1]}", flush=True)
+        print(f"tempflow: {', '.join(server.scorers)} at http://{name}:{door.sockets[0].getsockname()[1]}", flush=True)
         await asyncio.Event().wait()
     finally:
+        if door is not None:
+            door.close()
         await runner.cleanup()

@@ -11,6 +11,7 @@ baseline: chain
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -92,17 +93,25 @@ def read_study(source: str) -> Study:
     Raises:
         BadInput: no such file, no YAML, an unknown or ill-typed field, or runs that cannot be made or compared.
     """
-    content = _content(_find(source))
+    study = _validated(_content(_find(source)), source)
+    _check(study)
+    return study
+
+
+def _validated(content: Any, source: object) -> Study:
+    """A study from the content of a file; types are those of JSON: no text or truth value is a number.
+
+    Raises:
+        BadInput: an unknown or ill-typed field.
+    """
     try:
-        study = Study.model_validate(content)
+        return Study.model_validate_json(json.dumps(content), strict=True)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"][:2]) or "study"
         unknown = f"no such field; nearest: {nearest(name.split('.')[-1], Study.model_fields)}"
         hint = unknown if first["type"] == "extra_forbidden" else first["msg"][0].lower() + first["msg"][1:]
         raise BadInput(name, first["input"], f"in {source}: {hint}") from error
-    _check(study)
-    return study
 
 
 def _find(source: str) -> Path:
@@ -174,7 +183,7 @@ def open_folder(study: Study, folder: Path) -> None:
     """
     kept, now = folder / KEPT, study.model_dump()
     if kept.is_file():
-        before = Study.model_validate(_content(kept)).model_dump()
+        before = _validated(_content(kept), kept).model_dump()
         for name, value in before.items():
             if name not in FREE and not _continues(name, value, now[name]):
                 hint = f"the study in {folder} has {value}; only runs and seeds may be added: give it another name"

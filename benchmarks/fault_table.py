@@ -1,0 +1,95 @@
+"""Faults done to small runs for as long as asked: kills, signals, disks, checkpoints, scorers, servers, numbers, ranks.
+
+    python benchmarks/fault_table.py --minutes 20 --folder FOLDER       faults.csv and faults.md there
+    python benchmarks/fault_table.py --only "SIGKILL|Scorers"           kinds whose group or name contains a word
+    python benchmarks/fault_table.py --list                             the kinds
+
+Each trial is a real run of a few seconds on the CPU to which one thing happens; then it goes on as a user would
+(`run.resume=auto`) and is compared bit for bit with an undisturbed run. Rounds of all chosen kinds are made until the
+time is over, at least one; the table is written after every trial. SIGINT ends it with what was found.
+
+Exit status: 0 if all held, 1 if something did not, 2 for wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from faults import report, table
+from faults.kinds import Fault
+from faults.trials import Bench, Outcome, attempt
+from importable import ROOT
+
+
+def options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20.0, help="rounds begin until then; one is made in any case")
+    parser.add_argument("--folder", type=Path, default=ROOT / "benchmarks" / "results" / "faults", help="of the table")
+    parser.add_argument("--only", default="", help="words that group or name of a kind contains, separated by |")
+    parser.add_argument("--once", action="store_true", help="each kind once, whatever its number of tries")
+    parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--keep", action="store_true", help="keep the folders of trials that did not hold")
+    parser.add_argument("--list", action="store_true", help="print the kinds")
+    return parser.parse_args(arguments)
+
+
+def trials(kinds: list[tuple[str, Fault]], once: bool) -> Iterator[tuple[str, Fault, int]]:
+    """Rounds of all kinds, without end; in each, a kind comes as often as it has tries."""
+    number = 0
+    while True:
+        for room, fault in kinds:
+            for _ in range(1 if once else fault.tries):
+                yield room, fault, number
+                number += 1
+        yield "", kinds[0][1], -1  # a round is over
+
+
+def main(arguments: list[str] | None = None) -> int:
+    asked = options(arguments)
+    kinds = table.chosen(asked.only)
+    if asked.list:
+        print("\n".join(f"{room}: {fault.name} ({fault.way})" for room, fault in kinds))
+        return 0
+    if not kinds:
+        print(f"--only: found {asked.only!r}, which no kind contains; see --list", file=sys.stderr)
+        return 2
+    began, outcomes = time.monotonic(), []
+    work = Path(tempfile.mkdtemp(prefix="faults-"))
+    work.chmod(0o755)
+    try:
+        for outcome in _found(Bench(work, asked.seed), kinds, asked):
+            outcomes.append(outcome)
+            report.write(asked.folder, outcomes, (time.monotonic() - began) / 60)
+            print(f"{'ok ' if not outcome.problems else 'BAD'} {outcome.room}: {outcome.fault} ({outcome.moment}, "
+                  f"{outcome.seconds} s) {'; '.join(outcome.problems)}", flush=True)  # fmt: skip
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+    finally:
+        if asked.keep:
+            print(f"trials that did not hold: {work / 'trials'}")
+        else:
+            shutil.rmtree(work, ignore_errors=True)
+    return int(not outcomes or any(outcome.problems for outcome in outcomes))
+
+
+def _found(bench: Bench, kinds: list[tuple[str, Fault]], asked: argparse.Namespace) -> Iterator[Outcome]:
+    end = time.monotonic() + 60 * asked.minutes
+    for room, fault, number in trials(kinds, asked.once):
+        if number < 0:
+            if time.monotonic() > end:
+                return
+            continue
+        yield attempt(bench, room, fault, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,260 @@
+"""One trial: a run, a fault, its end, the run that goes on afterwards, and what did not hold."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import subprocess
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from faults.child import Job
+from faults.kinds import EQUAL, REFUSED, WAYS, Fault, Scene
+from faults.processes import POLL, Started, warm_up
+from faults.results import differences, traceback_in, words
+from faults.servers import SCORER, Server
+
+from tempflow.settings.fields import RunConfig
+
+ITERATIONS, HALTED = 6, 4
+SETTINGS = ("explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]", "sample.steps=5",
+            "learn.rows=2", "learn.lr_schedule=constant", "eval.prompts=4", "eval.steps=4", "eval.pictures=2",
+            "eval.every=3", "learn.ema_every=1", f"reward.name={SCORER}", "run.trackers=[]", "run.device=cpu",
+            "run.keep_checkpoints=3")  # fmt: skip
+"""A run of a few seconds: 4 trunks, 24 branches an iteration."""
+PLAIN = {"2 ranks, restarts": "2 ranks", "torchrun command": "2 ranks", "command": "one process"}
+"""how a run goes on afterwards, where not as before"""
+SLOWEST = 120.0
+"""seconds after which an undisturbed run counts as hung"""
+
+
+@dataclass
+class Outcome:
+    """What was seen in one trial."""
+
+    room: str
+    fault: str
+    way: str
+    trial: int
+    moment: str = ""
+    code: int | None = None
+    line: str = ""
+    seconds: float = 0.0
+    """from the fault to the end of the last process"""
+    begun: int = 0
+    """iterations begun before the end"""
+    saved: int | None = None
+    """iterations done where the run went on; None where it did not"""
+    lost: int | None = None
+    """iterations lost beyond the one in flight"""
+    after: str = ""
+    """what the run came to afterwards"""
+    problems: list[str] = field(default_factory=list)
+    """what did not hold; empty: all did"""
+
+
+class Bench:
+    """A folder for trials, with an undisturbed run of each way to compare with."""
+
+    def __init__(self, folder: Path, seed: int):
+        self.folder, self.random = folder, random.Random(seed)
+        self.seconds: dict[str, float] = {}
+        torch.set_num_threads(1)
+        warm_up(self.job("undisturbed/first", self.folder / "undisturbed" / "one process" / "run", "run.save_every=1"))
+
+    def job(self, name: str, run: Path, *more: str, **parts: object) -> Job:
+        """A run in `run` whose logs go to a new folder of that name."""
+        logs = self.folder / name
+        shutil.rmtree(logs, ignore_errors=True)
+        logs.mkdir(parents=True)
+        arguments = ("digits", *SETTINGS, f"learn.iterations={ITERATIONS}", *more, f"run.dir={run}")
+        if "auto" not in str(RunConfig.__dataclass_fields__["resume"].type):  # SHIM
+            there = str(any((run / "checkpoints").glob("step_*"))).lower()
+            arguments = tuple(a.replace("run.resume=auto", f"run.resume={there}") for a in arguments)
+            if there == "false":
+                shutil.rmtree(run, ignore_errors=True)
+        return Job(logs, arguments, **parts)
+
+    def undisturbed(self, way: str) -> Path:
+        """The folder of a finished run; made once."""
+        way = PLAIN.get(way, way)
+        return self._made(way, "undisturbed", f"learn.iterations={ITERATIONS}", "run.save_every=1")
+
+    def halted(self, way: str) -> Path:
+        """The folder of a run that was stopped after HALTED iterations; made once."""
+        return self._made(PLAIN.get(way, way), "halted", f"learn.iterations={HALTED}", "run.save_every=1")
+
+    def moment(self, fault: Fault) -> str:
+        """When the fault comes, a random moment drawn within the length of an undisturbed run."""
+        if fault.at != "any":
+            return fault.at
+        return f"{self.random.uniform(0, self.duration(fault.way)):.2f} s"
+
+    def duration(self, way: str) -> float:
+        """Seconds of an undisturbed run, imports included where there are any."""
+        way = PLAIN.get(way, way)
+        if way not in self.seconds:
+            self._made(way, "timed", f"learn.iterations={ITERATIONS}", "run.save_every=1")
+        return self.seconds[way] + (12.0 if "command" in way else 0.0)
+
+    def _made(self, way: str, kind: str, *more: str) -> Path:
+        run = self.folder / kind / way / "run"
+        if not run.exists():
+            started = WAYS[way](self.job(f"{kind}/{way}/logs", run, *more))
+            if started.wait(started.began + SLOWEST) != 0:
+                started.kill()
+                raise RuntimeError("\n".join(words(started.folder)[-3:]))
+            self.seconds.setdefault(way, time.monotonic() - started.began)
+        return run
+
+
+def attempt(bench: Bench, room: str, fault: Fault, trial: int) -> Outcome:
+    """Tries a fault once."""
+    outcome = Outcome(room, fault.name, fault.way, trial)
+    name = re.sub(r"\W+", "-", f"{fault.name} {trial}")
+    home = bench.folder / "trials" / name
+    run = (_disk(home, fault.disk) if fault.disk else home) / "run"
+    server = None
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        server = Server(home) if fault.served else None
+        scene = _disturb(bench, fault, f"trials/{name}", run, server, outcome)
+        fault.mend(scene)
+        if server and not server.pid:
+            server.start()
+        _go_on(bench, fault, f"trials/{name}", run, scene, outcome)
+    finally:
+        if server:
+            server.stop()
+        if fault.disk:
+            subprocess.run(["umount", "-l", run.parent], check=False)
+    if not outcome.problems:
+        shutil.rmtree(home, ignore_errors=True)
+    return outcome
+
+
+def _disk(home: Path, size: int) -> Path:
+    """A disk of so many MiB of its own.
+
+    Raises:
+        OSError: this user may not mount one.
+    """
+    place = home / "disk"
+    place.mkdir(parents=True, exist_ok=True)
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}m", "tmpfs", place], capture_output=True)
+    if done.returncode:
+        raise OSError(f"no small disk can be mounted here: {done.stderr.decode().strip()}")
+    return place
+
+
+def _disturb(bench: Bench, fault: Fault, name: str, run: Path, server: Server | None, outcome: Outcome) -> Scene:
+    """The run until its end, with what was seen of it."""
+    served = (f"reward.servers=[{server.url}]", "reward.timeout=1") if server else ()
+    settings = (*served, *fault.settings, "run.resume=auto")
+    if fault.prepared:
+        shutil.copytree(bench.halted(fault.way), run)
+        fault.prepared(run)
+    outcome.moment = bench.moment(fault)
+    parts = {"troubles": fault.troubles, "pause_at": fault.at if fault.do else None}
+    started = WAYS[fault.way](bench.job(f"{name}/first", run, *settings, **parts))
+    scene = Scene(run, started, lambda: WAYS[fault.way](bench.job(f"{name}/second", run, *settings)), server=server)
+    struck = _strike(fault, scene, outcome)
+    _await_end(fault, scene, struck, outcome)
+    return scene
+
+
+def _strike(fault: Fault, scene: Scene, outcome: Outcome) -> float:
+    """Waits for the moment and does what the fault does; returns when that was."""
+    started, moment = scene.started, outcome.moment
+    wait = float(moment.removesuffix(" s")) if moment.endswith(" s") else None
+    limit = started.began + (SLOWEST if wait is None else wait)
+    while time.monotonic() < limit and started.poll() is None:
+        if wait is None and (moment == "start" or moment in started.moments()):
+            break
+        time.sleep(POLL)
+    struck = time.monotonic()
+    if fault.do and started.poll() is None:
+        started.look()
+        fault.do(scene)
+    return struck
+
+
+def _await_end(fault: Fault, scene: Scene, struck: float, outcome: Outcome) -> None:
+    """Waits until no process is left, and holds their ends against what must hold."""
+    processes = [scene.started, *scene.others]
+    going_on = 0 in fault.ends.codes or scene.others
+    limit = struck + fault.ends.within + (SLOWEST if going_on else 0)
+    ended = {id(each): each.wait(limit) for each in processes}
+    while any(each.living() for each in processes) and time.monotonic() < limit:
+        time.sleep(POLL)
+    outcome.seconds = round(time.monotonic() - struck, 1)
+    left = [pid for each in processes for pid in each.living()]
+    hung = left or None in ended.values()
+    for each in processes:
+        each.kill()
+    if hung:
+        outcome.problems.append(f"not ended after {outcome.seconds} s")
+    judged = next((each for each in processes if scene.others and each.code), processes[-1])
+    rest = [each for each in processes if each is not judged]
+    outcome.problems += [f"the other process ended with {each.code}" for each in rest if each.code]
+    _judge(fault, scene, judged, outcome)
+
+
+def _judge(fault: Fault, scene: Scene, judged: Started, outcome: Outcome) -> None:
+    said, code = words(judged.folder), rank_code(judged)
+    outcome.code = code
+    fitting = [line for line in said if re.search(fault.ends.words, line, re.IGNORECASE)]
+    outcome.line = (fitting or said or [""])[-1].removeprefix("tempflow: ").replace(f"{scene.run.parent}/", "")
+    outcome.begun = _last_iteration(judged)
+    if fault.ends.codes and code not in fault.ends.codes:
+        outcome.problems.append(f"exit code {code}, expected {' or '.join(map(str, fault.ends.codes))}")
+    if fault.ends.words and not fitting:
+        outcome.problems.append(f"no line that says {fault.ends.words!r}")
+    if traceback_in(judged.folder):
+        outcome.problems.append("traceback")
+
+
+def rank_code(started: Started) -> int | None:
+    """The exit code of the first rank, which torchrun does not pass on; the process's where there is no torchrun."""
+    path = started.folder / "rank0.code"
+    if not (started.folder / "torchrun.txt").exists():
+        return started.code
+    return int(path.read_text()) if path.exists() else None
+
+
+def _last_iteration(started: Started) -> int:
+    numbers = [int(moment.split()[1]) for moment in started.moments() if moment.startswith("iteration")]
+    return max(numbers, default=0)
+
+
+def _go_on(bench: Bench, fault: Fault, name: str, run: Path, scene: Scene, outcome: Outcome) -> None:
+    """The run goes on afterwards, as a user would, and is compared with an undisturbed one."""
+    if fault.then == REFUSED:
+        outcome.after = "refused"
+        return
+    server = (f"reward.servers=[{scene.server.url}]",) if scene.server else ()
+    way = PLAIN.get(fault.way, fault.way)
+    job = bench.job(f"{name}/after", run, *server, "run.save_every=100", "run.resume=auto")
+    later = WAYS[way](job)
+    code = later.wait(later.began + SLOWEST)
+    later.kill()
+    begun = [moment for moment in later.moments() if moment.startswith("iteration")]
+    outcome.saved = int(begun[0].split()[1]) - 1 if begun else ITERATIONS
+    outcome.lost = max(0, outcome.begun - 1 - outcome.saved)
+    if outcome.lost > fault.ends.lost:
+        outcome.problems.append(f"{outcome.lost} iterations lost beyond the one in flight")
+    if code != 0 or rank_code(later) != 0:
+        outcome.after = f"does not go on: {(words(later.folder) or [''])[-1]}"
+        outcome.problems.append(outcome.after)
+        return
+    _compare(bench, fault, run, outcome)
+
+
+def _compare(bench: Bench, fault: Fault, run: Path, outcome: Outcome) -> None:
+    found = differences(run, bench.undisturbed(fault.way)) if fault.then == EQUAL else []
+    outcome.after = fault.then if not found else f"differs: {', '.join(found)}"
+    if found:
+        outcome.problems.append(outcome.after)

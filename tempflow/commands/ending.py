@@ -1,0 +1,49 @@
+"""How every command ends: its exit code, and one line where the user has to change something."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from tempflow.common.errors import BadInput
+
+INTERRUPTED = 130
+"""128 + SIGINT, as shells count."""
+CUT_OFF = 141
+"""128 + SIGPIPE: whoever read the output has gone."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are one line, as those of settings are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises BadInput in place of argparse's own ending."""
+        found = re.match(r"argument ([^:]+): (.*)", message, re.DOTALL)
+        name, hint = (found[1], found[2]) if found else ("arguments", message)
+        value = re.search(r"'(.*)'", hint) or re.search(r": (.*)", hint)
+        raise BadInput(name, value[1] if value else "", f"{hint}; --help tells more")
+
+
+def end(work: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """The exit code of `work`, or 2 after one line about wrong input or files, 130 after Ctrl-C."""
+    try:
+        code = work()
+        sys.stdout.flush()
+        return code
+    except BadInput as error:
+        print(f"tempflow: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
+        return CUT_OFF
+    except OSError as error:
+        line = BadInput("file", error.filename, f"cannot be used ({error.strerror or error})")
+        print(f"tempflow: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"tempflow: {interrupted}", file=sys.stderr)
+        return INTERRUPTED
