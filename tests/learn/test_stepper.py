@@ -223,3 +223,25 @@ def test_idle_steps_do_not_forgive_fp16():
     with pytest.raises(Halted) as caught:
         stepper.read()
     assert caught.value.field == "model.dtype" and "(bad)" in caught.value.hint
+
+
+class Others(Ranks):
+    """This process and one whose own share of another tensor is not finite."""
+
+    def gather(self, values, dim):
+        other = torch.zeros_like(values)
+        other[0, 0] = 1
+        return torch.cat((values, other), dim)
+
+    def average_gradients(self, parameters):
+        pass
+
+
+def test_all_processes_name_the_tensors_of_all():
+    stepper = two(limit=1)
+    for parameter in stepper.parameters.values():
+        parameter.grad = torch.ones(2)
+    stepper.parameters["bad"].grad[0] = BAD
+    stepper.update(Others(0, 2, torch.device("cpu")), False)
+    with pytest.raises(Halted, match=r"\(good, bad\)"):
+        stepper.read()
