@@ -147,7 +147,7 @@ def _stepper(config: Config, policy: Policy) -> Stepper:
     optimizer = make_optimizer(learn, list(parameters.values()))
     average = MovingAverage(parameters, learn.ema_decay, learn.ema_every)
     scale = LossScale(policy.device) if config.model.dtype == "fp16" else None
-    return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale)
+    return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale, learn.skip_limit)
 
 
 def _held_out(config: Config) -> list[Prompt]:

@@ -14,12 +14,13 @@ from tempflow.forecast.cost import network_rows
 from tempflow.learn.objective import WEIGHT
 from tempflow.learn.optimizers import state_bytes
 from tempflow.records.figures import draw_report, save_pictures
-from tempflow.records.rows import EvaluationRow, IterationRow, MetricsWriter, Row, StartRow
+from tempflow.records.rows import EvaluationRow, IterationRow, MetricsWriter, Row, StartRow, plain_row, read_metrics
 from tempflow.run import checkpoint
 from tempflow.run.checkpoint import Progress
 from tempflow.run.evaluation import Evaluator
 from tempflow.run.hacking import falls, keep_scores, read_scores
 from tempflow.run.trainer import Trainer
+from tempflow.run.watch import Watch
 
 
 class Journal:
@@ -37,11 +38,14 @@ class Journal:
         self.evaluation: EvaluationRow | None = None
         self.began = time.perf_counter()
         self.timed_out = False
+        self.watch = Watch(self.config.objective.clip)
 
     def open(self, progress: Progress) -> None:
         """Begins the metrics of a new run, or goes on with those of a resumed one."""
         if self.ranks.first:
             last = progress.iteration or None
+            earlier = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= progress.iteration]
+            self.watch = Watch(self.config.objective.clip, earlier)
             self.writer = MetricsWriter(self.folder, self.config.run.trackers, self.folder.name, last)
         if not progress.iteration:
             self._write(self._start_row())
@@ -70,6 +74,10 @@ class Journal:
                                  rollouts=rollouts, network_rows=rows,
                                  rollouts_per_hour=round(branches / took * 3600, 1),
                                  phase_seconds=trainer.clock.read())  # fmt: skip
+        found = self.watch.look(plain_row(self.iteration))
+        for words in found.values():
+            say(f"warning: iteration {row.step}: {words}")
+        self.iteration = replace(self.iteration, warnings=sorted(found))
         self._write(self.iteration)
         return replace(progress, iteration=row.step, seconds=seconds, rollouts=rollouts, network_rows=rows,
                        unevaluated=True, tail_rows=trainer.tails[0].rows)  # fmt: skip
@@ -161,12 +169,12 @@ class Journal:
             return
         clock, step = self.trainer.clock, progress.iteration
         with clock("evaluate"), self.trainer.stepper.average.applied():
-            result = self.evaluator.evaluate()
+            result = self.evaluator.evaluate(strict=not step)
         history, threshold = read_scores(self.folder, step), self.config.reward.hacking_drop
         fallen = falls(history, result.scores, self.evaluator.golds, threshold)
         seconds = round(time.perf_counter() - self.began, 3) if step else 0.0
         self.evaluation = EvaluationRow(step=step, seconds=seconds, scores=result.means(),
-                                        scores_missing=result.missing, gold_fall=fallen or None,
+                                        scores_missing=result.missing, **result.lost, gold_fall=fallen or None,
                                         phase_seconds=clock.read())  # fmt: skip
         if self.ranks.first:
             save_pictures(self.folder, step, result.pictures)
