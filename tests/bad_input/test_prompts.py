@@ -1,4 +1,4 @@
-"""Files of prompts: whatever their name, what they hold is told by their content, and a line that is wrong by number."""
+"""Files of prompts: whatever their name, their content says what they hold; a wrong line is told by its number."""
 
 import os
 

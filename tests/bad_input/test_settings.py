@@ -153,7 +153,21 @@ def test_sizes_that_no_memory_holds(refused, tmp_path, field):
 
 def test_words_stay_words():
     """Where a field holds words, what looks like a number, a date or a truth value is a word."""
-    for text in ("007", "1_000", "1.10", "12:30", "2024-13-01", "true", "1e5", "exp #2", "a: b", "[x]", "!x", "&a", "*a"):
+    for text in (
+        "007",
+        "1_000",
+        "1.10",
+        "12:30",
+        "2024-13-01",
+        "true",
+        "1e5",
+        "exp #2",
+        "a: b",
+        "[x]",
+        "!x",
+        "&a",
+        "*a",
+    ):
         assert load([f"run.dir={text}"]).run.dir == text
     assert load(["run.dir='a # b'"]).run.dir == "a # b"
     assert load(["reward.gold=[007, 1.10]"]).reward.gold == ["007", "1.10"]
@@ -168,7 +182,9 @@ def test_numbers_are_those_of_yaml_1_2(tmp_path):
     assert (own.run.dir, own.run.seed, own.learn.lr) == ("007", 10, 1e-4)
 
 
-@pytest.mark.parametrize("text", ["007", "1e5", "0o17", "1.", "true", "null", "~", "12:30", "- a", "a: b", "#", "é\u2028"])
+@pytest.mark.parametrize(
+    "text", ["007", "1e5", "0o17", "1.", "true", "null", "~", "12:30", "- a", "a: b", "#", "é\u2028"]
+)
 def test_words_survive_the_file_that_a_run_writes(tmp_path, text):
     config = load([f'reward.options={{a: {{b: "{text}"}}}}'])
     (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
