@@ -35,7 +35,7 @@ def test_models(refused, tmp_path, name):
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "scheduler", "text_encoder"])
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"_class_name": "x"}'], ids=["empty", "list", "cut", "foreign"])
+@pytest.mark.parametrize("content", ["", "[]", "{"], ids=["empty", "list", "cut"])
 def test_parts_of_models(refused, tmp_path, part, content):
     folder = tmp_path / "model"
     shutil.copytree(PACKAGE / "digits" / "pipeline", folder, copy_function=os.symlink)
@@ -53,7 +53,6 @@ def test_paths_of_models(refused, tmp_path, monkeypatch, path):
     (tmp_path / "a file").write_text("")
     os.mkfifo("pipe")
     refused(main, ["digits", "run.dir=run", f"model.path={path}"], "model.path", after_plan=True)
-    refused(main, ["digits", "run.dir=run", f"model.lora={path}"], "model.lora", after_plan=True)
 
 
 def begun(folder, settings: str | bytes) -> None:
