@@ -53,6 +53,8 @@ from tempflow.settings.fields import Config
 from tempflow.settings.help import read_command_line
 from tempflow.studies.tails import check_tails
 
+LOST = 1
+"""The exit code where the other processes do not answer."""
 INTERRUPTED = 130
 """The exit code of a program that Ctrl-C ended: 128 + SIGINT."""
 
@@ -139,7 +141,8 @@ def train(trainer: Trainer, journal: Journal, progress: Progress) -> None:
 
 
 def run(config: Config) -> int:
-    """A whole run; returns the exit code: 0, 2 where the user has to change something, or 130 for Ctrl-C."""
+    """A whole run; returns the exit code: 0, 1 where other processes are lost, 2 where a setting or a file
+    has to be changed, or 130 for Ctrl-C."""
     try:
         if config.run.plan_only:
             show_plan(config, processes.start(config.run.device, longest_wait(config.reward)), memory=True)
@@ -156,6 +159,12 @@ def run(config: Config) -> int:
     except BadInput as error:  # before the loop every process meets the same mistake
         say(str(error))
         return 2
+    except RuntimeError as error:
+        words = processes.describe_loss(error)
+        if words is None:
+            raise
+        print(f"tempflow: {words}", file=sys.stderr)
+        return LOST
     except KeyboardInterrupt:
         say("interrupted; go on from the last checkpoint with run.resume=true")
         return INTERRUPTED
@@ -171,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 if __name__ == "__main__":
     code = run(CONFIG)
-    if code == INTERRUPTED:  # threads may wait for a scorer's server yet, and a plain exit would wait for them
+    if code in (INTERRUPTED, LOST):  # threads may wait for a scorer's server yet, and a plain exit would wait for them
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
