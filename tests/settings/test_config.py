@@ -12,11 +12,11 @@ from tempflow.settings.reading import changeable_fields, field_names, load, pres
 
 MAY_CHANGE_ON_RESUME = {
     "run.resume", "run.dir", "run.save_every", "run.keep_checkpoints", "run.trackers", "run.plan_only", "run.device",
-    "learn.iterations", "learn.max_seconds", "learn.skip_limit", "learn.compile", "eval.every", "tails.rows", "tails.level", "tails.check",
+    "learn.iterations", "learn.max_seconds", "learn.compile", "eval.every", "tails.rows", "tails.level", "tails.check",
     "tails.autotune", "tails.compile_vae",
     "reward.rows", "reward.overlap", "reward.hacking_drop", "reward.hacking_stop", "reward.servers", "reward.batch",
     "reward.requests", "reward.timeout", "reward.patience", "reward.token_file",
-    "run.noise", "learn.noise",
+    "run.noise", "learn.noise", "learn.skip_limit",
 }  # fmt: skip
 
 RENAMED = {
