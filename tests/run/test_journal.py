@@ -44,7 +44,7 @@ def journal(tmp_path, monkeypatch):
 
     def make(scores=((0.0, 0.0),) * 9, *settings):
         trainer, _ = make_trainer(small(*SETTINGS, *settings), panel_of((tilt,), (1.0,)))
-        trainer.policy.save = lambda folder: saved.append(trainer.policy.scale.detach().clone())
+        trainer.policy.save = lambda folder, write=True: saved.append(trainer.policy.scale.detach().clone())
         return Journal(trainer, tmp_path, FakeEvaluator(trainer, scores))
 
     saved: list[torch.Tensor] = []
@@ -130,9 +130,9 @@ def test_a_run_ends_when_its_time_is_up(journal, monkeypatch):
     step, evaluate = tempflow.train.train_step, it.evaluator.evaluate
 
     def tick(work, seconds):
-        def timed(*arguments):
+        def timed(*arguments, **options):
             now[0] += seconds
-            return work(*arguments)
+            return work(*arguments, **options)
 
         return timed
 
