@@ -12,7 +12,7 @@ def is_first() -> bool:
     return not rank.isdigit() or int(rank[:9]) == 0  # what is no number is said, and not by nobody
 
 
-def say(words: str) -> None:
-    """Prints a line on standard error, in the first process only."""
-    if is_first():
+def say(words: str, everywhere: bool = False) -> None:
+    """Prints a line on standard error, in the first process only, or in whichever calls it."""
+    if everywhere or is_first():
         print(f"tempflow: {words}", file=sys.stderr, flush=True)
