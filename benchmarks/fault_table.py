@@ -20,6 +20,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, as_completed, wait
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -37,20 +39,23 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="words that group or name of a kind contains, separated by |")
     parser.add_argument("--once", action="store_true", help="each kind once, whatever its number of tries")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at once; bounds on seconds are for one on a core")
     parser.add_argument("--keep", action="store_true", help="keep the folders of trials that did not hold")
     parser.add_argument("--list", action="store_true", help="print the kinds")
     return parser.parse_args(arguments)
 
 
-def trials(kinds: list[tuple[str, Fault]], once: bool) -> Iterator[tuple[str, Fault, int]]:
-    """Rounds of all kinds, without end; in each, a kind comes as often as it has tries."""
+def rounds(kinds: list[tuple[str, Fault]], once: bool, end: float) -> Iterator[tuple[int, int]]:
+    """Place of the kind and number of each trial, round after round until `end` (time.monotonic), at least one.
+
+    In a round, a kind comes as often as it has tries, but for `once`.
+    """
     number = 0
-    while True:
-        for room, fault in kinds:
+    while not number or time.monotonic() < end:
+        for place, (_, fault) in enumerate(kinds):
             for _ in range(1 if once else fault.tries):
-                yield room, fault, number
+                yield place, number
                 number += 1
-        yield "", kinds[0][1], -1  # a round is over
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -82,13 +87,30 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _found(bench: Bench, kinds: list[tuple[str, Fault]], asked: argparse.Namespace) -> Iterator[Outcome]:
-    end = time.monotonic() + 60 * asked.minutes
-    for room, fault, number in trials(kinds, asked.once):
-        if number < 0:
-            if time.monotonic() > end:
-                return
-            continue
-        yield attempt(bench, room, fault, number)
+    """Outcomes in the order in which they are found; processes that make trials are forked from this one."""
+    bench.prepare(fault for _, fault in kinds)
+    end, waiting = time.monotonic() + 60 * asked.minutes, set()
+    work = rounds(kinds, asked.once, end)
+    with ProcessPoolExecutor(asked.jobs, get_context("fork"), _remember, (bench, kinds)) as pool:
+        for place, number in work:
+            waiting.add(pool.submit(_attempt, place, number))
+            while len(waiting) > asked.jobs:
+                done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+                yield from (future.result() for future in done)
+        yield from (future.result() for future in as_completed(waiting))
+
+
+REMEMBERED: list = []
+
+
+def _remember(*parts: object) -> None:
+    REMEMBERED[:] = parts
+
+
+def _attempt(place: int, number: int) -> Outcome:
+    bench, kinds = REMEMBERED
+    room, fault = kinds[place]
+    return attempt(bench, room, fault, number)
 
 
 if __name__ == "__main__":

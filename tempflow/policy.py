@@ -43,6 +43,9 @@ class ImageDecoder(Protocol):
     """shape of one latent, batch excluded"""
     image_shape: tuple[int, int, int]
     """(3, height, width) of a decoded image"""
+    finite: Tensor | None
+    """(R,) bool, on the device: which images of the last call were made of numbers before they were bytes; None where
+    nobody looked"""
 
     def decode(self, latents: Tensor) -> Tensor:
         """(R, D...) -> uint8 images (R, 3, height, width), without gradient, each row by itself."""

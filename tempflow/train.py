@@ -85,6 +85,7 @@ def train_step(trainer: Trainer, iteration: int) -> IterationRow:
                 record.add(backward(trainer, batch), number, decided)
             stepper.update(ranks, update.idle)
         figures = loss_figures(ranks.gather(record.totals(), dim=0)) | stepper.read()
+    figures |= trainer.scores.figures
     figures |= reward_figures(rewards, credit, trainer.rewards, everyone.trunk_steps(), schedule.num_steps)
     return IterationRow(step=iteration + 1, tail_waste=read_waste(trainer.tails), **figures)
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -60,7 +61,7 @@ class Bench:
     """A folder for trials, with an undisturbed run of each way to compare with."""
 
     def __init__(self, folder: Path, seed: int):
-        self.folder, self.random = folder, random.Random(seed)
+        self.folder, self.seed = folder, seed
         self.seconds: dict[str, float] = {}
         torch.set_num_threads(1)
         warm_up(self.job("undisturbed/first", self.folder / "undisturbed" / "one process" / "run", "run.save_every=1"))
@@ -70,6 +71,7 @@ class Bench:
         logs = self.folder / name
         shutil.rmtree(logs, ignore_errors=True)
         logs.mkdir(parents=True)
+        logs.chmod(0o777)  # a trial may be another user's
         arguments = ("digits", *SETTINGS, f"learn.iterations={ITERATIONS}", *more, f"run.dir={run}")
         if "auto" not in str(RunConfig.__dataclass_fields__["resume"].type):  # SHIM
             there = str(any((run / "checkpoints").glob("step_*"))).lower()
@@ -87,11 +89,21 @@ class Bench:
         """The folder of a run that was stopped after HALTED iterations; made once."""
         return self._made(PLAIN.get(way, way), "halted", f"learn.iterations={HALTED}", "run.save_every=1")
 
-    def moment(self, fault: Fault) -> str:
+    def prepare(self, faults: Iterable[Fault]) -> None:
+        """Makes what trials compare with or begin from, so that several may be made at once."""
+        for fault in faults:
+            self.undisturbed(fault.way)
+            if fault.prepared:
+                self.halted(fault.way)
+            if fault.at == "any":
+                self.duration(fault.way)
+
+    def moment(self, fault: Fault, trial: int) -> str:
         """When the fault comes, a random moment drawn within the length of an undisturbed run."""
         if fault.at != "any":
             return fault.at
-        return f"{self.random.uniform(0, self.duration(fault.way)):.2f} s"
+        drawn = random.Random(f"{self.seed} {trial}").uniform(0, self.duration(fault.way))
+        return f"{drawn:.2f} s"
 
     def duration(self, way: str) -> float:
         """Seconds of an undisturbed run, imports included where there are any."""
@@ -120,6 +132,7 @@ def attempt(bench: Bench, room: str, fault: Fault, trial: int) -> Outcome:
     server = None
     try:
         home.mkdir(parents=True, exist_ok=True)
+        home.chmod(0o777)
         server = Server(home) if fault.served else None
         scene = _disturb(bench, fault, f"trials/{name}", run, server, outcome)
         fault.mend(scene)
@@ -157,7 +170,7 @@ def _disturb(bench: Bench, fault: Fault, name: str, run: Path, server: Server | 
     if fault.prepared:
         shutil.copytree(bench.halted(fault.way), run)
         fault.prepared(run)
-    outcome.moment = bench.moment(fault)
+    outcome.moment = bench.moment(fault, outcome.trial)
     parts = {"troubles": fault.troubles, "pause_at": fault.at if fault.do else None}
     started = WAYS[fault.way](bench.job(f"{name}/first", run, *settings, **parts))
     scene = Scene(run, started, lambda: WAYS[fault.way](bench.job(f"{name}/second", run, *settings)), server=server)

@@ -62,6 +62,10 @@ class PipelinePolicy:
         inputs = self.family.network_inputs(latents.to(self.network.dtype), sigma, text)
         return self.family.velocity(self.network.forward(inputs, self.device))
 
+    @property
+    def finite(self) -> Tensor | None:
+        return self.decoder.finite
+
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder.decode(latents)
 

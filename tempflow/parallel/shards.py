@@ -11,6 +11,7 @@ number of processes.
 from __future__ import annotations
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -22,7 +23,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tempflow.common.errors import BadInput
-from tempflow.parallel.ranks import Ranks
+from tempflow.parallel.ranks import Ranks, backend_of
 from tempflow.settings.spread import ParallelConfig
 
 NODE = 8
@@ -53,11 +54,15 @@ class Shards:
             module: on the CPU, or on this process's device.
             widen: whether its parameters are to be kept in fp32.
         """
+        # Nothing here writes into what a block or a network returns.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        pinned = self.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy()
         for part in (*blocks(module), module):
             if widen:
                 _widen(part)
             fully_shard(part, mesh=self.mesh, reshard_after_forward=True, mp_policy=self._precision(),
-                        offload_policy=CPUOffloadPolicy() if self.offload else OffloadPolicy())  # fmt: skip
+                        offload_policy=offload)  # fmt: skip
 
     def _precision(self) -> MixedPrecisionPolicy:
         if self.dtype == torch.float32:
@@ -80,9 +85,8 @@ def _widen(part: nn.Module) -> None:
 def make_shards(config: ParallelConfig, ranks: Ranks, dtype: torch.dtype, merged: str | None) -> Shards:
     """The mesh of all processes; one process alone makes a group of itself."""
     if not dist.is_initialized():
-        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-        dist.init_process_group(f"cpu:gloo,cuda:{backend}" if backend == "nccl" else backend, store=dist.HashStore(),
-                                rank=0, world_size=1)  # fmt: skip
+        backend = backend_of(ranks.device.type == "cuda", config.offload)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     count = shard_count(config, ranks.size)
     kind, table = ranks.device.type, torch.arange(ranks.size).view(-1, count)
     if config.shard == "full":

@@ -63,6 +63,8 @@ class IterationRow:
     """Rewards that a scorer had no opinion of."""
     groups_masked: int
     """Groups whose rewards do not differ, or of which fewer than two are known."""
+    idle_share: float = 0.0
+    """The same by the number of groups."""
     tail_waste: float
     """Part of the tails' network rows that was computed for nothing."""
     ratio_mean: float | None = None
@@ -89,8 +91,16 @@ class IterationRow:
     """Bytes of the optimizer's state."""
     loss_scale: float | None = None
     """Factor on the loss in fp16."""
-    skipped_steps: int | None = None
-    """Optimizer steps skipped in fp16."""
+    skipped_steps: int = 0
+    """Optimizer steps that were not taken, since a gradient was not finite; in fp16 some while the loss scale falls."""
+    nonfinite_losses: int = 0
+    """Batches whose loss or ratio was not finite."""
+    nonfinite_latents: int = 0
+    """Images whose latents were not finite, by the transformer; they have no reward."""
+    nonfinite_images: int = 0
+    """Images whose latents were finite and they themselves not, by the decoder; they have no reward."""
+    warnings: list[str] = field(default_factory=list)
+    """What was found worrying at this iteration (run/watch.py)."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase; phases beside each other each count their own."""
 
@@ -107,6 +117,10 @@ class EvaluationRow:
     """Mean of each held-out score; each is a field of its own in the file: reward_test, gold, gold_NAME, ..."""
     scores_missing: int
     """Scores that a scorer had no opinion of."""
+    nonfinite_latents: int = 0
+    """As of an iteration."""
+    nonfinite_images: int = 0
+    """As of an iteration."""
     gold_fall: dict[str, float] | None = None
     """Gold scores that have fallen while the reward rose, and by how much."""
     phase_seconds: dict[str, float] = field(default_factory=dict)

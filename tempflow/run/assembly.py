@@ -38,7 +38,7 @@ from tempflow.run.lock import FolderLock
 from tempflow.run.noise_mode import settle_mode
 from tempflow.run.sizes import Decoders, choose_decoders, chunk_rows, loss_noise, memory_held_back
 from tempflow.run.snapshot import Progress
-from tempflow.run.spreading import spread_out
+from tempflow.run.spreading import gpu_bytes, settle_copy, spread_out
 from tempflow.run.trainer import Trainer
 from tempflow.settings.checks import check_consistency, longest_wait
 from tempflow.settings.fields import Config
@@ -66,13 +66,13 @@ def set_up(
 def _set_up(
     config: Config, policy: Policy | None, panels: tuple[Panel, Panel] | None, lock: FolderLock
 ) -> tuple[Trainer, Journal, Progress]:
-    ranks = processes.start(config.run.device, longest_wait(config.reward))
+    ranks = processes.start(config.run.device, longest_wait(config.reward), config.parallel.offload)
     check_trackers(config.run.trackers)
     config = check_folder(config)
     prompts, held_out = read_prompts(config.prompts.train, "prompts.train"), _held_out(config)
-    method, schedule = show_plan(config, ranks)
+    config, method, schedule = show_plan(config, ranks)
     spreading = spread_out(config, ranks)
-    config, ranks = spreading.config, spreading.ranks
+    ranks = spreading.ranks
     rewards, gold = _accepted(panels or load_panels(config.reward, config.reward.rows, ranks.device), prompts, held_out)
     torch.manual_seed(config.run.seed)  # here: the adapters' first values must not depend on what scorers drew
     policy = policy or load_policy(config.model, config.sample, ranks.device, keep_reference=config.objective.kl > 0,
@@ -130,23 +130,27 @@ def _resumed(config: Config, ranks: Ranks, stepper: Stepper, lock: FolderLock) -
     return replace(progress, tail_rows=first_rows(lock.folder))
 
 
-def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[Method, NoiseSchedule]:
-    """Prints what the run will do, and with `memory` what it will hold, from the model's configuration alone.
+def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[Config, Method, NoiseSchedule]:
+    """Prints what the run will do, and with `memory` what it will hold, from the model's configuration alone; returns
+    the settings with what was left to the plan.
 
     Raises:
         BadInput: settings that cannot work together, or with this model.
     """
-    check_consistency(config, ranks.size)
+    size = (memory and config.parallel.ranks) or ranks.size
+    check_consistency(config, size)
     skeleton = load_skeleton(config.model, config.sample)
     device = torch.device("cuda") if memory else ranks.device  # memory is planned for a GPU, wherever that is done
     check_tail_settings(config.tails, skeleton.network_rows, device)
     method, schedule = read_method(config, skeleton.sigmas(config.sample.steps))
-    forecast = Forecast(config, skeleton, method, schedule, ranks.size)
+    forecast = Forecast(config, skeleton, method, schedule, size)
     check_fits(forecast, ranks.device)
+    config = settle_copy(forecast, gpu_bytes(config, ranks, planned=memory))
+    forecast = replace(forecast, config=config)
     say(forecast.describe(ranks.device.type))
     if memory:
         say(forecast.describe_memory())
-    return method, schedule
+    return config, method, schedule
 
 
 def _accepted(panels: tuple[Panel, Panel], prompts: list[Prompt], held_out: list[Prompt]) -> tuple[Panel, Panel]:
@@ -172,7 +176,7 @@ def _stepper(config: Config, policy: Policy) -> Stepper:
     optimizer = make_optimizer(learn, list(parameters.values()))
     average = MovingAverage(parameters, learn.ema_decay, learn.ema_every)
     scale = LossScale(policy.device) if config.model.dtype == "fp16" else None
-    return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale)
+    return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale, learn.skip_limit)
 
 
 def _held_out(config: Config) -> list[Prompt]:

@@ -10,10 +10,9 @@ from tempflow.common.errors import OneLine
 from tempflow.common.failures import as_line, keep_traceback
 from tempflow.common.say import say
 from tempflow.parallel.environment import read_place
+from tempflow.parallel.ranks import describe_loss
 from tempflow.settings.fields import Config
 
-SIGNS = re.compile(r"gloo|nccl|connection (was )?(closed|reset)|broken pipe|timed? ?out", re.IGNORECASE)
-"""words of what a process meets when another is gone"""
 SOON = 2.0
 """seconds in which a process that fails leaves word of it"""
 
@@ -21,10 +20,10 @@ SOON = 2.0
 def tell_failure(config: Config, error: BaseException) -> None:
     """Says in a line what ended the run in this process; the traceback goes to the run's folder."""
     folder, place = Path(config.run.dir).expanduser(), read_place()
-    lost = place.size > 1 and not isinstance(_root(error), OneLine) and SIGNS.search(str(_root(error)))
     line = str(error if isinstance(error, OneLine) else OneLine(*as_line(error)))
+    lost = describe_loss(_root(error)) if isinstance(_root(error), RuntimeError) else None
     if lost:
-        line += f"; another process was lost{_word_of_others(folder, place.rank)}"
+        line = f"{lost}{_word_of_others(folder, place.rank)}; {line}"
     if not isinstance(_root(error), OneLine):
         path = keep_traceback(folder, place.rank, error)
         line += f" (traceback: {path})" if path else ""
@@ -48,7 +47,7 @@ def _word_of_others(folder: Path, own: int) -> str:
         if others:
             first = min(others, key=lambda path: path.stat().st_mtime)
             words = first.read_text(encoding="utf-8").rstrip().splitlines()[-1]
-            return f": process {_rank(first)} ({words[:300]})"
+            return f"; process {_rank(first)} failed ({words[:300]})"
         if time.monotonic() > end:
             return ""
         time.sleep(SOON / 20)

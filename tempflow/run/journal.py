@@ -16,7 +16,7 @@ from tempflow.forecast.cost import network_rows
 from tempflow.learn.objective import WEIGHT
 from tempflow.learn.optimizers import state_bytes
 from tempflow.records.figures import save_pictures
-from tempflow.records.rows import EvaluationRow, IterationRow, MetricsWriter, Row, StartRow
+from tempflow.records.rows import EvaluationRow, IterationRow, MetricsWriter, Row, StartRow, plain_row, read_metrics
 from tempflow.run.evaluation import Evaluator
 from tempflow.run.folder import forget_errors
 from tempflow.run.hacking import falls, keep_scores, read_scores
@@ -24,6 +24,7 @@ from tempflow.run.keeping import Keeper
 from tempflow.run.lock import FolderLock
 from tempflow.run.snapshot import Progress
 from tempflow.run.trainer import Trainer
+from tempflow.run.watch import Watch
 
 
 class Journal:
@@ -47,12 +48,15 @@ class Journal:
         self.timed_out = False
         self.stopped_by: str | None = None
         """the signal for which all processes end together"""
+        self.watch = Watch(self.config.objective.clip)
 
     def open(self, progress: Progress) -> None:
         """Begins the metrics of a new run, or goes on with those of a resumed one."""
         self.progress = progress
         self.keeper.mark(progress, saved=not progress.unevaluated)
         if self.ranks.first:
+            earlier = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= progress.iteration]
+            self.watch = Watch(self.config.objective.clip, earlier)
             forget_errors(self.folder)
             self.keeper.clean_up()
             self.writer = MetricsWriter(self.folder, self.config.run.trackers, self.folder.name,
@@ -109,6 +113,10 @@ class Journal:
                                  rollouts=rollouts, network_rows=rows,
                                  rollouts_per_hour=round(branches / took * 3600, 1),
                                  phase_seconds=trainer.clock.read())  # fmt: skip
+        found = self.watch.look(plain_row(self.iteration))
+        for words in found.values():
+            say(f"warning: iteration {row.step}: {words}")
+        self.iteration = replace(self.iteration, warnings=sorted(found))
         self._write(self.iteration)
         self.timed_out = self._past_limit(training)
         return self.progress
@@ -215,12 +223,12 @@ class Journal:
             return
         clock, step = self.trainer.clock, progress.iteration
         with clock("evaluate"), self.trainer.stepper.average.applied():
-            result = self.evaluator.evaluate()
+            result = self.evaluator.evaluate(strict=not step)
         history, threshold = read_scores(self.folder, step), self.config.reward.hacking_drop
         fallen = falls(history, result.scores, self.evaluator.golds, threshold)
         seconds = round(time.perf_counter() - self.began, 3) if step else 0.0
         self.evaluation = EvaluationRow(step=step, seconds=seconds, scores=result.means(),
-                                        scores_missing=result.missing, gold_fall=fallen or None,
+                                        scores_missing=result.missing, **result.lost, gold_fall=fallen or None,
                                         phase_seconds=clock.read())  # fmt: skip
         if self.ranks.first:
             save_pictures(self.folder, step, result.pictures)

@@ -177,8 +177,8 @@ class LearnConfig:
     """AdamW of torch, or of bitsandbytes: moments in 8 bits; paged, they move to the host when the GPU is full."""
     min_8bit_size: Count = 4096
     """8-bit optimizers keep fp32 moments for tensors of fewer elements; low-rank adapters may be so small."""
-    lr: Positive = 3e-4
-    """Learning rate."""
+    lr: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    """Learning rate: about what an element moves in a step of AdamW, so never above 1."""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """Keep the learning rate, or let it fall in a straight line to 0 at learn.iterations."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -189,6 +189,8 @@ class LearnConfig:
     """Decoupled weight decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
+    skip_limit: Count = changeable(3)
+    """The run stops where a gradient is not finite so many times in a row; each is counted and its step not taken."""
     ema_decay: Fraction = 0.9
     """Limit of the moving average's decay, which warms up as (1 + n) / (10 + n); 0 turns the average off."""
     ema_every: Count = 8

@@ -100,9 +100,7 @@ def test_no_step_is_taken_where_the_norm_is_not_finite(name, bad):
         parameter.grad = torch.full_like(parameter, bad)
     moved.step()
     assert_equal(everything(moved), before)
-    with pytest.raises(Halted) as caught:
-        moved.read()
-    assert caught.value.field == "learn.lr"
+    assert moved.read() == {"grad_norm": 0.0, "skipped_steps": 1, "optimizer_bytes": state_bytes(moved.optimizer)}
     steps(moved, 2, count=1)
     assert not torch.equal(moved.parameters["bias"], before["bias"]) and moved.read()["grad_norm"] > 0
 
@@ -174,7 +172,7 @@ def test_the_loss_scale_changes_no_step(name):
             moved.backward(sum((parameter**2).sum() for parameter in moved.parameters.values()))
             moved.step()
     assert_equal(everything(scaled), everything(plain))
-    assert scaled.read() == plain.read() | {"loss_scale": 8.0, "skipped_steps": 0}
+    assert scaled.read() == plain.read() | {"loss_scale": 8.0}
 
 
 def test_the_loss_scale_halves_on_overflow_and_grows_after_a_while():

@@ -44,7 +44,8 @@ def written(tmp_path, **changes) -> str:
 def test_intervals_are_those_of_student():
     """1, 2, 3, 6: mean 3, variance 14 / 3, half width 3.182446305284263 sqrt(14 / 3) / 2."""
     found = interval([1.0, 2.0, 3.0, 6.0])
-    assert (found.mean, found.count) == (3.0, 4) and found.half == pytest.approx(3.182446305284263 * math.sqrt(14 / 3) / 2)
+    half = 3.182446305284263 * math.sqrt(14 / 3) / 2
+    assert (found.mean, found.count) == (3.0, 4) and found.half == pytest.approx(half)
     assert math.isnan(interval([1.0]).half) and interval([]) is None
 
 

@@ -108,7 +108,10 @@ class TrainedNetwork:
     def reference(self) -> Iterator[None]:
         """Within this context `forward` is that of the network before training."""
         if self.config.train == "lora":
+            trained = self.trainable().values()
             self.module.disable_adapters()
+            for parameter in trained:  # peft freezes them meanwhile; shares are trained as they were at the first call
+                parameter.requires_grad_(True)
             try:
                 yield
             finally:
