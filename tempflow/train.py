@@ -115,27 +115,31 @@ def train(trainer: Trainer, journal: Journal, progress: Progress) -> None:
         Halted: whatever failed, and what was saved of what was learnt before.
         Stopped: a signal asked for the end; the same is saved then.
     """
-    first = progress.iteration + 1
     bar = tqdm(total=trainer.config.learn.iterations, initial=progress.iteration, unit="it",
                disable=not trainer.ranks.first, dynamic_ncols=True)  # fmt: skip
     try:
         with STOPPING.finishing(trainer.config.run.grace, journal.settled):
-            progress = journal.begin(progress)
-            while not journal.is_over(progress):
-                started = time.perf_counter()
-                row = train_step(trainer, progress.iteration)
-                progress = journal.record(row, progress, time.perf_counter() - started)
-                progress = journal.evaluate(progress)
-                if progress.iteration == first:
-                    journal.measured()
-                bar.update()
-                bar.set_postfix(journal.shown())
-            journal.check_stop()
+            iterate(trainer, journal, journal.begin(progress), bar)
+        journal.check_stop()
     except (Exception, KeyboardInterrupt) as error:
         bar.close()
         raise journal.halted(error) from error
     finally:
         bar.close()
+
+
+def iterate(trainer: Trainer, journal: Journal, progress: Progress, bar: tqdm) -> None:
+    """Iterations until the run is over."""
+    first = progress.iteration + 1
+    while not journal.is_over(progress):
+        started = time.perf_counter()
+        row = train_step(trainer, progress.iteration)
+        progress = journal.record(row, progress, time.perf_counter() - started)
+        progress = journal.evaluate(progress)
+        if progress.iteration == first:
+            journal.measured()
+        bar.update()
+        bar.set_postfix(journal.shown())
 
 
 def run(config: Config) -> int:

@@ -12,9 +12,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
-from tempflow.common.say import say
+from tempflow.common.say import is_first
 
 DONE, WRONG, HALTED, STOPPED = 0, 2, 75, 130
 """Exit codes: done; the user has to change something; stopped on its way, and may be gone on with; asked to stop by a
@@ -88,7 +88,7 @@ class Stopping:
         self.asked_by, self._when = name, time.monotonic()
         if self._grace is None:
             raise Stopped(name)
-        say(f"{name}: finishing the iteration, at most {self._grace:g} s (run.grace); again: ends at once")
+        say_at_once(f"{name}: finishing the iteration, at most {self._grace:g} s (run.grace); again: ends at once")
         self._after(self._grace, self._wake)
         hint = "run.grace is over and nothing more could be saved; go on from the last checkpoint with run.resume=true"
         self._after(self._grace + LAST, lambda: end_now(f"{name}: {hint}"))
@@ -124,9 +124,15 @@ STOPPING = Stopping()
 
 def end_now(words: str) -> None:
     """Says so and ends the process, threads and all."""
-    say(words)
-    sys.stderr.flush()
+    say_at_once(words)
     os._exit(STOPPED)
+
+
+def say_at_once(words: str) -> None:
+    """Says it past the stream's buffer, which may be in use where a signal came."""
+    if is_first():
+        with suppress(OSError):
+            os.write(sys.__stderr__.fileno(), f"\ntempflow: {words}\n".encode())
 
 
 def leave_with_parent() -> None:
