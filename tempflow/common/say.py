@@ -13,7 +13,7 @@ def is_first() -> bool:
     return not later  # nor is one whose environment is wrong: somebody has to say so
 
 
-def say(words: str) -> None:
-    """Prints a line on standard error, in the first process only."""
-    if is_first():
+def say(words: str, everywhere: bool = False) -> None:
+    """Prints a line on standard error, in the first process only, or in whichever calls it."""
+    if everywhere or is_first():
         print(f"tempflow: {words}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ from torch.nn import Parameter
 
 from tempflow.common.clock import PhaseClock
 from tempflow.common.errors import BadInput
+from tempflow.common.failures import as_line
+from tempflow.common.say import say
 from tempflow.parallel.environment import read_place
 
 Result = TypeVar("Result")
@@ -70,12 +71,19 @@ class Ranks:
             result = work()
         except BadInput as error:
             problem = error
+        except Exception as error:
+            problem = BadInput(*as_line(error))
+            problem.__cause__ = error
         failed = self.gather(torch.tensor([int(problem is not None)]), 0)
         if not failed.any():
             return result
         if problem and not self.first and int(failed.argmax()) == self.rank:
-            print(f"tempflow: process {self.rank}: {problem}", file=sys.stderr, flush=True)
-        raise problem or BadInput(field, f"rank {self.rank}", "another process could not go on and says why")
+            say(f"process {self.rank}: {problem}", everywhere=True)
+        raise problem or BadInput(field, f"rank {self.rank}", f"{self._names(failed)} could not go on and says why")
+
+    def _names(self, failed: Tensor) -> str:
+        """The processes that failed."""
+        return "process " + ", ".join(str(rank) for rank in failed.nonzero().flatten().tolist())
 
     def average_gradients(self, parameters: Iterable[Parameter]) -> None:
         """Replaces each gradient by its mean over ranks, bucket by bucket; a rank without one counts as 0. Gradients of

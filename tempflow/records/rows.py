@@ -143,21 +143,38 @@ def plain_row(row: Row) -> dict[str, Any]:
 
 
 class MetricsWriter:
-    """metrics.jsonl, one object a line, and the trackers. Of an earlier part of the run, lines to `last_step` stay."""
+    """metrics.jsonl, one object a line, and the trackers.
 
-    def __init__(self, folder: Path, trackers: Sequence[str], run_name: str, last_step: int | None):
+    Args:
+        last_step: of an earlier part of the run, lines to this step stay; None: none do.
+        length: and only those within so many bytes; None: wherever they stand.
+    """
+
+    def __init__(
+        self, folder: Path, trackers: Sequence[str], run_name: str, last_step: int | None, length: int | None = None
+    ):
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in _lines(self.path) if last_step is not None and row["step"] <= last_step]
+        kept = [row for row in _lines(self.path, length) if last_step is not None and row["step"] <= last_step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.sinks = [TRACKERS[name](folder, run_name) for name in trackers]
 
     def write(self, row: Row) -> None:
-        """Appends a line, and hands its numbers to the trackers."""
+        """Appends a line, whole or not at all, and hands its numbers to the trackers."""
         values = plain_row(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        with self.path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                _write_all(file, (json.dumps(values) + "\n").encode())
+            except OSError:
+                file.truncate(before)
+                raise
         for sink in self.sinks:
             sink(flat_numbers(values), row.step)
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    while data:
+        data = data[file.write(data) :]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -171,9 +188,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _lines(path: Path) -> list[Mapping[str, Any]]:
+def _lines(path: Path, length: int | None = None) -> list[Mapping[str, Any]]:
+    """The rows of a file, within its first `length` bytes."""
     rows = []
-    for number, line in enumerate(read_text("metrics", path, LARGEST).split("\n") if path.exists() else [], 1):
+    text = read_text("metrics", path, LARGEST).encode()[:length].decode(errors="ignore") if path.exists() else ""
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

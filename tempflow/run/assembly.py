@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tempflow.common.clock import PhaseClock
+from tempflow.common.errors import BadInput
 from tempflow.common.say import say
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.feed import Feed
@@ -30,12 +31,13 @@ from tempflow.prompts import Prompt, read_prompts
 from tempflow.records.trackers import check_trackers
 from tempflow.rewards.panel import Panel, load_panels
 from tempflow.run import checkpoint
-from tempflow.run.checkpoint import Progress
 from tempflow.run.evaluation import Evaluator
-from tempflow.run.folder import check_folder, write_settings
+from tempflow.run.folder import check_folder, first_rows, open_folder, write_settings
 from tempflow.run.journal import Journal
+from tempflow.run.lock import FolderLock
 from tempflow.run.noise_mode import settle_mode
 from tempflow.run.sizes import Decoders, choose_decoders, chunk_rows, loss_noise, memory_held_back
+from tempflow.run.snapshot import Progress
 from tempflow.run.spreading import gpu_bytes, settle_copy, spread_out
 from tempflow.run.trainer import Trainer
 from tempflow.settings.checks import check_consistency, longest_wait
@@ -53,9 +55,20 @@ def set_up(
     Raises:
         BadInput: anything in the settings that cannot work; no file has been changed then.
     """
+    lock = FolderLock(Path(config.run.dir).expanduser())
+    try:
+        return _set_up(config, policy, panels, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _set_up(
+    config: Config, policy: Policy | None, panels: tuple[Panel, Panel] | None, lock: FolderLock
+) -> tuple[Trainer, Journal, Progress]:
     ranks = processes.start(config.run.device, longest_wait(config.reward), config.parallel.offload)
     check_trackers(config.run.trackers)
-    check_folder(config)
+    config = check_folder(config)
     prompts, held_out = read_prompts(config.prompts.train, "prompts.train"), _held_out(config)
     config, method, schedule = show_plan(config, ranks)
     spreading = spread_out(config, ranks)
@@ -67,7 +80,7 @@ def set_up(
                                    spread=spreading.shards)  # fmt: skip
     say(f"attention: {policy.attention}")
     stepper, folder = _stepper(config, policy), Path(config.run.dir).expanduser()
-    progress = checkpoint.restore(folder / "checkpoints", stepper)
+    progress = _resumed(config, ranks, stepper, lock)
     progress, config = _with_noise_mode(progress, config, ranks)
     held_back, beside_loss = memory_held_back(config, policy, method, schedule, ranks)
     ranks.agree(lambda: prepare_weights(config.tails, policy), "tails.fp8")
@@ -77,6 +90,7 @@ def set_up(
     engines = spreading.engines(engines, policy)
     decoders = choose_decoders(config, policy, engines.explore[0].rows)
     evaluator = _evaluator(config, policy, held_out, (rewards, gold), ranks, engines.evaluate, decoders)
+    open_folder(config, ranks, lock)
     write_settings(config, ranks)
     clock = PhaseClock(ranks.device)
     trainer = Trainer(
@@ -96,9 +110,24 @@ def set_up(
         ranks=ranks,
         clock=clock,
     )  # fmt: skip
-    journal = Journal(trainer, folder, evaluator)
+    journal = Journal(trainer, folder, evaluator, lock)
     journal.open(progress)
     return trainer, journal, progress
+
+
+def _resumed(config: Config, ranks: Ranks, stepper: Stepper, lock: FolderLock) -> Progress:
+    """How far the run in the folder has come, whose newest good checkpoint is loaded; a new run is at its start."""
+    if not config.run.resume:
+        return Progress()
+    open_folder(config, ranks, lock)
+    progress = checkpoint.restore(lock.folder / "checkpoints", stepper, ranks)
+    if progress.iteration > config.learn.iterations:
+        hint = f"{progress.iteration} iterations are done already; give more, or choose another run.dir"
+        raise BadInput("learn.iterations", config.learn.iterations, hint)
+    if progress.iteration:
+        return progress
+    say("no checkpoint yet: the run begins again at its first iteration")
+    return replace(progress, tail_rows=first_rows(lock.folder))
 
 
 def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[Config, Method, NoiseSchedule]:

@@ -259,12 +259,14 @@ class RunConfig:
     """Folder of everything the run writes."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """The one number that every random choice of training is a function of."""
-    resume: bool = changeable(False)
-    """Continue the run in run.dir from its last checkpoint."""
+    resume: bool | Literal["auto"] = changeable(False)
+    """Continue the run in run.dir from its last checkpoint; auto begins one where there is none."""
     save_every: Whole = changeable(50)
     """Iterations between checkpoints; 0 saves only at the end."""
     keep_checkpoints: Count = changeable(2)
-    """Checkpoints that stay on disk, the newest."""
+    """Checkpoints that stay on disk, the newest; the one with the best gold score stays, too."""
+    grace: Seconds = changeable(20.0)
+    """Seconds in which a run that a signal asks to end may finish its iteration; then it saves the one before."""
     trackers: list[Literal["tensorboard", "wandb"]] = changeable(make=lambda: ["tensorboard"])
     """Where metrics go besides metrics.jsonl."""
     plan_only: bool = changeable(False)

@@ -19,7 +19,7 @@ from tempflow.learn.optimizers import (
 from tempflow.learn.stepper import PATIENCE, LossScale, Stepper
 from tempflow.models.load import load_policy
 from tempflow.run import checkpoint
-from tempflow.run.checkpoint import Progress
+from tempflow.run.snapshot import Progress, take
 from tempflow.settings.fields import LearnConfig, ModelConfig, SampleConfig
 
 bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -67,7 +67,7 @@ def test_a_resumed_optimizer_continues_bit_by_bit(tmp_path, name, scale):
         steps(moved, 1)
         if scale:
             steps(moved, 1, count=1, size=float("inf"))
-    checkpoint.save(tmp_path, Progress(3), stopped, keep=1)
+    checkpoint.save(tmp_path, take(Progress(3), stopped, {}), keep=1)
     checkpoint.restore(tmp_path, resumed)
     assert_equal(everything(resumed), everything(whole))
     for moved in (whole, resumed):

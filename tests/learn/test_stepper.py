@@ -10,7 +10,7 @@ from tempflow.learn.optimizers import make_optimizer, set_learning_rate
 from tempflow.learn.stepper import PATIENCE, LossScale, Stepper
 from tempflow.parallel.ranks import Ranks
 from tempflow.run import checkpoint
-from tempflow.run.checkpoint import Progress
+from tempflow.run.snapshot import Progress, take
 from tempflow.settings.fields import LearnConfig
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -107,7 +107,7 @@ def test_the_loss_scale_has_a_limit():
 def test_a_loss_scale_saved_within_an_interval_goes_on_where_it_was(tmp_path):
     whole, resumed = plain(scale=True), plain(scale=True)
     scaled(1.0, whole, 150)
-    checkpoint.save(tmp_path, Progress(1), whole, keep=1)
+    checkpoint.save(tmp_path, take(Progress(1), whole, {}), keep=1)
     checkpoint.restore(tmp_path, resumed)
     for stepper in (whole, resumed):
         scaled(1.0, stepper, 49)
