@@ -56,6 +56,7 @@ setup(
     extras_require={
         "test": [
             "bitsandbytes>=0.50",
+            "hypothesis>=6.100",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",

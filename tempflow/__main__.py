@@ -6,6 +6,8 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from tempflow.common.errors import BadInput
+
 COMMANDS = {
     "train": "train a model; the same as torchrun tempflow/train.py",
     "study": "run methods over several seeds and compare them with intervals",
@@ -15,6 +17,7 @@ COMMANDS = {
     "score": "score a folder of pictures",
     "serve": "serve scorers to trainers on other machines",
     "prompts": "write prompts in the manner of GenEval",
+    "audit": "list the licences of what is installed, and known faults in it",
 }
 """Command -> what it does; each is a module of tempflow/commands."""
 
@@ -34,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     name, *rest = arguments
     if name not in COMMANDS:
-        print(f"tempflow: command={name}: no such command; choose one of {', '.join(COMMANDS)}", file=sys.stderr)
+        line = BadInput("command", name, f"no such command; choose one of {', '.join(COMMANDS)}")
+        print(f"tempflow: {line}", file=sys.stderr)
         return 2
     return import_module(f"tempflow.commands.{name}").main(rest)
 

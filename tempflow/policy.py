@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,9 @@ class ImageDecoder(Protocol):
     """shape of one latent, batch excluded"""
     image_shape: tuple[int, int, int]
     """(3, height, width) of a decoded image"""
+    finite: Tensor | None
+    """(R,) bool, on the device: which images of the last call were made of numbers before they were bytes; None where
+    nobody looked"""
 
     def decode(self, latents: Tensor) -> Tensor:
         """(R, D...) -> uint8 images (R, 3, height, width), without gradient, each row by itself."""
@@ -119,8 +122,9 @@ class Policy(ImageDecoder, Protocol):
         """
         ...
 
-    def save(self, folder: Path, write: bool = True) -> None:
-        """Writes what was trained in the format of the model's own library.
+    def export(self, write: bool = True) -> Callable[[Path], None]:
+        """What was trained, as it is now: a function that writes it into a folder in the format of the model's own
+        library, in another thread while training goes on.
 
         Args:
             write: a network that is shared out is gathered by all processes, and written by the one that has it true.

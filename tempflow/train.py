@@ -14,15 +14,12 @@ Deviations from the paper and its released code:
 
 from __future__ import annotations
 
-import os
 import sys
 
 if __name__ == "__main__":  # help and wrong settings are answered before anything heavy is imported
-    from tempflow.settings.help import read_command_line
+    from tempflow.run.entrance import enter
 
-    CONFIG = read_command_line(sys.argv[1:])
-    if isinstance(CONFIG, int):
-        sys.exit(CONFIG)
+    sys.exit(enter())
 
 import time
 from collections.abc import Sequence
@@ -31,8 +28,9 @@ import torch
 from tempflow_kernels import BranchLossStats, branch_loss
 from tqdm import tqdm
 
-from tempflow.common.errors import BadInput, Halted
+from tempflow.common.errors import BadInput
 from tempflow.common.say import say
+from tempflow.common.stopping import DONE, HALTED, STOPPED, STOPPING, WRONG
 from tempflow.common.tensors import to_device
 from tempflow.credit.advantage import give_credit
 from tempflow.credit.scoring import collect_rewards
@@ -45,16 +43,14 @@ from tempflow.learn.statistics import LossRecord, loss_figures
 from tempflow.parallel import ranks as processes
 from tempflow.records.rows import IterationRow
 from tempflow.run.assembly import set_up, show_plan
-from tempflow.run.checkpoint import Progress
+from tempflow.run.failing import tell_failure
 from tempflow.run.journal import Journal
+from tempflow.run.snapshot import Progress
 from tempflow.run.trainer import Trainer
 from tempflow.settings.checks import longest_wait
 from tempflow.settings.fields import Config
 from tempflow.settings.help import read_command_line
 from tempflow.studies.tails import check_tails
-
-INTERRUPTED = 130
-"""The exit code of a program that Ctrl-C ended: 128 + SIGINT."""
 
 
 def train_step(trainer: Trainer, iteration: int) -> IterationRow:
@@ -89,6 +85,7 @@ def train_step(trainer: Trainer, iteration: int) -> IterationRow:
                 record.add(backward(trainer, batch), number, decided)
             stepper.update(ranks, update.idle)
         figures = loss_figures(ranks.gather(record.totals(), dim=0)) | stepper.read()
+    figures |= trainer.scores.figures
     figures |= reward_figures(rewards, credit, trainer.rewards, everyone.trunk_steps(), schedule.num_steps)
     return IterationRow(step=iteration + 1, tail_waste=read_waste(trainer.tails), **figures)
 
@@ -115,50 +112,62 @@ def train(trainer: Trainer, journal: Journal, progress: Progress) -> None:
     """The loop, from `progress` to the last iteration: step, record, evaluate, save.
 
     Raises:
-        Halted: images got no score, before which what was learnt is saved; or a gradient is not finite.
+        Halted: whatever failed, and what was saved of what was learnt before.
+        Stopped: a signal asked for the end; the same is saved then.
     """
-    first = progress.iteration + 1
     bar = tqdm(total=trainer.config.learn.iterations, initial=progress.iteration, unit="it",
                disable=not trainer.ranks.first, dynamic_ncols=True)  # fmt: skip
     try:
-        progress = journal.begin(progress)
-        while not journal.is_over(progress):
-            started = time.perf_counter()
-            row = train_step(trainer, progress.iteration)
-            progress = journal.record(row, progress, time.perf_counter() - started)
-            progress = journal.evaluate(progress)
-            if progress.iteration == first:
-                journal.measured()
-            bar.update()
-            bar.set_postfix(journal.shown())
-    except BadInput as error:
-        raise journal.halted(progress, error) from error
+        with STOPPING.finishing(trainer.config.run.grace, journal.settled):
+            iterate(trainer, journal, journal.begin(progress), bar)
+        journal.check_stop()
+    except (Exception, KeyboardInterrupt) as error:
+        bar.close()
+        raise journal.halted(error) from error
     finally:
         bar.close()
 
 
+def iterate(trainer: Trainer, journal: Journal, progress: Progress, bar: tqdm) -> None:
+    """Iterations until the run is over."""
+    first = progress.iteration + 1
+    while not journal.is_over(progress):
+        started = time.perf_counter()
+        row = train_step(trainer, progress.iteration)
+        progress = journal.record(row, progress, time.perf_counter() - started)
+        progress = journal.evaluate(progress)
+        if progress.iteration == first:
+            journal.measured()
+        bar.update()
+        bar.set_postfix(journal.shown())
+
+
 def run(config: Config) -> int:
-    """A whole run; returns the exit code: 0, 2 where the user has to change something, or 130 for Ctrl-C."""
+    """A whole run; returns the exit code, one of those of `tempflow.common.stopping`."""
+    journal = None
     try:
         if config.run.plan_only:
             show_plan(config, processes.start(config.run.device, longest_wait(config.reward)), memory=True)
-            return 0
+            return DONE
         trainer, journal, progress = set_up(config)
         if config.tails.check:
             say(check_tails(trainer).describe())
         train(trainer, journal, progress)
         journal.finish()
-        return 0
-    except Halted as error:
-        print(f"tempflow: {error}", file=sys.stderr)
-        return 2
+        return DONE
+    except KeyboardInterrupt as error:
+        say(str(error) if journal else f"{error or 'SIGINT'}: stopped before the first iteration; begin again, with "
+            "run.resume=auto if run.dir is there")  # fmt: skip
+        return STOPPED
     except BadInput as error:  # before the loop every process meets the same mistake
         say(str(error))
-        return 2
-    except KeyboardInterrupt:
-        say("interrupted; go on from the last checkpoint with run.resume=true")
-        return INTERRUPTED
+        return WRONG
+    except Exception as error:
+        tell_failure(config, error)
+        return HALTED
     finally:
+        if journal is not None:
+            journal.close()
         processes.stop()
 
 
@@ -166,11 +175,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
     config = read_command_line(sys.argv[1:] if arguments is None else arguments)
     return config if isinstance(config, int) else run(config)
-
-
-if __name__ == "__main__":
-    code = run(CONFIG)
-    if code == INTERRUPTED:  # threads may wait for a scorer's server yet, and a plain exit would wait for them
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)

@@ -11,9 +11,9 @@ from faults.deeds import HUP, INT, KILL, TERM, USR1, send
 from faults.kinds import FINISHED, REFUSED, Ends, Fault, Room
 from faults.servers import ANSWERS
 
-WRONG, HALTED, STOPPED, KILLED = 2, 2, 130, 137
+WRONG, HALTED, STOPPED, KILLED = 2, 75, 130, 137
 """Exit codes: the user has to change something; the run stopped on its way; a signal asked it to; SIGKILL."""
-LEFT = 2
+LEFT = 130
 """of a rank whose torchrun is gone"""
 ANY = ()
 TWO, RESTARTS, COMMAND, TORCHRUN = "2 ranks", "2 ranks, restarts", "command", "torchrun command"

@@ -24,9 +24,10 @@ def _excluded(file: str) -> set[str]:
     Raises:
         BadInput: its metadata are of another kind.
     """
+    prompts = read_prompts(file, "--exclude")
     try:
-        return identities(read_prompts(file, "--exclude"))
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        return identities(prompts)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise BadInput("--exclude", file, "its metadata are not those of GenEval") from error
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
@@ -19,6 +20,9 @@ class PhaseClock:
     events see them, so that measuring makes the host wait for nothing before `read`.
     """
 
+    phase: ClassVar[str] = "set-up"
+    """of this process's main thread: the last that began"""
+
     def __init__(self, device: torch.device):
         self.device = device
         self.spans: list[tuple[str, Any, Any]] = []
@@ -26,6 +30,8 @@ class PhaseClock:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         start = self._now()
+        if threading.current_thread() is threading.main_thread():
+            PhaseClock.phase = phase
         yield
         self.spans.append((phase, start, self._now()))  # one step, for several threads measure
 

@@ -12,7 +12,7 @@ class OneLine(Exception):
     """A field, the value found, and a hint at what to do, as one line, whatever they hold."""
 
     def __init__(self, field: str, value: object, hint: str):
-        super().__init__(f"{_printable(field)}={shown(value)}: {_printable(hint)}")
+        super().__init__(f"{_cut(field, LONGEST)}={shown(value)}: {_cut(hint, 4 * LONGEST)}")
         self.field, self.value, self.hint = field, value, hint
 
 
@@ -22,14 +22,13 @@ def shown(value: object) -> str:
     Lists and dictionaries are cut before they are written out: a few that hold one another can be endless in words.
     """
     text = value if isinstance(value, str) else _SHORT.repr(value) if isinstance(value, list | dict) else str(value)
-    text = _printable(text)
-    if len(text) > LONGEST:
-        text = f"{text[: LONGEST * 2 // 3]}...{text[-LONGEST // 3 :]} ({len(text)} characters)"
-    return text
+    return _cut(text, LONGEST)
 
 
-def _printable(text: str) -> str:
-    """The text without line breaks and other signs that would move a terminal's cursor."""
+def _cut(text: str, most: int) -> str:
+    """The text without its middle where it is long, and without signs that would move a terminal's cursor."""
+    if len(text) > most:
+        text = f"{text[: most * 2 // 3]}...{text[-most // 3 :]} ({len(text)} characters)"
     text = " ".join(text.split()) if any(sign in text for sign in "\n\r\t\v\f\x85\u2028\u2029") else text
     return "".join(sign if sign.isprintable() else "?" for sign in text)
 

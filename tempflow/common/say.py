@@ -8,11 +8,12 @@ import sys
 
 def is_first() -> bool:
     """Whether this is the first of the processes that torchrun started, or the only one."""
-    rank = os.environ.get("RANK", "0")
-    return not rank.isdigit() or int(rank[:9]) == 0  # what is no number is said, and not by nobody
+    rank, size = os.environ.get("RANK", ""), os.environ.get("WORLD_SIZE", "")
+    later = rank.isdecimal() and size.isdecimal() and 0 < int(rank[:9]) < int(size[:9])
+    return not later  # nor is one whose environment is wrong: somebody has to say so
 
 
-def say(words: str) -> None:
-    """Prints a line on standard error, in the first process only."""
-    if is_first():
+def say(words: str, everywhere: bool = False) -> None:
+    """Prints a line on standard error, in the first process only, or in whichever calls it."""
+    if everywhere or is_first():
         print(f"tempflow: {words}", file=sys.stderr, flush=True)

@@ -29,7 +29,7 @@ def own_share(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def gather(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
-    """Full tensors in main memory, one at a time on the device; for those in shares all processes call it.
+    """Copies of full tensors in main memory, one at a time on the device; for those in shares all processes call it.
 
     Args:
         keep: False in processes that only take part: they get nothing.
@@ -38,7 +38,7 @@ def gather(tensors: Mapping[str, Tensor], keep: bool = True) -> dict[str, Tensor
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
         if keep:
-            found[name] = full.to("cpu").contiguous()
+            found[name] = full.to("cpu", copy=True).contiguous()
     return found
 
 

@@ -186,4 +186,4 @@ def read_yaml_file(field: str, path: str | Path, is_text: Callable[[Place], bool
 
 def to_yaml(values: Any) -> str:
     """Plain values as YAML, which both versions read as they are."""
-    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False)

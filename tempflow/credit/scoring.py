@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tempflow.common.clock import PhaseClock
 from tempflow.common.errors import BadInput
-from tempflow.credit.decoding import decode_branches
+from tempflow.credit.decoding import Decoded, check_lost, decode_branches
 from tempflow.explore.rollout import FinishedBranches
 from tempflow.parallel.ranks import Ranks
 from tempflow.policy import ImageDecoder
@@ -60,6 +60,11 @@ class ScoreQueue:
         self.beside = self.overlap and on_gpu
         self.pending: list[Future] = []
         self.places: list[Tensor] = []
+        self.lost: list[Tensor] = []
+        """of each chunk since the last `collect_rewards`, the counts of `Decoded`"""
+        self.figures: dict[str, int] = {}
+        self.proven = False
+        """an iteration has gone by in which no image was lost"""
 
     def submit(self, branches: FinishedBranches, prompts: Sequence[Prompt]) -> None:
         """Branches whose latents are not written to before `collect`; `prompts` are those of the trunks."""
@@ -83,17 +88,29 @@ class ScoreQueue:
             for future in pending:
                 future.cancel()
 
-    def _decode(self, latents: Tensor, ready: torch.cuda.Event | None) -> Tensor:
+    def settle_lost(self, ranks: Ranks) -> None:
+        """Counts the lost images of all ranks since the last call, as `figures` of an iteration.
+
+        Raises:
+            Halted: on all ranks, where an image is lost before an iteration went by without, or all of them are.
+        """
+        counts, self.lost = torch.stack(self.lost).sum(0), []
+        self.figures = check_lost(ranks.gather(counts[None], 0), "of this iteration", not self.proven)
+        self.proven = self.proven or not self.figures
+
+    def _decode(self, latents: Tensor, ready: torch.cuda.Event | None) -> Decoded:
         """Keeps the latents until the last image has arrived on the host, so that their memory is not used again."""
         if ready is not None:
             ready.wait()  # before the clock starts: the stream's time until then belongs to the sampler
         with self.clock("decode"):
-            return decode_branches(self.decoder, latents, self.rows)
+            decoded = decode_branches(self.decoder, latents, self.rows)
+        self.lost.append(decoded.counts())
+        return decoded
 
     def _score(self, images: Future, prompts: Sequence[Prompt]) -> Tensor:
         decoded = images.result()
         with self.clock("reward"):
-            return self.reward(decoded, prompts)
+            return self.reward(decoded.images, prompts).masked_fill(decoded.lost, torch.nan)
 
 
 def collect_rewards(scores: ScoreQueue, panel: Panel, ranks: Ranks, shape: Sequence[int]) -> Tensor:
@@ -103,9 +120,11 @@ def collect_rewards(scores: ScoreQueue, panel: Panel, ranks: Ranks, shape: Seque
         shape: V, S, R of this rank, K.
     Raises:
         BadInput: on all ranks, where a scorer failed on one of them, or has no opinion at all.
+        Halted: on all ranks, where the model computes NaN from the start, or nothing else.
     """
     tails, forks, _, siblings = shape
     own = ranks.agree(scores.collect)
     rewards = ranks.gather(own.view(len(own), tails, forks, -1, siblings), dim=3)
+    scores.settle_lost(ranks)
     panel.check_opinions(rewards)
     return rewards.transpose(0, 1)

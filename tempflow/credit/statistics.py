@@ -27,6 +27,7 @@ def reward_figures(rewards: Tensor, credit: Credit, panel: Panel, steps: Tensor,
         "reward_std_per_step": _spread(total, steps, num_steps),
         "rewards_missing": int(rewards.isnan().sum()),
         "groups_masked": credit.masked,
+        "idle_share": round(credit.masked / credit.groups, 4),
     }
 
 

@@ -19,6 +19,10 @@ operator by operator without data (`models/without_weights/`); phases do not mee
     evaluation         its calls before they are captured, beside the captured ones
     CUDA               1 GiB for context, libraries, workspaces
 
+With parallel.shard: shares of weights, reference, average, optimizer state and gradients, which with parallel.offload
+lie in main memory. The merged copy, whole or in shares, is one of everything. A call gathers two blocks and what is
+around them in model.dtype; its backward pass holds the gradients of two blocks beside them.
+
 Scorers are not counted: their weights are known to them alone.
 """
 
@@ -28,6 +32,7 @@ from dataclasses import dataclass
 
 from tempflow.common.precision import DTYPES
 from tempflow.forecast.cost import IterationCost
+from tempflow.forecast.sharing import read_sharing
 from tempflow.learn.optimizers import estimated_state_bytes
 from tempflow.models.without_weights.peaks import DryModel
 from tempflow.models.without_weights.skeleton import Skeleton
@@ -83,7 +88,8 @@ class MemoryPlan:
 
 def plan_memory(config: Config, skeleton: Skeleton, cost: IterationCost, ranks: int = 1) -> MemoryPlan:
     """The plan of one process whose iterations have that `cost`."""
-    dry = DryModel(skeleton, config.model)
+    sharing = read_sharing(config, skeleton, ranks)
+    dry = DryModel(skeleton, config.model, gathered=sharing.shared)
     learn, checkpointing = config.learn, config.model.gradient_checkpointing
     parts, trainable = skeleton.parts, skeleton.parts["trainable"].bytes
     text, states, branches = parts["text"].bytes, cost.state_bytes, cost.branch_bytes
@@ -97,17 +103,18 @@ def plan_memory(config: Config, skeleton: Skeleton, cost: IterationCost, ranks: 
     with_reference = config.objective.kl > 0
     batch = {choice: _learning(dry, learn.rows, choice, with_reference, trunk_call) for choice in (False, True)}
     encoding = {"encoding": {"text encoders": text}} if config.model.offload_text else {}
-    averaging = {"averaging": min(BUCKET, trainable)} if ranks > 1 else {}
+    averaging = {"averaging": min(BUCKET, trainable)} if ranks > 1 and not sharing.shared else {}
     evaluated = config.prompts.test is not None
-    captured = max(tail_call, exact_call * evaluated) if config.tails.level in CAPTURED else 0
+    captured = max(tail_call, exact_call * (evaluated and not sharing.shared)) if config.tails.level in CAPTURED else 0
+    gathered, reduced = {"gathered blocks": sharing.gathered}, {"gradients of blocks": sharing.reduced}
     other = "without" if checkpointing else "with"
     return MemoryPlan(
         stays={
-            "weights": parts["transformer"].bytes,
-            "merged copy": parts["merged"].bytes if config.tails.merged else 0,
-            "reference": _reference(config, skeleton),
-            "moving average": trainable,
-            "optimizer state": estimated_state_bytes(learn, skeleton.trainable_sizes),
+            "weights": sharing.of(parts["transformer"].bytes),
+            "merged copy": sharing.merged(skeleton, DTYPES[config.model.dtype].itemsize) if config.tails.merged else 0,
+            "reference": sharing.of(_reference(config, skeleton)),
+            "moving average": sharing.of(trainable),
+            "optimizer state": sharing.of(estimated_state_bytes(learn, skeleton.trainable_sizes)),
             "text encoders": 0 if config.model.offload_text else text,
             "image decoder": parts["vae"].bytes,
             "light decoder": skeleton.light(config.tails.decoder).bytes,
@@ -115,12 +122,12 @@ def plan_memory(config: Config, skeleton: Skeleton, cost: IterationCost, ranks: 
             "CUDA": CUDA,
         },
         phases=encoding | {
-            "trunk": {"decisions": states, "network call": trunk_call},
+            "trunk": {"decisions": states, "network call": trunk_call} | gathered,
             "tails": {"decisions": states, "branches": branches, "tail chunk": 0 if captured else tail_call,
-                      "decoding": decode},
-            "learning": {"decisions": states, "branches": departures, "gradients": trainable,
-                         "batch": batch[checkpointing]} | averaging,
-        } | ({"evaluation": {"network call": exact_call}} if evaluated else {}),
+                      "decoding": decode} | ({} if sharing.whole_tails else gathered),
+            "learning": {"decisions": states, "branches": departures, "gradients": sharing.of(trainable),
+                         "batch": batch[checkpointing]} | averaging | gathered | reduced,
+        } | ({"evaluation": {"network call": exact_call} | gathered} if evaluated else {}),
         compared={f"a learning batch {other} gradient checkpointing": batch[not checkpointing]},
     )  # fmt: skip
 

@@ -56,6 +56,10 @@ class Forecast:
         """Memory by part; takes seconds, for the network is rehearsed."""
         return plan_memory(self.config, self.skeleton, self.cost(), self.ranks).describe()
 
+    def memory(self) -> int:
+        """Bytes of a process at the peak."""
+        return plan_memory(self.config, self.skeleton, self.cost(), self.ranks).total
+
     def beside_tails(self, captured: bool) -> int:
         """Bytes that a call of the tails has to leave free (`MemoryPlan.beside_tails`)."""
         return plan_memory(self.config, self.skeleton, self.cost(), self.ranks).beside_tails(captured)

@@ -20,6 +20,8 @@ class MovingAverage:
         self.parameters = parameters
         self.average = {name: parameter.detach().clone() for name, parameter in parameters.items()}
         self.limit, self.every, self.optimizer_steps = limit, every, 0
+        self.exchanging = False
+        """parameters and average are changing places"""
 
     @torch.no_grad()
     def update(self) -> None:
@@ -44,7 +46,9 @@ class MovingAverage:
     @torch.no_grad()
     def _exchange(self) -> None:
         """Averages and parameters change places, one tensor at a time, so that no third copy is held."""
+        self.exchanging = True
         for name, parameter in self.parameters.items():
             own = parameter.detach().clone()
             parameter.copy_(self.average[name])
             self.average[name].copy_(own)
+        self.exchanging = False

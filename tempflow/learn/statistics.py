@@ -24,8 +24,8 @@ class LossRecord:
         self.weights.append(weight)
 
     def totals(self) -> Tensor:
-        """(1, 2, 1 + figures): the batches' weight, then each figure's weighted sum (maximum for *_max), over all
-        updates and over the first alone."""
+        """(1, 2, 2 + figures): the batches' weight, each figure's weighted sum (maximum for *_max), and how many
+        batches are left out of these since a figure is not finite; over all updates and over the first alone."""
         width = len(BranchLossStats._fields)
         table = torch.stack(self.batches).cpu() if self.batches else torch.zeros(0, width)
         first = torch.tensor(self.updates, dtype=torch.int64) == 0
@@ -34,27 +34,29 @@ class LossRecord:
 
 
 def _total(table: Tensor, weights: Tensor) -> Tensor:
-    columns = table.unbind(1)
+    known = table.isfinite().all(1)
+    columns, weights = table[known].unbind(1), weights[known]
     maxima = [name in MAXIMA for name in BranchLossStats._fields]
     values = [(column.max() if top else (weights * column).sum()) if len(column) else torch.tensor(0.0)
               for column, top in zip(columns, maxima, strict=True)]  # fmt: skip
-    return torch.stack([weights.sum(), *values])
+    return torch.stack([weights.sum(), *values, (~known).sum()])
 
 
 def loss_figures(totals: Tensor) -> dict[str, float]:
-    """Means (maxima for *_max) over the batches of all ranks, from their totals (ranks, 2, 1 + figures).
+    """Means (maxima for *_max) over the batches of all ranks, from their totals (ranks, 2, 2 + figures).
 
     first_log_ratio_* are those of the first update, where the policy has not moved yet: anything but 0 there is
     numerical drift between sampling and learning. Nothing where no rank had a batch.
     """
     everything, first = (_average(part) for part in totals.unbind(1))
     drift = {f"first_{name}": first[name] for name in ("log_ratio_mean", "log_ratio_max") if first}
-    return everything | drift
+    lost = int(totals[:, 0, -1].sum())
+    return everything | drift | ({"nonfinite_losses": lost} if lost else {})
 
 
 def _average(totals: Tensor) -> dict[str, float]:
     count = totals[:, 0].sum()
     if not count:
         return {}
-    columns = zip(BranchLossStats._fields, totals[:, 1:].unbind(1), strict=True)
+    columns = zip(BranchLossStats._fields, totals[:, 1:-1].unbind(1), strict=True)
     return {name: (column.max() if name in MAXIMA else column.sum() / count).item() for name, column in columns}

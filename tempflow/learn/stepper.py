@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from tempflow.common.errors import Halted
 from tempflow.common.tensors import whole
 from tempflow.learn.average import MovingAverage
 from tempflow.learn.optimizers import state_bytes
+from tempflow.learn.skips import Skips
 from tempflow.parallel.ranks import Ranks
 
 PATIENCE = 20
@@ -58,6 +58,7 @@ class Stepper:
 
     Args:
         scale: None where the network does not compute in fp16.
+        skip_limit: steps in a row that may be skipped; in fp16 PATIENCE instead, as long as the scale needs to fall.
     """
 
     def __init__(
@@ -67,11 +68,15 @@ class Stepper:
         average: MovingAverage,
         max_norm: float,
         scale: LossScale | None = None,
+        skip_limit: int = 3,
     ):
         self.parameters, self.optimizer, self.average = parameters, optimizer, average
         self.max_norm, self.scale = max_norm, scale
         self.norms: list[Tensor] = []
-        self.skipped_in_a_row = 0
+        self.idle_steps: set[int] = set()
+        """places among `norms`"""
+        self.skips = Skips(parameters, skip_limit if scale is None else PATIENCE, scale is not None)
+        self.ranks: Ranks | None = None
 
     def backward(self, loss: Tensor) -> None:
         """Adds the gradient of a loss to the parameters', times the loss scale where there is one."""
@@ -79,6 +84,7 @@ class Stepper:
 
     def idle(self) -> None:
         """An optimizer step in which nothing is to be learnt: no parameter moves, and its norm counts as 0."""
+        self.idle_steps.add(len(self.norms))
         self.norms.append(torch.zeros((), device=next(iter(self.parameters.values())).device))
 
     def update(self, ranks: Ranks, idle: bool) -> None:
@@ -87,6 +93,7 @@ class Stepper:
         Args:
             idle: no process had anything to learn; then no parameter moves.
         """
+        self.ranks = ranks
         if idle:
             self.idle()
             return
@@ -102,8 +109,11 @@ class Stepper:
         if self.scale is not None:
             inverse = 1 / self.scale.scale.to(parameters[0].device)
             torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], inverse)
-        norm = whole(torch.nn.utils.clip_grad_norm_(parameters, self.max_norm))
+        shared = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = whole(shared)
         overflow = ~torch.isfinite(norm)
+        self.skips.blame(overflow)  # before all gradients are multiplied by what is no number
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, shared)
         self._step_unless(overflow)
         self.optimizer.zero_grad(set_to_none=True)
         self.average.update()
@@ -122,27 +132,15 @@ class Stepper:
 
     def read(self) -> dict[str, Any]:
         """Figures of the steps since the last call, for which the host waits: the mean norm before clipping, bytes of
-        the optimizer's state; with a loss scale that scale and how many steps were skipped, which the mean leaves out.
+        the optimizer's state, how many steps were skipped, which the mean leaves out; the loss scale if there is one.
 
         Raises:
-            Halted: a norm is not finite; with a loss scale, PATIENCE of them in a row.
+            Halted: more norms in a row are not finite than may be.
         """
-        norms, self.norms = torch.stack(self.norms).tolist(), []
+        norms, idle = torch.stack(self.norms).tolist(), self.idle_steps
+        self.norms, self.idle_steps = [], set()
+        skipped = self.skips.count([None if n in idle else norm for n, norm in enumerate(norms)], self.ranks)
         finite = [norm for norm in norms if norm - norm == 0]
-        figures: dict[str, Any] = {"grad_norm": sum(finite) / max(1, len(finite))}
+        figures: dict[str, Any] = {"grad_norm": sum(finite) / max(1, len(finite)), "skipped_steps": skipped}
         figures["optimizer_bytes"] = state_bytes(self.optimizer)
-        if self.scale is not None:
-            self._count_skipped(norms)
-            return {**figures, "loss_scale": self.scale.scale.item(), "skipped_steps": len(norms) - len(finite)}
-        if len(finite) < len(norms):
-            rate = self.optimizer.param_groups[0]["lr"]
-            hint = "a gradient is not finite and its step was not taken; lower it and go on with run.resume=true"
-            raise Halted("learn.lr", rate, hint)
-        return figures
-
-    def _count_skipped(self, norms: list[float]) -> None:
-        for norm in norms:
-            self.skipped_in_a_row = 0 if norm - norm == 0 else self.skipped_in_a_row + 1
-            if self.skipped_in_a_row >= PATIENCE:
-                hint = f"{PATIENCE} gradients in a row were not finite, and a smaller loss scale did not help; use bf16"
-                raise Halted("model.dtype", "fp16", hint)
+        return figures if self.scale is None else {**figures, "loss_scale": self.scale.scale.item()}

@@ -31,10 +31,12 @@ class FamilyDecoder:
     def __init__(self, family: Family, vae: ModelMixin, device: torch.device):
         self.family, self.vae, self.device = family, vae, device
         self.latent_shape, self.image_shape = family.latent_shape, family.image_shape
+        self.finite: Tensor | None = None
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         images = self.family.decode(latents, self.vae).float()
+        self.finite = images.isfinite().flatten(1).all(1)  # as bytes, NaN would be black
         return (images / 2 + 0.5).clamp(0, 1).mul(255).round().to(torch.uint8)
 
     def prepare(self, compiled: bool) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -61,6 +62,10 @@ class PipelinePolicy:
         inputs = self.family.network_inputs(latents.to(self.network.dtype), sigma, text)
         return self.family.velocity(self.network.forward(inputs, self.device))
 
+    @property
+    def finite(self) -> Tensor | None:
+        return self.decoder.finite
+
     def decode(self, latents: Tensor) -> Tensor:
         return self.decoder.decode(latents)
 
@@ -90,11 +95,14 @@ class PipelinePolicy:
         decoder.prepare(compiled)
         return decoder
 
-    def save(self, folder: Path, write: bool = True) -> None:
+    def export(self, write: bool = True) -> Callable[[Path], None]:
+        return partial(self._write, self.network.whole_weights(keep=write))
+
+    def save(self, folder: Path) -> None:
         """`pytorch_lora_weights.safetensors` for `load_lora_weights`, or the whole transformer in `transformer/`."""
-        weights = self.network.whole_weights(keep=write)
-        if not write:
-            return
+        self.export()(folder)
+
+    def _write(self, weights: dict[str, Tensor], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as workshop:
             fresh, target = Path(workshop) / "transformer", folder / "transformer"

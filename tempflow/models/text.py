@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tempflow.common.errors import BadInput
+from tempflow.common.say import say
 from tempflow.models.weights.parts import nonfinite
 
 MEMORY_LIMIT = 8 * 2**30
@@ -111,7 +112,7 @@ class TextRows:
         try:
             row = load_file(self._file(text))
         except (SafetensorError, OSError) as error:
-            print(f"tempflow: {self._file(text)} does not load ({error}); encoding its text again", file=sys.stderr)
+            say(f"{self._file(text)} does not load ({error}); encoding its text again", everywhere=True)
             return None
         for name in nonfinite(row):
             problem = f"its {name} holds NaN or infinity"
@@ -129,13 +130,20 @@ class TextRows:
                 raise BadInput("model.text_cache", self.folder, hint)
 
     def _write(self, text: str, row: Row) -> None:
-        """Complete or not at all; several processes may write the same row."""
+        """Complete or not at all; several processes may write the same row. Where it cannot be, memory has to do."""
         if self.folder is None:
             return
-        descriptor, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
-        os.close(descriptor)
-        save_file(row, partial)
-        os.replace(partial, self._file(text))
+        partial = None
+        try:
+            descriptor, partial = tempfile.mkstemp(dir=self.folder, suffix=".partial")
+            os.close(descriptor)
+            save_file(row, partial)
+            os.replace(partial, self._file(text))
+        except (OSError, SafetensorError) as error:
+            say(f"warning: model.text_cache={self.folder}: cannot be written any more ({error})", everywhere=True)
+            self.folder = None
+            if partial is not None:
+                Path(partial).unlink(missing_ok=True)
 
 
 def _size(row: Row) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from itertools import accumulate
 from typing import TypeVar
@@ -16,7 +15,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
+from tempflow.common.clock import PhaseClock
 from tempflow.common.errors import BadInput
+from tempflow.common.failures import as_line
+from tempflow.common.say import say
 from tempflow.parallel.environment import read_place
 
 Result = TypeVar("Result")
@@ -29,9 +31,9 @@ class Ranks:
     rank: int
     size: int
     device: torch.device
-    patience: float = 0.0
+    patience: float = field(default=0.0, kw_only=True)
     """seconds that it waits for the others before it gives up"""
-    in_step: bool = False
+    in_step: bool = field(default=False, kw_only=True)
     """a network call is one of all processes: each has to make the same ones"""
 
     @property
@@ -69,12 +71,19 @@ class Ranks:
             result = work()
         except BadInput as error:
             problem = error
+        except Exception as error:
+            problem = BadInput(*as_line(error))
+            problem.__cause__ = error
         failed = self.gather(torch.tensor([int(problem is not None)]), 0)
         if not failed.any():
             return result
         if problem and not self.first and int(failed.argmax()) == self.rank:
-            print(f"tempflow: process {self.rank}: {problem}", file=sys.stderr, flush=True)
-        raise problem or BadInput(field, f"rank {self.rank}", "another process could not go on and says why")
+            say(f"process {self.rank}: {problem}", everywhere=True)
+        raise problem or BadInput(field, f"rank {self.rank}", f"{self._names(failed)} could not go on and says why")
+
+    def _names(self, failed: Tensor) -> str:
+        """The processes that failed."""
+        return "process " + ", ".join(str(rank) for rank in failed.nonzero().flatten().tolist())
 
     def average_gradients(self, parameters: Iterable[Parameter]) -> None:
         """Replaces each gradient by its mean over ranks, bucket by bucket; a rank without one counts as 0. Gradients of
@@ -107,10 +116,16 @@ def _gradient(parameter: Parameter) -> Tensor:
     return parameter.grad
 
 
-def start(device: str, patience: float = 0.0) -> Ranks:
+def backend_of(gpu: bool, offload: bool) -> str:
+    """What processes meet by: with shares in main memory there, too."""
+    return ("cpu:gloo,cuda:nccl" if offload else "nccl") if gpu else "gloo"
+
+
+def start(device: str, patience: float = 0.0, offload: bool = False) -> Ranks:
     """Joins the processes that torchrun started, if it started several.
 
     Args:
+        offload: shares of networks lie in main memory.
         patience: seconds that a process may wait for something else, a scorer, while the others wait for it.
     Raises:
         BadInput: a GPU is asked for and there is none, or the environment is not as torchrun makes it.
@@ -124,8 +139,17 @@ def start(device: str, patience: float = 0.0) -> Ranks:
     if use_gpu:
         torch.cuda.set_device(place)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_gpu else "gloo", timeout=timedelta(seconds=patience + MARGIN))
-    return Ranks(rank, size, place, patience + MARGIN)
+        dist.init_process_group(backend_of(use_gpu, offload), timeout=timedelta(seconds=patience + MARGIN))
+    return Ranks(rank, size, place, patience=patience + MARGIN)
+
+
+def describe_loss(error: RuntimeError) -> str | None:
+    """One line about a meeting of processes that failed: which one noticed, in which phase; None of other errors."""
+    words = " ".join(str(error).split())
+    if not (dist.is_initialized() and (isinstance(error, dist.DistError) or any(sign in words for sign in SIGNS))):
+        return None
+    return (f"process {dist.get_rank()} of {dist.get_world_size()}, in {PhaseClock.phase}: the others did not answer "
+            f"({words[:160]}); go on with run.resume=true")  # fmt: skip
 
 
 def stop() -> None:
@@ -133,6 +157,9 @@ def stop() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 
+
+SIGNS = ("gloo", "Gloo", "Connection closed by peer", "Connection reset by peer", "NCCL")
+"""words of errors of collectives"""
 
 BUCKET = 256 * 2**20
 """bytes of gradients that ranks average at a time"""

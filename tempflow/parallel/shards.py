@@ -10,7 +10,7 @@ number of processes.
 
 from __future__ import annotations
 
-import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,12 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tempflow.common.errors import BadInput
-from tempflow.parallel.ranks import Ranks
-from tempflow.settings.spread import ParallelConfig
-
-NODE = 8
-"""processes of a node where torchrun does not tell"""
+from tempflow.parallel.ranks import Ranks, backend_of
 
 
 @dataclass(frozen=True)
@@ -53,11 +48,15 @@ class Shards:
             module: on the CPU, or on this process's device.
             widen: whether its parameters are to be kept in fp32.
         """
+        # Nothing here writes into what a block or a network returns.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        pinned = self.device.type == "cuda"
+        offload = CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy()
         for part in (*blocks(module), module):
             if widen:
                 _widen(part)
             fully_shard(part, mesh=self.mesh, reshard_after_forward=True, mp_policy=self._precision(),
-                        offload_policy=CPUOffloadPolicy() if self.offload else OffloadPolicy())  # fmt: skip
+                        offload_policy=offload)  # fmt: skip
 
     def _precision(self) -> MixedPrecisionPolicy:
         if self.dtype == torch.float32:
@@ -77,42 +76,24 @@ def _widen(part: nn.Module) -> None:
             tensor.data = tensor.data.float()
 
 
-def make_shards(config: ParallelConfig, ranks: Ranks, dtype: torch.dtype, merged: str | None) -> Shards:
-    """The mesh of all processes; one process alone makes a group of itself."""
+def make_shards(ranks: Ranks, count: int, offload: bool, dtype: torch.dtype, merged: str | None) -> Shards:
+    """The mesh of all processes, `count` of which hold one network; one process alone makes a group of itself."""
     if not dist.is_initialized():
-        backend = "nccl" if ranks.device.type == "cuda" else "gloo"
-        dist.init_process_group(f"cpu:gloo,cuda:{backend}" if backend == "nccl" else backend, store=dist.HashStore(),
-                                rank=0, world_size=1)  # fmt: skip
-    count = shard_count(config, ranks.size)
+        backend = backend_of(ranks.device.type == "cuda", offload)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     kind, table = ranks.device.type, torch.arange(ranks.size).view(-1, count)
-    if config.shard == "full":
+    if count == ranks.size:
         mesh = DeviceMesh.from_group(dist.group.WORLD, kind, mesh_dim_names=("shard",))
     else:
         groups = [_own_group(rows.tolist(), ranks.patience) for rows in (table.T, table)]
         mesh = DeviceMesh.from_group(groups, kind, table, mesh_dim_names=("replicate", "shard"))
-    return Shards(mesh, config.offload, ranks.device, dtype, merged)
+    return Shards(mesh, offload, ranks.device, dtype, merged)
 
 
 def _own_group(members: list[list[int]], patience: float) -> dist.ProcessGroup:
     """This process's group of several that partition all; it waits as long as the group of all does."""
     own, _ = dist.new_subgroups_by_enumeration(members, timeout=timedelta(seconds=patience))
     return own
-
-
-def shard_count(config: ParallelConfig, ranks: int) -> int:
-    """Shares that a network is cut into.
-
-    Raises:
-        BadInput: nodes that do not fit evenly into the processes.
-    """
-    if config.shard == "none":
-        return 1
-    if config.shard == "full":
-        return ranks
-    node = config.per_node or int(os.environ.get("LOCAL_WORLD_SIZE", min(NODE, ranks)))
-    if ranks % node:
-        raise BadInput("parallel.per_node", node, f"must divide the {ranks} processes")
-    return node
 
 
 @torch.no_grad()

@@ -63,6 +63,8 @@ class IterationRow:
     """Rewards that a scorer had no opinion of."""
     groups_masked: int
     """Groups whose rewards do not differ, or of which fewer than two are known."""
+    idle_share: float = 0.0
+    """The same by the number of groups."""
     tail_waste: float
     """Part of the tails' network rows that was computed for nothing."""
     ratio_mean: float | None = None
@@ -89,8 +91,16 @@ class IterationRow:
     """Bytes of the optimizer's state."""
     loss_scale: float | None = None
     """Factor on the loss in fp16."""
-    skipped_steps: int | None = None
-    """Optimizer steps skipped in fp16."""
+    skipped_steps: int = 0
+    """Optimizer steps that were not taken, since a gradient was not finite; in fp16 some while the loss scale falls."""
+    nonfinite_losses: int = 0
+    """Batches whose loss or ratio was not finite."""
+    nonfinite_latents: int = 0
+    """Images whose latents were not finite, by the transformer; they have no reward."""
+    nonfinite_images: int = 0
+    """Images whose latents were finite and they themselves not, by the decoder; they have no reward."""
+    warnings: list[str] = field(default_factory=list)
+    """What was found worrying at this iteration (run/watch.py)."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase; phases beside each other each count their own."""
 
@@ -107,6 +117,10 @@ class EvaluationRow:
     """Mean of each held-out score; each is a field of its own in the file: reward_test, gold, gold_NAME, ..."""
     scores_missing: int
     """Scores that a scorer had no opinion of."""
+    nonfinite_latents: int = 0
+    """As of an iteration."""
+    nonfinite_images: int = 0
+    """As of an iteration."""
     gold_fall: dict[str, float] | None = None
     """Gold scores that have fallen while the reward rose, and by how much."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
@@ -129,21 +143,38 @@ def plain_row(row: Row) -> dict[str, Any]:
 
 
 class MetricsWriter:
-    """metrics.jsonl, one object a line, and the trackers. Of an earlier part of the run, lines to `last_step` stay."""
+    """metrics.jsonl, one object a line, and the trackers.
 
-    def __init__(self, folder: Path, trackers: Sequence[str], run_name: str, last_step: int | None):
+    Args:
+        last_step: of an earlier part of the run, lines to this step stay; None: none do.
+        length: and only those within so many bytes; None: wherever they stand.
+    """
+
+    def __init__(
+        self, folder: Path, trackers: Sequence[str], run_name: str, last_step: int | None, length: int | None = None
+    ):
         self.path = folder / "metrics.jsonl"
-        kept = [row for row in _lines(self.path) if last_step is not None and row["step"] <= last_step]
+        kept = [row for row in _lines(self.path, length) if last_step is not None and row["step"] <= last_step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
         self.sinks = [TRACKERS[name](folder, run_name) for name in trackers]
 
     def write(self, row: Row) -> None:
-        """Appends a line, and hands its numbers to the trackers."""
+        """Appends a line, whole or not at all, and hands its numbers to the trackers."""
         values = plain_row(row)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        with self.path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                _write_all(file, (json.dumps(values) + "\n").encode())
+            except OSError:
+                file.truncate(before)
+                raise
         for sink in self.sinks:
             sink(flat_numbers(values), row.step)
+
+
+def _write_all(file: Any, data: bytes) -> None:
+    while data:
+        data = data[file.write(data) :]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -157,9 +188,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def _lines(path: Path) -> list[Mapping[str, Any]]:
+def _lines(path: Path, length: int | None = None) -> list[Mapping[str, Any]]:
+    """The rows of a file, within its first `length` bytes."""
     rows = []
-    for number, line in enumerate(read_text("metrics", path, LARGEST).split("\n") if path.exists() else [], 1):
+    text = read_text("metrics", path, LARGEST).encode()[:length].decode(errors="ignore") if path.exists() else ""
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from tempflow.common.clock import PhaseClock
+from tempflow.common.errors import BadInput
 from tempflow.common.say import say
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.feed import Feed
@@ -30,13 +31,14 @@ from tempflow.prompts import Prompt, read_prompts
 from tempflow.records.trackers import check_trackers
 from tempflow.rewards.panel import Panel, load_panels
 from tempflow.run import checkpoint
-from tempflow.run.checkpoint import Progress
 from tempflow.run.evaluation import Evaluator
-from tempflow.run.folder import check_folder, write_settings
+from tempflow.run.folder import check_folder, first_rows, open_folder, write_settings
 from tempflow.run.journal import Journal
+from tempflow.run.lock import FolderLock
 from tempflow.run.noise_mode import settle_mode
 from tempflow.run.sizes import Decoders, choose_decoders, chunk_rows, loss_noise, memory_held_back
-from tempflow.run.spreading import spread_out
+from tempflow.run.snapshot import Progress
+from tempflow.run.spreading import gpu_bytes, settle_copy, spread_out
 from tempflow.run.trainer import Trainer
 from tempflow.settings.checks import check_consistency, longest_wait
 from tempflow.settings.fields import Config
@@ -53,13 +55,24 @@ def set_up(
     Raises:
         BadInput: anything in the settings that cannot work; no file has been changed then.
     """
-    ranks = processes.start(config.run.device, longest_wait(config.reward))
+    lock = FolderLock(Path(config.run.dir).expanduser())
+    try:
+        return _set_up(config, policy, panels, lock)
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _set_up(
+    config: Config, policy: Policy | None, panels: tuple[Panel, Panel] | None, lock: FolderLock
+) -> tuple[Trainer, Journal, Progress]:
+    ranks = processes.start(config.run.device, longest_wait(config.reward), config.parallel.offload)
     check_trackers(config.run.trackers)
-    check_folder(config)
+    config = check_folder(config)
     prompts, held_out = read_prompts(config.prompts.train, "prompts.train"), _held_out(config)
-    method, schedule = show_plan(config, ranks)
+    config, method, schedule = show_plan(config, ranks)
     spreading = spread_out(config, ranks)
-    config, ranks = spreading.config, spreading.ranks
+    ranks = spreading.ranks
     rewards, gold = _accepted(panels or load_panels(config.reward, config.reward.rows, ranks.device), prompts, held_out)
     torch.manual_seed(config.run.seed)  # here: the adapters' first values must not depend on what scorers drew
     policy = policy or load_policy(config.model, config.sample, ranks.device, keep_reference=config.objective.kl > 0,
@@ -67,7 +80,7 @@ def set_up(
                                    spread=spreading.shards)  # fmt: skip
     say(f"attention: {policy.attention}")
     stepper, folder = _stepper(config, policy), Path(config.run.dir).expanduser()
-    progress = checkpoint.restore(folder / "checkpoints", stepper)
+    progress = _resumed(config, ranks, stepper, lock)
     progress, config = _with_noise_mode(progress, config, ranks)
     held_back, beside_loss = memory_held_back(config, policy, method, schedule, ranks)
     ranks.agree(lambda: prepare_weights(config.tails, policy), "tails.fp8")
@@ -77,6 +90,7 @@ def set_up(
     engines = spreading.engines(engines, policy)
     decoders = choose_decoders(config, policy, engines.explore[0].rows)
     evaluator = _evaluator(config, policy, held_out, (rewards, gold), ranks, engines.evaluate, decoders)
+    open_folder(config, ranks, lock)
     write_settings(config, ranks)
     clock = PhaseClock(ranks.device)
     trainer = Trainer(
@@ -96,28 +110,47 @@ def set_up(
         ranks=ranks,
         clock=clock,
     )  # fmt: skip
-    journal = Journal(trainer, folder, evaluator)
+    journal = Journal(trainer, folder, evaluator, lock)
     journal.open(progress)
     return trainer, journal, progress
 
 
-def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[Method, NoiseSchedule]:
-    """Prints what the run will do, and with `memory` what it will hold, from the model's configuration alone.
+def _resumed(config: Config, ranks: Ranks, stepper: Stepper, lock: FolderLock) -> Progress:
+    """How far the run in the folder has come, whose newest good checkpoint is loaded; a new run is at its start."""
+    if not config.run.resume:
+        return Progress()
+    open_folder(config, ranks, lock)
+    progress = checkpoint.restore(lock.folder / "checkpoints", stepper, ranks)
+    if progress.iteration > config.learn.iterations:
+        hint = f"{progress.iteration} iterations are done already; give more, or choose another run.dir"
+        raise BadInput("learn.iterations", config.learn.iterations, hint)
+    if progress.iteration:
+        return progress
+    say("no checkpoint yet: the run begins again at its first iteration")
+    return replace(progress, tail_rows=first_rows(lock.folder))
+
+
+def show_plan(config: Config, ranks: Ranks, memory: bool = False) -> tuple[Config, Method, NoiseSchedule]:
+    """Prints what the run will do, and with `memory` what it will hold, from the model's configuration alone; returns
+    the settings with what was left to the plan.
 
     Raises:
         BadInput: settings that cannot work together, or with this model.
     """
-    check_consistency(config, ranks.size)
+    size = (memory and config.parallel.ranks) or ranks.size
+    check_consistency(config, size)
     skeleton = load_skeleton(config.model, config.sample)
     device = torch.device("cuda") if memory else ranks.device  # memory is planned for a GPU, wherever that is done
     check_tail_settings(config.tails, skeleton.network_rows, device)
     method, schedule = read_method(config, skeleton.sigmas(config.sample.steps))
-    forecast = Forecast(config, skeleton, method, schedule, ranks.size)
+    forecast = Forecast(config, skeleton, method, schedule, size)
     check_fits(forecast, ranks.device)
+    config = settle_copy(forecast, gpu_bytes(config, ranks, planned=memory))
+    forecast = replace(forecast, config=config)
     say(forecast.describe(ranks.device.type))
     if memory:
         say(forecast.describe_memory())
-    return method, schedule
+    return config, method, schedule
 
 
 def _accepted(panels: tuple[Panel, Panel], prompts: list[Prompt], held_out: list[Prompt]) -> tuple[Panel, Panel]:
@@ -143,7 +176,7 @@ def _stepper(config: Config, policy: Policy) -> Stepper:
     optimizer = make_optimizer(learn, list(parameters.values()))
     average = MovingAverage(parameters, learn.ema_decay, learn.ema_every)
     scale = LossScale(policy.device) if config.model.dtype == "fp16" else None
-    return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale)
+    return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale, learn.skip_limit)
 
 
 def _held_out(config: Config) -> list[Prompt]:

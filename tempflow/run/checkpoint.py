@@ -1,150 +1,212 @@
-"""Checkpoints that restore everything: parameters, optimizer, moving average, iteration. Safetensors and JSON only.
+"""Checkpoints on disk: safetensors and JSON, each file with its checksum in an index that is written last.
 
-The random draws need no state: they are functions of the run seed and the iteration (`tempflow.common.draws`).
+A checkpoint is written beside the others, brought to the disk, and renamed: it is there whole or not at all. One that
+was damaged later is named, and the one before is used.
+
 Deviation: the released code saves adapters only and its resume cannot find them.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
-from torch.nn import Parameter
 
 from tempflow.common.errors import BadInput
-from tempflow.common.tensors import gather, own_share
-from tempflow.learn.optimizers import load_state
+from tempflow.common.files import checksum, on_disk, write_atomically
+from tempflow.common.say import say
 from tempflow.learn.stepper import Stepper
-from tempflow.parallel.shards import put
+from tempflow.parallel.ranks import Ranks
+from tempflow.run.snapshot import PARTS, Progress, Snapshot, State, Unfit, check, check_numbers, put_back
+
+INDEX, STATE, BEST = "index.json", "state.json", "best.json"
+FILES = (*(f"{part}.safetensors" for part in PARTS), STATE)
+NAME = re.compile(r"step_\d{6,}")
+ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
-@dataclass(frozen=True)
-class Progress:
-    """How far a run has come."""
+def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
+    """Writes `folder/step_N`; the newest `keep` stay, and the one with the best gold score.
 
-    iteration: int = 0
-    """iterations done"""
-    seconds: float = 0.0
-    """wall-clock time of the loop"""
-    evaluating: float = 0.0
-    """how much of it went into evaluations"""
-    rollouts: int = 0
-    """branches explored"""
-    network_rows: int = 0
-    """rows of the network, evaluations apart"""
-    unevaluated: bool = False
-    """the evaluation that may be due after the last iteration has not been made, since a scorer failed"""
-    tail_rows: int | None = None
-    """branches that travel together, chosen at the start; a resumed run keeps them, so that rounding stays the same"""
-    noise: str | None = None
-    """how its branches' noise was drawn, exact or fast"""
-
-
-def save(folder: Path, progress: Progress, stepper: Stepper, keep: int, write: bool = True) -> Path:
-    """Writes `folder/step_N`, complete or not at all, and drops all but the newest `keep`.
-
-    Args:
-        write: parameters that are shared out are gathered by all processes, and written by the one that has it true.
+    Raises:
+        OSError: it cannot be written; those that were there are there still.
+        Unfit: the snapshot holds values that are not finite.
     """
-    target = folder / f"step_{progress.iteration:06d}"
-    average, scale = stepper.average, stepper.scale
-    tensors, plain = _flatten_optimizer(stepper.optimizer.state_dict())
-    files = {name: gather(found, write) for name, found in (
-        ("parameters", stepper.parameters), ("average", average.average), ("optimizer", tensors))}  # fmt: skip
-    if not write:
-        return target
+    check_numbers(snapshot)
+    target = folder / f"step_{snapshot.progress.iteration:06d}"
+    folder.mkdir(exist_ok=True)
+    _clear(folder)
     partial = folder / f".{target.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    for name, found in files.items():
-        save_file(found, partial / f"{name}.safetensors")
-    state = {"progress": asdict(progress), "optimizer": plain, "optimizer_steps": average.optimizer_steps,
-             "loss_scale": None if scale is None else scale.state()}  # fmt: skip
-    (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    try:
+        _write(partial, snapshot)
+        if target.exists():  # of the same iteration, or damaged
+            target.rename(folder / f".{target.name}.old")
+        partial.rename(target)
+        on_disk(folder)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _note_best(folder, target.name, snapshot.progress.gold)
+    _drop(folder, snapshot.progress.iteration, keep)
     return target
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step_*") if (path / "state.json").is_file())
+    """Whatever is called a checkpoint, oldest first."""
+    return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=_iteration)
 
 
-def restore(folder: Path, stepper: Stepper) -> Progress:
-    """Loads the newest checkpoint in `folder` into `stepper`; a folder without one leaves a run at its start.
+def restore(folder: Path, stepper: Stepper, ranks: Ranks = ALONE) -> Progress:
+    """Loads the newest good checkpoint in `folder` into `stepper`; a folder without any leaves a run at its start.
+
+    The first process chooses; the others read what it chose.
 
     Raises:
-        BadInput: the checkpoint does not fit the model.
+        BadInput: no checkpoint there can be used.
     """
-    found = checkpoints(folder)
-    if not found:
+    chosen = ranks.agree(lambda: _choose(folder, stepper) if ranks.first else None, "run.resume")
+    iteration = int(ranks.largest(torch.tensor([chosen.progress.iteration if chosen else 0])))
+    if not iteration:
         return Progress()
-    newest = found[-1]
+    name = f"step_{iteration:06d}"
+    snapshot = ranks.agree(lambda: chosen or _read_again(folder / name, stepper), "run.resume")
+    put_back(snapshot, stepper)
+    return snapshot.progress
+
+
+def _choose(folder: Path, stepper: Stepper) -> Snapshot | None:
+    found, problems = checkpoints(folder), []
+    for path in reversed(found):
+        try:
+            snapshot = read(path)
+            check(snapshot, stepper)
+        except Unfit as problem:
+            problems.append(f"{path.name}: {problem}")
+            if path != found[0]:
+                say(f"the checkpoint {path} cannot be used ({problem}); trying the one before")
+            continue
+        return snapshot
+    if found:
+        hint = f"no checkpoint can be used ({'; '.join(problems)}); restore one, or begin anew in another run.dir"
+        raise BadInput("run.resume", folder, hint)
+    return None
+
+
+def _read_again(path: Path, stepper: Stepper) -> Snapshot:
     try:
-        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        _copy(load_file(newest / "parameters.safetensors"), stepper.parameters)
-        _copy(load_file(newest / "average.safetensors"), stepper.average.average)
-        saved = _unflatten_optimizer(load_file(newest / "optimizer.safetensors"), state["optimizer"])
-        load_state(stepper.optimizer, saved)
-        stepper.average.optimizer_steps = state["optimizer_steps"]
-        if stepper.scale is not None and state.get("loss_scale"):
-            stepper.scale.load(state["loss_scale"])
-        return Progress(**state["progress"])
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-        hint = f"the checkpoint does not load ({error}); remove it to use an older one"
-        raise BadInput("run.resume", newest, hint) from error
+        snapshot = read(path)
+        check(snapshot, stepper)
+    except Unfit as problem:
+        hint = f"the first process could read it, this one cannot ({problem}); run.dir has to be the same for all"
+        raise BadInput("run.resume", path, hint) from problem
+    return snapshot
 
 
-@torch.no_grad()
-def _copy(source: dict[str, Tensor], target: dict[str, Tensor] | dict[str, Parameter]) -> None:
-    if source.keys() != target.keys():
-        raise KeyError(f"{len(source.keys() ^ target.keys())} parameters differ from the model's")
-    for name, tensor in target.items():
-        if source[name].shape != tensor.shape:
-            raise ValueError(f"{name} has shape {tuple(source[name].shape)}, the model's has {tuple(tensor.shape)}")
-    for name, tensor in target.items():
-        put(tensor, source[name])
+def read(path: Path) -> Snapshot:
+    """A checkpoint whose files are those that were written.
 
-
-def _flatten_optimizer(state: dict) -> tuple[dict[str, Tensor], dict]:
-    """An optimizer's state_dict as named tensors and JSON values; `5.outer.inner` names a nested value.
-
-    A tensor that several parameters share (bitsandbytes' quantisation maps) is written for each.
+    Raises:
+        Unfit: what is wrong with it.
     """
-    leaves = dict(_leaves(state["state"]))
-    tensors = {key: value for key, value in leaves.items() if isinstance(value, Tensor)}
-    owners = Counter(own_share(tensor).data_ptr() for tensor in tensors.values())
-    apart = {key: t.clone() if owners[own_share(t).data_ptr()] > 1 else t for key, t in tensors.items()}
-    numbers = {key: value for key, value in leaves.items() if key not in tensors}
-    return apart, {"numbers": numbers, "param_groups": state["param_groups"]}
+    try:
+        sums = _checksums(path)
+        for name in FILES:
+            if checksum(path / name) != sums.get(name):
+                raise Unfit(f"{name} is not what was written: its checksum differs")
+        state = TypeAdapter(State).validate_json((path / STATE).read_bytes(), strict=True)
+        tensors = {part: load_file(path / f"{part}.safetensors") for part in PARTS}
+    except FileNotFoundError as error:
+        raise Unfit(f"{Path(error.filename or path).name} is missing") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise Unfit(f"{STATE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    except (OSError, SafetensorError) as error:
+        raise Unfit(str(error)) from error
+    if state.progress.iteration != _iteration(path):
+        raise Unfit(f"it tells of iteration {state.progress.iteration}")
+    return Snapshot(state, tensors)
 
 
-def _leaves(values: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def _checksums(path: Path) -> dict[str, str]:
+    """name -> SHA-256, of the files of a checkpoint."""
+    try:
+        return TypeAdapter(dict[str, str]).validate_json((path / INDEX).read_bytes(), strict=True)
+    except ValidationError as error:
+        raise Unfit(f"{INDEX} is no index") from error
 
 
-def _unflatten_optimizer(tensors: dict[str, Tensor], plain: dict) -> dict:
-    state: dict[int, dict] = {}
-    for key, value in (tensors | plain["numbers"]).items():
-        index, *path, name = key.split(".")
-        place = state.setdefault(int(index), {})
-        for part in path:
-            place = place.setdefault(part, {})
-        place[name] = value
-    return {"state": state, "param_groups": plain["param_groups"]}
+def _write(partial: Path, snapshot: Snapshot) -> None:
+    """The files of a checkpoint, the index last, all of it on the disk."""
+    partial.mkdir()
+    for part, tensors in snapshot.tensors.items():
+        _save_tensors(tensors, partial / f"{part}.safetensors")
+    write_atomically(partial / STATE, json.dumps(asdict(snapshot.state)).encode())
+    for name in FILES:
+        on_disk(partial / name)
+    sums = {name: checksum(partial / name) for name in FILES}
+    write_atomically(partial / INDEX, json.dumps(sums, indent=1).encode())
+    on_disk(partial)
+
+
+def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:  # which is how the library tells of a full disk
+        raise OSError(str(error)) from error
+
+
+def _iteration(path: Path) -> int:
+    return int(path.name[len("step_") :])
+
+
+def best(folder: Path) -> tuple[str, float] | None:
+    """Name and gold score of the checkpoint that `best.json` names, if it is there."""
+    try:
+        found = json.loads((folder / BEST).read_bytes())
+        name, gold = str(found["checkpoint"]), float(found["gold"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return (name, gold) if NAME.fullmatch(name) and (folder / name).exists() else None
+
+
+def _note_best(folder: Path, name: str, gold: float | None) -> None:
+    """Keeps `best.json` up to date; a checkpoint that was not evaluated is none."""
+    before = best(folder)
+    if gold is not None and (before is None or before[0] == name or gold > before[1]):
+        write_atomically(folder / BEST, json.dumps({"checkpoint": name, "gold": gold}).encode())
+
+
+def _drop(folder: Path, now: int, keep: int) -> None:
+    """Removes old checkpoints; newer ones, which could not be used or were given up, are set aside."""
+    found = checkpoints(folder)
+    for newer in [path for path in found if _iteration(path) > now]:
+        say(f"the checkpoint {newer} is of a later iteration and was not used; it is kept as unused_{newer.name}")
+        _remove(folder / f"unused_{newer.name}")
+        newer.rename(folder / f"unused_{newer.name}")
+    kept = best(folder)
+    for old in [path for path in found if _iteration(path) <= now][:-keep]:
+        if kept is None or old.name != kept[0]:
+            _remove(old)
+
+
+def _clear(folder: Path) -> None:
+    """Removes parts that a kill left."""
+    for part in (*folder.glob(".step_*.partial"), *folder.glob(".step_*.old"), *folder.glob(".step_*.going")):
+        _remove(part)
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint under another name, so that a kill leaves no half of one; of a link only itself."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.exists():
+        going = path.with_name(f".{path.name.lstrip('.')}.going")
+        path.rename(going)
+        shutil.rmtree(going)

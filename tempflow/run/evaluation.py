@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from tempflow.common.draws import EVALUATION, Draw
 from tempflow.common.tensors import chunks
 from tempflow.credit.advantage import known_mean
-from tempflow.credit.decoding import decode_branches
+from tempflow.credit.decoding import Decoded, check_lost, decode_branches
 from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.engine import TailEngine
 from tempflow.parallel.ranks import Ranks
@@ -30,6 +30,8 @@ class Evaluation:
     """how many opinions are missing, of all scorers and images"""
     pictures: Tensor
     """(n, 3, H, W) uint8, the same prompts and noises every time"""
+    lost: dict[str, int] = field(default_factory=dict)
+    """how many images were NaN, by the part to blame; they have no scores"""
 
     def means(self) -> dict[str, float | None]:
         """scorer -> mean over the prompts it has an opinion of, if any."""
@@ -69,21 +71,27 @@ class Evaluator:
         return [f"gold_{label}" if several else "gold" for label in self.gold.scorers]
 
     @torch.no_grad()
-    def evaluate(self) -> Evaluation:
+    def evaluate(self, strict: bool = False) -> Evaluation:
         """An image per prompt and noise. Every rank takes its part of the prompts; all see the same result.
 
+        Args:
+            strict: no image may be NaN, since nothing was learnt yet.
         Raises:
             BadInput: a scorer fails, on any rank, or has no opinion of any picture.
+            Halted: all images are NaN, or any where none may be.
         """
         padded = -(-len(self.prompts) // self.ranks.size) * self.ranks.size
         slots = self.ranks.share(padded)
         own = [self.prompts[min(slot, len(self.prompts) - 1)] for slot in slots]
         prompts = [prompt for prompt in own for _ in range(self.noises)]
-        images = self.ranks.agree(lambda: self._sample(slots, prompts), "tails.level")
+        decoded = self.ranks.agree(lambda: self._sample(slots, prompts), "tails.level")
+        lost = check_lost(self.ranks.gather(decoded.counts()[None], 0), "of the evaluation", strict)
+        images = decoded.images
         table = self.ranks.agree(lambda: torch.cat((self.rewards(images, prompts), self.gold(images, prompts))))
+        table = table.masked_fill(decoded.lost, torch.nan)
         table = self.ranks.gather(table, 1)[:, : len(self.prompts) * self.noises]
         scores = {name: row.view(-1, self.noises).nanmean(1) for name, row in self._named(table).items()}
-        return Evaluation(scores, int(table.isnan().sum()), self._pictures(images[:: self.noises], slots))
+        return Evaluation(scores, int(table.isnan().sum()), self._pictures(images[:: self.noises], slots), lost)
 
     def _named(self, table: Tensor) -> dict[str, Tensor]:
         """The rows of scores (rewards and golds, n N) under their names in the metrics; first the rewards' sum."""
@@ -103,8 +111,8 @@ class Evaluator:
                 own[0, place] = images[slot - slots.start]
         return self.ranks.gather(own, 0).amax(0)
 
-    def _sample(self, slots: range, prompts: Sequence[Prompt]) -> Tensor:
-        """(len(prompts), 3, H, W) uint8 images from the noises of the slots, slot by slot."""
+    def _sample(self, slots: range, prompts: Sequence[Prompt]) -> Decoded:
+        """(len(prompts), 3, H, W) images from the noises of the slots, slot by slot."""
         draw = Draw.grid(self.seed, EVALUATION, slots, self.noises)
         latents = draw.initial_noise(self.policy.latent_shape, self.policy.device)
         for part in chunks(len(latents), self.engine.rows):

@@ -8,18 +8,23 @@ from pathlib import Path
 
 import torch
 
-from tempflow.common.errors import BadInput, Halted
+from tempflow.common.errors import BadInput, Halted, OneLine
+from tempflow.common.failures import as_line
 from tempflow.common.say import say
+from tempflow.common.stopping import STOPPING, Stopped
 from tempflow.forecast.cost import network_rows
 from tempflow.learn.objective import WEIGHT
 from tempflow.learn.optimizers import state_bytes
-from tempflow.records.figures import draw_report, save_pictures
-from tempflow.records.rows import EvaluationRow, IterationRow, MetricsWriter, Row, StartRow
-from tempflow.run import checkpoint
-from tempflow.run.checkpoint import Progress
+from tempflow.records.figures import save_pictures
+from tempflow.records.rows import EvaluationRow, IterationRow, MetricsWriter, Row, StartRow, plain_row, read_metrics
 from tempflow.run.evaluation import Evaluator
+from tempflow.run.folder import forget_errors
 from tempflow.run.hacking import falls, keep_scores, read_scores
+from tempflow.run.keeping import Keeper
+from tempflow.run.lock import FolderLock
+from tempflow.run.snapshot import Progress
 from tempflow.run.trainer import Trainer
+from tempflow.run.watch import Watch
 
 
 class Journal:
@@ -27,36 +32,72 @@ class Journal:
 
     Args:
         evaluator: None where there are no held-out prompts.
+        lock: what keeps other processes out of the folder, given back by `close`.
     """
 
-    def __init__(self, trainer: Trainer, folder: Path, evaluator: Evaluator | None):
-        self.trainer, self.folder, self.evaluator = trainer, folder, evaluator
+    def __init__(self, trainer: Trainer, folder: Path, evaluator: Evaluator | None, lock: FolderLock | None = None):
+        self.trainer, self.folder, self.evaluator, self.lock = trainer, folder, evaluator, lock
         self.config, self.ranks = trainer.config, trainer.ranks
+        self.keeper = Keeper(trainer, folder)
+        self.progress = Progress()
         self.writer: MetricsWriter | None = None
+        self.unwritten: Row | None = None
         self.iteration: IterationRow | None = None
         self.evaluation: EvaluationRow | None = None
         self.began = time.perf_counter()
         self.timed_out = False
+        self.stopped_by: str | None = None
+        """the signal for which all processes end together"""
+        self.watch = Watch(self.config.objective.clip)
 
     def open(self, progress: Progress) -> None:
         """Begins the metrics of a new run, or goes on with those of a resumed one."""
+        self.progress = progress
+        self.keeper.mark(progress, saved=not progress.unevaluated)
         if self.ranks.first:
-            last = progress.iteration or None
-            self.writer = MetricsWriter(self.folder, self.config.run.trackers, self.folder.name, last)
+            earlier = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= progress.iteration]
+            self.watch = Watch(self.config.objective.clip, earlier)
+            forget_errors(self.folder)
+            self.keeper.clean_up()
+            self.writer = MetricsWriter(self.folder, self.config.run.trackers, self.folder.name,
+                                        progress.iteration or None, progress.metrics_bytes)  # fmt: skip
         if not progress.iteration:
             self._write(self._start_row())
 
     def begin(self, progress: Progress) -> Progress:
         """Evaluates before the first iteration, or what a resumed run has not evaluated yet; time runs from here."""
+        self.progress = progress
         if not progress.iteration:
             self._evaluate(progress)
         self.began = time.perf_counter() - progress.seconds
         self.timed_out = progress.iteration > 0 and self._past_limit(progress.seconds - progress.evaluating)
-        return self.evaluate(progress) if progress.unevaluated else progress
+        if progress.unevaluated:
+            return self.evaluate(progress)
+        if progress.iteration and self.is_over(progress):  # a kill may have come between checkpoint and weights
+            self.keeper.finish(progress)
+        return progress
+
+    def settled(self) -> bool:
+        """Whether parameters and optimizer are not being written to just now."""
+        return self.keeper.settled
 
     def is_over(self, progress: Progress) -> bool:
-        """All iterations are done, time is up, or the reward is being hacked and the run was asked to stop then."""
-        return progress.iteration >= self.config.learn.iterations or self.timed_out or self._hacked()
+        """All is done, time is up, a signal asked for the end, or the reward is being hacked and that was to be one."""
+        if progress.iteration >= self.config.learn.iterations or self.timed_out or self._hacked():
+            return True
+        asked = STOPPING.asked_by is not None
+        if self.ranks.largest(torch.tensor([int(asked)])).item():
+            self.stopped_by = STOPPING.asked_by or "a signal to another process"
+        return self.stopped_by is not None
+
+    def check_stop(self) -> None:
+        """After the loop.
+
+        Raises:
+            Stopped: it ended since a signal asked for it.
+        """
+        if self.stopped_by is not None:
+            raise Stopped(self.stopped_by)
 
     def record(self, row: IterationRow, progress: Progress, took: float) -> Progress:
         """Writes the line of an iteration that `took` so many seconds; returns how far the run has come."""
@@ -65,14 +106,20 @@ class Journal:
         training, done = seconds - progress.evaluating, progress.iteration
         rows = progress.network_rows + network_rows(self.config, trainer.method, trainer.schedule, done,
                                                     trainer.policy.network_rows)  # fmt: skip
-        self.timed_out = self._past_limit(training)
+        self.progress = replace(progress, iteration=row.step, seconds=seconds, rollouts=rollouts, network_rows=rows,
+                                unevaluated=True, tail_rows=trainer.tails[0].rows, gold=None)  # fmt: skip
+        self.keeper.mark(self.progress)
         self.iteration = replace(row, seconds=round(seconds, 3), training_seconds=round(training, 3),
                                  rollouts=rollouts, network_rows=rows,
                                  rollouts_per_hour=round(branches / took * 3600, 1),
                                  phase_seconds=trainer.clock.read())  # fmt: skip
+        found = self.watch.look(plain_row(self.iteration))
+        for words in found.values():
+            say(f"warning: iteration {row.step}: {words}")
+        self.iteration = replace(self.iteration, warnings=sorted(found))
         self._write(self.iteration)
-        return replace(progress, iteration=row.step, seconds=seconds, rollouts=rollouts, network_rows=rows,
-                       unevaluated=True, tail_rows=trainer.tails[0].rows)  # fmt: skip
+        self.timed_out = self._past_limit(training)
+        return self.progress
 
     def _past_limit(self, training: float) -> bool:
         """Whether learn.max_seconds are over on any process."""
@@ -90,31 +137,36 @@ class Journal:
         if last or (every and done % every == 0):
             self._evaluate(progress)
         now = time.perf_counter()
-        progress = replace(progress, unevaluated=False, seconds=now - self.began,
-                           evaluating=progress.evaluating + now - started)  # fmt: skip
+        self.progress = replace(progress, unevaluated=False, seconds=now - self.began,
+                                evaluating=progress.evaluating + now - started, gold=self._gold(done))  # fmt: skip
         if last or self._hacked() or (save_every and done % save_every == 0):
-            self.save(progress)
-        return progress
+            self.keeper.save(self.progress)
+        return self.progress
 
-    def save(self, progress: Progress) -> None:
-        """A checkpoint, the trained weights (averaged) in the model library's own format, and the report so far."""
-        first = self.ranks.first
-        if first or self.ranks.in_step:  # what is shared out is gathered by all
-            stepper, keep = self.trainer.stepper, self.config.run.keep_checkpoints
-            checkpoint.save(self.folder / "checkpoints", progress, stepper, keep, write=first)
-            with stepper.average.applied():
-                self.trainer.policy.save(self.folder, write=first)
-        if first:
-            draw_report(self.folder)
-        self.ranks.wait()
+    def _gold(self, step: int) -> float | None:
+        """The first gold score of the evaluation after `step` iterations, if there was one."""
+        if self.evaluator is None or self.evaluation is None or self.evaluation.step != step:
+            return None
+        return next((self.evaluation.scores.get(name) for name in self.evaluator.golds), None)
 
-    def halted(self, progress: Progress, error: BadInput) -> Halted:
-        """Saves what was learnt before images got no score, and says so."""
-        hint = error.hint
-        if progress.iteration:
-            self.save(progress)
-            hint += f"; iteration {progress.iteration} is saved, go on with run.resume=true"
-        return Halted(error.field, error.value, hint)
+    def halted(self, error: BaseException) -> Exception | Stopped:
+        """What a run ends with after `error`: saves what was learnt before, where that can be, and says so."""
+        together = self.stopped_by is not None or isinstance(error, OneLine)
+        told = self.keeper.rescue(self.progress, together, self._catch_up(), error)
+        if isinstance(error, KeyboardInterrupt):
+            return Stopped(f"{error or 'SIGINT'}: {told}")
+        if isinstance(error, BadInput) and not self.progress.iteration:
+            return error
+        field, value, hint = as_line(error)
+        return Halted(field, value, f"{hint}; {told}")
+
+    def _catch_up(self) -> str:
+        """Writes the line that could not be written; says why, if it still cannot."""
+        try:
+            self._write(None)
+        except OSError as error:
+            return error.strerror or str(error)
+        return ""
 
     def shown(self) -> dict[str, str]:
         """What the progress bar says."""
@@ -133,7 +185,8 @@ class Journal:
         say(words)
 
     def finish(self) -> None:
-        """The closing words."""
+        """The last report, and the closing words."""
+        self.keeper.finish()
         early = self.iteration is not None and self.iteration.step < self.config.learn.iterations
         word = "stopped, as reward.hacking_stop asks" if early and self._hacked() else "done"
         word = "stopped, as learn.max_seconds asks" if early and self.timed_out else word
@@ -144,9 +197,18 @@ class Journal:
         found = self.evaluation is not None and bool(self.evaluation.gold_fall)
         return found and self.config.reward.hacking_stop
 
-    def _write(self, row: Row) -> None:
-        if self.writer is not None:
-            self.writer.write(row)
+    def close(self) -> None:
+        """Gives the folder back."""
+        self.keeper.saver.close()
+        if self.lock is not None:
+            self.lock.release()
+
+    def _write(self, row: Row | None) -> None:
+        """Writes a row, or the one that could not be written before."""
+        self.unwritten = row or self.unwritten
+        if self.writer is not None and self.unwritten is not None:
+            self.writer.write(self.unwritten)
+        self.unwritten = None
 
     def _start_row(self) -> StartRow:
         trainer, evaluator = self.trainer, self.evaluator
@@ -161,12 +223,12 @@ class Journal:
             return
         clock, step = self.trainer.clock, progress.iteration
         with clock("evaluate"), self.trainer.stepper.average.applied():
-            result = self.evaluator.evaluate()
+            result = self.evaluator.evaluate(strict=not step)
         history, threshold = read_scores(self.folder, step), self.config.reward.hacking_drop
         fallen = falls(history, result.scores, self.evaluator.golds, threshold)
         seconds = round(time.perf_counter() - self.began, 3) if step else 0.0
         self.evaluation = EvaluationRow(step=step, seconds=seconds, scores=result.means(),
-                                        scores_missing=result.missing, gold_fall=fallen or None,
+                                        scores_missing=result.missing, **result.lost, gold_fall=fallen or None,
                                         phase_seconds=clock.read())  # fmt: skip
         if self.ranks.first:
             save_pictures(self.folder, step, result.pictures)

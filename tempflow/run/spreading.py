@@ -5,23 +5,29 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
+import torch
+
 from tempflow.common.errors import BadInput
 from tempflow.common.precision import DTYPES
 from tempflow.common.say import say
 from tempflow.explore.tails.engine import EagerEngine
 from tempflow.explore.tails.levels import Engines
+from tempflow.forecast.words import Forecast
 from tempflow.learn.optimizers import OPTIMIZERS
 from tempflow.parallel.ranks import Ranks
 from tempflow.parallel.shards import Shards, make_shards
 from tempflow.policy import Policy
+from tempflow.settings.checks import shard_count
 from tempflow.settings.fields import Config
+
+CARD = 79 * 2**30
+"""bytes of a card of 80 GB"""
 
 
 @dataclass(frozen=True)
 class Spreading:
-    """Settings and processes of a run whose networks are shared out, or of one where they are not."""
+    """The processes of a run whose networks are shared out, or of one where they are not."""
 
-    config: Config
     ranks: Ranks
     shards: Shards | None
 
@@ -67,22 +73,49 @@ def check_sharded_tails(config: Config) -> None:
             raise BadInput(f"tails.{name}", value, hint if name != "rows" else f"{hint}, or give a number")
 
 
-def spread_out(config: Config, ranks: Ranks) -> Spreading:
-    """Settles what is whole and what is shared out, the same in all processes, and makes their groups.
+def settle_copy(forecast: Forecast, gpu_bytes: float) -> Config:
+    """The settings with the tails' copy whole or shared out, as the memory plan allows, and tails called accordingly.
 
+    Args:
+        gpu_bytes: of the smallest GPU.
     Raises:
         BadInput: as `check_spreading` and `check_sharded_tails`.
     """
+    config = forecast.config
     check_spreading(config)
     if config.parallel.shard == "none":
-        return Spreading(config, ranks, None)
+        return config
+    if config.parallel.merged == "auto":
+        whole = _with_copy(config, "whole")
+        fits = not config.tails.merged or replace(forecast, config=whole).memory() <= gpu_bytes
+        config = whole if fits else _with_copy(config, "sharded")
+    if config.tails.merged and config.parallel.merged == "whole":
+        return config
+    check_sharded_tails(config)
+    return replace(config, tails=replace(config.tails, level="eager"))
+
+
+def _with_copy(config: Config, copy: str) -> Config:
+    return replace(config, parallel=replace(config.parallel, merged=copy))
+
+
+def gpu_bytes(config: Config, ranks: Ranks, planned: bool) -> float:
+    """Memory of the smallest GPU; without one that of a card of 80 GB for a plan, and no limit for a run."""
+    if config.parallel.gpu_gib is not None:
+        return config.parallel.gpu_gib * 2**30
+    if ranks.device.type != "cuda":
+        return CARD if planned else float("inf")
+    total = torch.cuda.get_device_properties(ranks.device).total_memory
+    return float(ranks.gather(torch.tensor([total]), 0).min())
+
+
+def spread_out(config: Config, ranks: Ranks) -> Spreading:
+    """Processes of settled settings, in the groups that share a network out."""
+    if config.parallel.shard == "none":
+        return Spreading(ranks, None)
     merged = config.parallel.merged if config.tails.merged else None
-    if merged == "auto":
-        merged = "whole"
-    if merged != "whole":
-        check_sharded_tails(config)
-        config = replace(config, tails=replace(config.tails, level="eager"))
-    shards = make_shards(config.parallel, ranks, DTYPES[config.model.dtype], merged)
+    count, dtype = shard_count(config.parallel, ranks.size), DTYPES[config.model.dtype]
+    shards = make_shards(ranks, count, config.parallel.offload, dtype, merged)
     say(f"the network lies in {shards.mesh.size(-1)} shares{', in main memory' if shards.offload else ''}; the tails' "
         f"copy: {merged or 'none'}")  # fmt: skip
-    return Spreading(config, replace(ranks, in_step=True), shards)
+    return Spreading(replace(ranks, in_step=True), shards)

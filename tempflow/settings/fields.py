@@ -177,8 +177,8 @@ class LearnConfig:
     """AdamW of torch, or of bitsandbytes: moments in 8 bits; paged, they move to the host when the GPU is full."""
     min_8bit_size: Count = 4096
     """8-bit optimizers keep fp32 moments for tensors of fewer elements; low-rank adapters may be so small."""
-    lr: Positive = 3e-4
-    """Learning rate."""
+    lr: Annotated[float, Field(gt=0, le=1)] = 3e-4
+    """Learning rate: about what an element moves in a step of AdamW, so never above 1."""
     lr_schedule: Literal["constant", "linear"] = "constant"
     """Keep the learning rate, or let it fall in a straight line to 0 at learn.iterations."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
@@ -189,6 +189,8 @@ class LearnConfig:
     """Decoupled weight decay."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this norm."""
+    skip_limit: Count = changeable(3)
+    """The run stops where a gradient is not finite so many times in a row; each is counted and its step not taken."""
     ema_decay: Fraction = 0.9
     """Limit of the moving average's decay, which warms up as (1 + n) / (10 + n); 0 turns the average off."""
     ema_every: Count = 8
@@ -257,12 +259,14 @@ class RunConfig:
     """Folder of everything the run writes."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """The one number that every random choice of training is a function of."""
-    resume: bool = changeable(False)
-    """Continue the run in run.dir from its last checkpoint."""
+    resume: bool | Literal["auto"] = changeable(False)
+    """Continue the run in run.dir from its last checkpoint; auto begins one where there is none."""
     save_every: Whole = changeable(50)
     """Iterations between checkpoints; 0 saves only at the end."""
     keep_checkpoints: Count = changeable(2)
-    """Checkpoints that stay on disk, the newest."""
+    """Checkpoints that stay on disk, the newest; the one with the best gold score stays, too."""
+    grace: Seconds = changeable(20.0)
+    """Seconds in which a run that a signal asks to end may finish its iteration; then it saves the one before."""
     trackers: list[Literal["tensorboard", "wandb"]] = changeable(make=lambda: ["tensorboard"])
     """Where metrics go besides metrics.jsonl."""
     plan_only: bool = changeable(False)

@@ -84,7 +84,8 @@ def test_rewards_of_all_tails_and_scorers_have_their_axes(toy):
     count = tails * forks * trunks * siblings
     values = torch.arange(float(count)).view(shape)
     panel = Panel({"a": scorer(None), "b": scorer(None)}, torch.ones(2))
-    scores = SimpleNamespace(collect=lambda: torch.stack((values.flatten(), -values.flatten())))
+    scores = SimpleNamespace(collect=lambda: torch.stack((values.flatten(), -values.flatten())),
+                             settle_lost=lambda ranks: None)  # fmt: skip
     alone = collect_rewards(scores, panel, Ranks(0, 1, toy.device), shape)
     assert torch.equal(alone, torch.stack((values, -values), 1))
 
@@ -102,7 +103,8 @@ def test_a_scorer_without_any_opinion_is_named(toy):
     panel = Panel({"a": scorer(None), "b": scorer(None, name="silent")}, torch.ones(2))
     rewards = torch.stack((torch.zeros(6), torch.full((6,), torch.nan)))
     with pytest.raises(BadInput) as caught:
-        collect_rewards(SimpleNamespace(collect=lambda: rewards), panel, Ranks(0, 1, toy.device), (1, 1, 2, 3))
+        scores = SimpleNamespace(collect=lambda: rewards, settle_lost=lambda ranks: None)
+        collect_rewards(scores, panel, Ranks(0, 1, toy.device), (1, 1, 2, 3))
     assert (caught.value.field, caught.value.value) == ("reward.name", "silent")
 
 

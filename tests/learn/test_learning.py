@@ -238,3 +238,17 @@ def test_gradients_reach_exactly_the_adapters(digits_policy):
     velocity = digits_policy.velocity(torch.randn(2, 4, 8, 8), torch.full((2,), 0.5), digits_policy.encode(TEXTS[:2]))
     velocity.square().sum().backward()
     assert {name for name, parameter in parameters.items() if parameter.grad is not None} == trained
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_counted_and_left_out_of_the_means(bad):
+    values = torch.full((len(BranchLossStats._fields),), 2.0)
+    spoilt = values.clone()
+    spoilt[BranchLossStats._fields.index("ratio_max")] = bad
+    ranks = [LossRecord(), LossRecord()]
+    ranks[0].add(BranchLossStats(values), 0)
+    ranks[1].add(BranchLossStats(spoilt), 0)
+    figures = loss_figures(torch.cat([record.totals() for record in ranks]))
+    assert figures["nonfinite_losses"] == 1
+    assert {value for name, value in figures.items() if name != "nonfinite_losses"} == {2.0}
+    assert loss_figures(ranks[1].totals()) == {"nonfinite_losses": 1}

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.nn import Parameter
 
+from tempflow.common.errors import Halted
 from tempflow.learn.average import MovingAverage
 from tempflow.learn.optimizers import make_optimizer, set_learning_rate
-from tempflow.learn.stepper import LossScale, Stepper
+from tempflow.learn.stepper import PATIENCE, LossScale, Stepper
 from tempflow.parallel.ranks import Ranks
 from tempflow.run import checkpoint
-from tempflow.run.checkpoint import Progress
+from tempflow.run.snapshot import Progress, take
 from tempflow.settings.fields import LearnConfig
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -106,7 +107,7 @@ def test_the_loss_scale_has_a_limit():
 def test_a_loss_scale_saved_within_an_interval_goes_on_where_it_was(tmp_path):
     whole, resumed = plain(scale=True), plain(scale=True)
     scaled(1.0, whole, 150)
-    checkpoint.save(tmp_path, Progress(1), whole, keep=1)
+    checkpoint.save(tmp_path, take(Progress(1), whole, {}), keep=1)
     checkpoint.restore(tmp_path, resumed)
     for stepper in (whole, resumed):
         scaled(1.0, stepper, 49)
@@ -170,3 +171,77 @@ def test_optimizer_takes_its_settings_from_the_configuration():
     optimizer.state.clear()
     optimizer.step()
     assert parameter.data.tolist() == pytest.approx([0.9025 - 0.1 / 2, 0.9025], rel=1e-4)  # eps is as large as the norm
+
+
+BAD = float("nan")
+
+
+def two(limit=3, scale=False) -> Stepper:
+    """Two parameters whose steps are their gradients."""
+    parameters = {name: Parameter(torch.zeros(2)) for name in ("good", "bad")}
+    optimizer, average = torch.optim.SGD(parameters.values(), lr=1.0), MovingAverage(parameters, 0.9, 1)
+    return Stepper(parameters, optimizer, average, 1.0, LossScale(torch.device("cpu")) if scale else None, limit)
+
+
+def run(stepper: Stepper, steps: str) -> None:
+    """One step each: n with a NaN in one parameter's gradient, g with gradients of 1, i idle."""
+    for step in steps:
+        for name, parameter in stepper.parameters.items():
+            parameter.grad = None if step == "i" else torch.full((2,), BAD if (step, name) == ("n", "bad") else 1.0)
+        stepper.update(ALONE, step == "i")
+
+
+@pytest.mark.parametrize("steps", ["nnn", "gnnn", "nngnnn", "nniin", "inini"])
+@pytest.mark.parametrize("apart", [False, True])
+def test_gradients_that_are_not_finite_end_the_run_in_a_row(steps, apart):
+    """Idle steps neither count nor end a row, and a row may span iterations; the tensor is named, and no other."""
+    stepper = two(limit=2 if steps == "inini" else 3)
+    with pytest.raises(Halted) as caught:
+        for part in steps if apart else [steps]:
+            run(stepper, part)
+            stepper.read()
+    assert caught.value.field == "learn.skip_limit" and "(bad)" in caught.value.hint
+
+
+@pytest.mark.parametrize(("steps", "skipped"), [("nngnng", 4), ("g", 0), ("in", 1), ("ii", 0)])
+def test_skipped_steps_are_counted_and_move_nothing(steps, skipped):
+    stepper = two()
+    run(stepper, steps)
+    figures = stepper.read()
+    assert figures["skipped_steps"] == skipped
+    size = -steps.count("g") / 2  # each gradient is limited to the norm 1, of four elements
+    for parameter in stepper.parameters.values():
+        assert parameter.tolist() == pytest.approx([size, size])
+
+
+def test_idle_steps_do_not_forgive_fp16():
+    """An overflow, an idle step, an overflow: the loss scale does not help however often nothing is to be learnt."""
+    stepper = two(scale=True)
+    run(stepper, "ni" * (PATIENCE - 1))
+    assert stepper.read()["skipped_steps"] == PATIENCE - 1
+    run(stepper, "in")
+    with pytest.raises(Halted) as caught:
+        stepper.read()
+    assert caught.value.field == "model.dtype" and "(bad)" in caught.value.hint
+
+
+class Others(Ranks):
+    """This process and one whose own share of another tensor is not finite."""
+
+    def gather(self, values, dim):
+        other = torch.zeros_like(values)
+        other[0, 0] = 1
+        return torch.cat((values, other), dim)
+
+    def average_gradients(self, parameters):
+        pass
+
+
+def test_all_processes_name_the_tensors_of_all():
+    stepper = two(limit=1)
+    for parameter in stepper.parameters.values():
+        parameter.grad = torch.ones(2)
+    stepper.parameters["bad"].grad[0] = BAD
+    stepper.update(Others(0, 2, torch.device("cpu")), False)
+    with pytest.raises(Halted, match=r"\(good, bad\)"):
+        stepper.read()

@@ -1,13 +1,16 @@
 """1, 2 and 4 processes, each with the whole network or with a share of it (real FSDP2 over gloo), learn the same."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
 import torch
 from beside import Beside
 from safetensors.torch import load_file
-from spread_runs import RUNS
+from spread_runs import FULL, RUNS, SHARED, SMALL
+
+from tempflow.train import main
 
 SCRIPT = Path(__file__).parents[1] / "support" / "spread_runs.py"
 TOLERANCE = 2e-5
@@ -64,6 +67,21 @@ def test_the_number_of_processes_and_shares_changes_nothing(begun):
     start = load_file(Path(__file__).parents[2] / "tempflow" / "digits" / "pipeline" / "transformer" /
                       "diffusion_pytorch_model.safetensors")  # fmt: skip
     assert max(float((moved[name] - start[name].float()).abs().max()) for name in moved) > 10 * TOLERANCE
+    resumed_elsewhere(begun.folder / "runs", first["full"][1])
+
+
+def resumed_elsewhere(runs, parameters):
+    """What shares of two processes, or one process, have saved goes on in one process, whole or in shares."""
+    ends = {}
+    for name, source, more in (("whole", "1", []), ("from two", "2", []), ("into shares", "1", SHARED)):
+        folder = runs / name
+        shutil.copytree(runs / source / ("full_shared" if source == "2" else "full"), folder)
+        arguments = [*SMALL, *FULL, *more, f"run.dir={folder}", "run.resume=true", "learn.iterations=4"]
+        assert main(arguments) == 0
+        ends[name] = load_file(folder / "checkpoints" / "step_000004" / "parameters.safetensors")
+    for name in ("from two", "into shares"):
+        assert max(float((value - ends["whole"][key]).abs().max()) for key, value in ends[name].items()) < TOLERANCE
+    assert max(float((value - parameters[key]).abs().max()) for key, value in ends["whole"].items()) > 10 * TOLERANCE
 
 
 test_the_number_of_processes_and_shares_changes_nothing.begin = begin

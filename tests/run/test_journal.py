@@ -8,11 +8,12 @@ import torch
 from toy_trainer import SHAPE, make_trainer, panel_of, small, tilt
 
 import tempflow.run.journal as journals
+import tempflow.run.keeping as keeping
 import tempflow.train
 from tempflow.common.errors import BadInput, Halted
-from tempflow.run.checkpoint import Progress
 from tempflow.run.evaluation import Evaluation
 from tempflow.run.journal import Journal
+from tempflow.run.snapshot import Progress
 from tempflow.train import train
 
 SETTINGS = ["explore.noises=2", "explore.siblings=3", "explore.forks=[0,2]", "learn.iterations=5", "eval.every=2",
@@ -28,7 +29,7 @@ class FakeEvaluator:
     def __init__(self, trainer, scores):
         self.trainer, self.scores, self.seen = trainer, iter(scores), []
 
-    def evaluate(self):
+    def evaluate(self, strict=False):
         self.seen.append(self.trainer.policy.scale.detach().clone())
         reward, gold = next(self.scores)
         spread = torch.linspace(-1e-3, 1e-3, 8)
@@ -39,13 +40,20 @@ class FakeEvaluator:
 @pytest.fixture
 def journal(tmp_path, monkeypatch):
     """`journal(scores, *settings)`; pictures and weights are not written."""
-    monkeypatch.setattr(journals, "draw_report", lambda folder: None)
+    monkeypatch.setattr(keeping, "draw_report", lambda folder: None)
     monkeypatch.setattr(journals, "save_pictures", lambda folder, step, pictures: None)
 
     def make(scores=((0.0, 0.0),) * 9, *settings):
         trainer, _ = make_trainer(small(*SETTINGS, *settings), panel_of((tilt,), (1.0,)))
-        trainer.policy.save = lambda folder: saved.append(trainer.policy.scale.detach().clone())
-        return Journal(trainer, tmp_path, FakeEvaluator(trainer, scores))
+        trainer.policy.export = export
+        made.append(Journal(trainer, tmp_path, FakeEvaluator(trainer, scores)))
+        return made[-1]
+
+    def export(write):
+        saved.append(made[-1].trainer.policy.scale.detach().clone())
+        return lambda folder: None
+
+    made: list[Journal] = []
 
     saved: list[torch.Tensor] = []
     make.saved = saved
@@ -61,6 +69,7 @@ def steps_of(journal, key):
 
 
 def checkpoints(journal):
+    journal.keeper.wait()
     return [int(path.name[5:]) for path in sorted((journal.folder / "checkpoints").glob("step_*"))]
 
 
@@ -130,9 +139,9 @@ def test_a_run_ends_when_its_time_is_up(journal, monkeypatch):
     step, evaluate = tempflow.train.train_step, it.evaluator.evaluate
 
     def tick(work, seconds):
-        def timed(*arguments):
+        def timed(*arguments, **options):
             now[0] += seconds
-            return work(*arguments)
+            return work(*arguments, **options)
 
         return timed
 

@@ -16,7 +16,7 @@ MAY_CHANGE_ON_RESUME = {
     "tails.autotune", "tails.compile_vae",
     "reward.rows", "reward.overlap", "reward.hacking_drop", "reward.hacking_stop", "reward.servers", "reward.batch",
     "reward.requests", "reward.timeout", "reward.patience", "reward.token_file",
-    "run.noise", "learn.noise",
+    "run.noise", "learn.noise", "learn.skip_limit",
 }  # fmt: skip
 
 RENAMED = {

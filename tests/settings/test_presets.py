@@ -87,7 +87,7 @@ def test_presets_of_the_paper(name):
 def test_runs_for_one_gpu_name_its_memory_and_cover_every_model():
     assert len({load([name]).model.path for name in SINGLE}) == len(names_of("models")) - 1 == 7, "all but tiny_sd3"
     for name in SINGLE:
-        memory = int(re.search(r"_(\d+)gb$", name)[1])
+        memory = int(re.search(r"(\d+)gb$", name)[1])
         assert f"{memory} GB" in presets()[name].read_text()
 
 

@@ -108,7 +108,10 @@ class TrainedNetwork:
     def reference(self) -> Iterator[None]:
         """Within this context `forward` is that of the network before training."""
         if self.config.train == "lora":
+            trained = self.trainable().values()
             self.module.disable_adapters()
+            for parameter in trained:  # peft freezes them meanwhile; shares are trained as they were at the first call
+                parameter.requires_grad_(True)
             try:
                 yield
             finally:
@@ -163,25 +166,21 @@ class TrainedNetwork:
             self._merged.refresh()
 
     def whole_weights(self, keep: bool) -> dict[str, Tensor]:
-        """What `save` writes, in full: the adapters', or all weights of a network that is shared out.
+        """What `save` writes, in full and in main memory: the adapters', or all weights.
 
         Args:
-            keep: False in processes that only take part in gathering them.
+            keep: False in processes that only take part in gathering what is shared out.
         """
         if self.config.train == "lora":
-            return adapter_state(self.module)[0]
-        if self._spread is None:
-            return {}
+            return gather(adapter_state(self.module)[0], keep)
         return gather(self.module.state_dict(), keep)
 
     def save(self, folder: Path, weights: dict[str, Tensor]) -> None:
         """Adapters for `load_lora_weights`, or the transformer for `from_pretrained`; `weights` of `whole_weights`."""
         if self.config.train == "lora":
             save_adapters(self.module, self.pipeline_class, folder, weights)
-        elif self._spread is None:
-            self.module.save_pretrained(folder)
-        else:
-            with torch.device("meta"):
-                fresh = self._kind.from_config(self.module.config)
-            fresh.load_state_dict(weights, assign=True)
-            fresh.save_pretrained(folder)
+            return
+        with torch.device("meta"):
+            fresh = self._kind.from_config(self.module.config)
+        fresh.load_state_dict(weights, assign=True)
+        fresh.save_pretrained(folder)

@@ -13,12 +13,16 @@ from tempflow.settings.fields import ModelConfig
 
 
 class DryModel:
-    """Peaks of memory by the number of rows. The skeleton's network has the adapters of the real one."""
+    """Peaks of memory by the number of rows. The skeleton's network has the adapters of the real one.
 
-    def __init__(self, skeleton: Skeleton, model: ModelConfig):
+    Args:
+        gathered: calls find trained parameters in the network's precision, as they are gathered from shares.
+    """
+
+    def __init__(self, skeleton: Skeleton, model: ModelConfig, gathered: bool = False):
         self.skeleton, self.family, self.dtypes = skeleton, skeleton._family, dtypes(model, META)
         self.module, self.vae = self.family.pipeline.transformer, self.family.pipeline.vae
-        give_precision(self.module, self.dtypes["transformer"])
+        give_precision(self.module, self.dtypes["transformer"], trained=gathered)
         give_precision(self.vae, self.dtypes["vae"])
         self.trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
 

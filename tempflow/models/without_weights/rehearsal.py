@@ -157,8 +157,8 @@ def enable_checkpointing(module: nn.Module, dtype: torch.dtype) -> None:
     module.enable_gradient_checkpointing(run)
 
 
-def give_precision(module: nn.Module, dtype: torch.dtype) -> None:
-    """Frozen parameters and buffers in the precision they are loaded in; trained parameters stay in fp32."""
+def give_precision(module: nn.Module, dtype: torch.dtype, trained: bool = False) -> None:
+    """Frozen parameters and buffers in the precision they are loaded in; trained parameters stay in fp32, or not."""
     for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point() and not tensor.requires_grad:
+        if tensor.is_floating_point() and (trained or not tensor.requires_grad):
             tensor.data = tensor.data.to(dtype)

@@ -37,6 +37,8 @@ class Skeleton:
         """transformer (adapters included), trainable (of these), merged (what a merged copy adds), text, vae"""
         self.trainable_sizes = [parameter.numel() for parameter in network.trainable().values()]
         """elements of each trainable parameter"""
+        self.groups = _groups(network)
+        """(parameters, trainable of these) of each repeated block, and of what is around them"""
         self._family, self._decoder_precision = family, dtypes(model, META)["vae"]
 
     def light(self, path: str | None) -> Part:
@@ -66,6 +68,17 @@ def _parts(family: Family, network: TrainedNetwork, model: ModelConfig) -> dict[
         "text": _part((p for encoder in text for p in encoder.parameters()), precision["text"]),
         "vae": _part(components["vae"].parameters(), precision["vae"]),
     }
+
+
+def _groups(network: TrainedNetwork) -> list[tuple[int, int]]:
+    blocks = [_counts(block) for block in network.blocks()]
+    whole = _counts(network.module)
+    return [*blocks, tuple(total - sum(column) for total, column in zip(whole, zip(*blocks, strict=True), strict=True))]
+
+
+def _counts(module: nn.Module) -> tuple[int, int]:
+    parameters = list(module.parameters())
+    return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
 def _part(parameters: Iterable[nn.Parameter], dtype: torch.dtype) -> Part:
