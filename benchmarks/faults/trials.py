@@ -18,8 +18,6 @@ from faults.processes import POLL, Started, warm_up
 from faults.results import differences, traceback_in, words
 from faults.servers import SCORER, Server
 
-from tempflow.settings.fields import RunConfig
-
 ITERATIONS = 6
 SETTINGS = ("explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]", "sample.steps=5",
             "learn.rows=2", "learn.lr_schedule=constant", "eval.prompts=4", "eval.steps=4", "eval.pictures=2",
@@ -73,11 +71,6 @@ class Bench:
         logs.mkdir(parents=True)
         logs.chmod(0o777)  # a trial may be another user's
         arguments = ("digits", *SETTINGS, f"learn.iterations={ITERATIONS}", *more, f"run.dir={run}")
-        if "auto" not in str(RunConfig.__dataclass_fields__["resume"].type):  # SHIM
-            there = str(any((run / "checkpoints").glob("step_*"))).lower()
-            arguments = tuple(a.replace("run.resume=auto", f"run.resume={there}") for a in arguments)
-            if there == "false":
-                shutil.rmtree(run, ignore_errors=True)
         return Job(logs, arguments, **parts)
 
     def undisturbed(self, way: str) -> Path:
