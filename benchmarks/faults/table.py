@@ -180,7 +180,7 @@ NUMBERS = Room("Numbers and memory", (
 ))  # fmt: skip
 
 RANKS = Room("Ranks", (
-    Fault("the second of 2 ranks fails while it is set up", Ends((HALTED,), "", within=25), TWO, at="set-up",
+    Fault("the second of 2 ranks fails while it is set up", Ends((HALTED, STOPPED), "", within=25), TWO, at="set-up",
           troubles=(troubles.fail_in_set_up(),)),
     Fault("a rank hangs: the collective times out", Ends((HALTED, None), "rank", within=40, lost=2), TWO, EACH,
           troubles=(troubles.in_iteration(lambda: troubles.hangs(None), rank=1),
