@@ -117,15 +117,15 @@ def train(trainer: Trainer, journal: Journal, progress: Progress) -> None:
     """
     bar = tqdm(total=trainer.config.learn.iterations, initial=progress.iteration, unit="it",
                disable=not trainer.ranks.first, dynamic_ncols=True)  # fmt: skip
-    try:
-        with STOPPING.finishing(trainer.config.run.grace, journal.settled):
+    with STOPPING.finishing(trainer.config.run.grace, journal.settled):
+        try:
             iterate(trainer, journal, journal.begin(progress), bar)
-        journal.check_stop()
-    except (Exception, KeyboardInterrupt) as error:
-        bar.close()
-        raise journal.halted(error) from error
-    finally:
-        bar.close()
+            journal.check_stop()
+        except (Exception, KeyboardInterrupt) as error:
+            bar.close()
+            raise journal.halted(error) from error
+        finally:
+            bar.close()
 
 
 def iterate(trainer: Trainer, journal: Journal, progress: Progress, bar: tqdm) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -48,6 +49,8 @@ class Journal:
         self.timed_out = False
         self.stopped_by: str | None = None
         """the signal for which all processes end together"""
+        self.ending = False
+        """what was learnt is being saved before the end"""
         self.watch = Watch(self.config.objective.clip)
 
     def open(self, progress: Progress) -> None:
@@ -78,8 +81,8 @@ class Journal:
         return progress
 
     def settled(self) -> bool:
-        """Whether parameters and optimizer are not being written to just now."""
-        return self.keeper.settled
+        """Whether the run may be left just now: neither parameters nor the last checkpoint are being written."""
+        return self.keeper.settled and not self.ending
 
     def is_over(self, progress: Progress) -> bool:
         """All is done, time is up, a signal asked for the end, or the reward is being hacked and that was to be one."""
@@ -151,8 +154,12 @@ class Journal:
 
     def halted(self, error: BaseException) -> Exception | Stopped:
         """What a run ends with after `error`: saves what was learnt before, where that can be, and says so."""
+        self.ending = True
         together = self.stopped_by is not None or isinstance(error, OneLine)
         told = self.keeper.rescue(self.progress, together, self._catch_up(), error)
+        if together:  # where one process ends, torchrun ends the others, and the first may still be saving
+            with suppress(RuntimeError):
+                self.ranks.wait()
         if isinstance(error, KeyboardInterrupt):
             return Stopped(f"{error or 'SIGINT'}: {told}")
         if isinstance(error, BadInput) and not self.progress.iteration:
