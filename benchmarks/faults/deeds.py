@@ -42,14 +42,21 @@ def another(scene: Scene) -> None:
 
 
 def remove(part: str = "") -> Callable[[Scene], None]:
-    return lambda scene: shutil.rmtree(scene.run / part)
+    """The run's folder, or a folder in it, is gone at one blow."""
+
+    def do(scene: Scene) -> None:
+        aside = scene.run.parent / "removed"
+        (scene.run / part).rename(aside)
+        shutil.rmtree(aside)
+
+    return do
 
 
 def replace_by_file(part: str) -> Callable[[Scene], None]:
     """A file in the place of a folder."""
 
     def do(scene: Scene) -> None:
-        shutil.rmtree(scene.run / part, ignore_errors=True)
+        remove(part)(scene)
         (scene.run / part).write_text("")
 
     return do
