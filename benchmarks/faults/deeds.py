@@ -53,17 +53,21 @@ def remove(part: str = "") -> Callable[[Scene], None]:
 
 
 def replace_by_file(part: str) -> Callable[[Scene], None]:
-    """A file in the place of a folder."""
+    """A file in the place of a folder, which is kept beside."""
 
     def do(scene: Scene) -> None:
-        remove(part)(scene)
+        (scene.run / part).rename(scene.run.parent / "aside")
         (scene.run / part).write_text("")
 
     return do
 
 
 def put_back(part: str) -> Callable[[Scene], None]:
-    return lambda scene: (scene.run / part).unlink()
+    def do(scene: Scene) -> None:
+        (scene.run / part).unlink()
+        (scene.run.parent / "aside").rename(scene.run / part)
+
+    return do
 
 
 def lock_up(scene: Scene) -> None:
