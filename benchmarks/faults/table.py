@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from faults import deeds, troubles
 from faults.deeds import HUP, INT, KILL, TERM, USR1, send
-from faults.kinds import FINISHED, REFUSED, Ends, Fault, Room
+from faults.kinds import EQUAL, FINISHED, REFUSED, Ends, Fault, Room
 from faults.servers import ANSWERS
 
 WRONG, HALTED, STOPPED, KILLED = 2, 75, 130, 137
@@ -180,11 +180,13 @@ NUMBERS = Room("Numbers and memory", (
 ))  # fmt: skip
 
 RANKS = Room("Ranks", (
-    Fault("the second of 2 ranks fails while it is set up", Ends((HALTED, STOPPED), "", within=25), TWO, at="set-up",
+    Fault("the second of 2 ranks fails while it is set up", Ends((HALTED, STOPPED), "process 1.*Input/output error",
+          within=25), TWO, at="set-up",
           troubles=(troubles.fail_in_set_up(),)),
-    Fault("a rank hangs: the collective times out", Ends((HALTED, None), "rank", within=40, lost=2), TWO, EACH,
+    Fault("a rank hangs: the collective times out", Ends((HALTED, None), "process 0", within=40, lost=2), TWO,
+          (*EACH, "reward.timeout=1", "reward.patience=1"), then=EQUAL,
           troubles=(troubles.in_iteration(lambda: troubles.hangs(None), rank=1),
-                    troubles.at_once(troubles.little_patience(3.0))), ),
+                    troubles.at_once(troubles.little_patience(3.0)))),
 ))  # fmt: skip
 
 ROOMS = (KILLS, SIGNALS, SCORERS, SERVERS, DISK, CHECKPOINTS, NUMBERS, RANKS)
