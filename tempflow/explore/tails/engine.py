@@ -65,6 +65,10 @@ class TailEngine(Protocol):
         """
         ...
 
+    def halve(self) -> bool:
+        """After memory ran out: half as many rows from now on; False where that was done before or would not help."""
+        ...
+
 
 def tail_step(latents: Tensor, velocity: Tensor, now: Tensor, no_noise: Tensor, memory: Tensor | None) -> None:
     """One step of R branches, in place, without a host decision: a CUDA graph may hold it.
@@ -85,7 +89,7 @@ def tail_step(latents: Tensor, velocity: Tensor, now: Tensor, no_noise: Tensor, 
     latents.copy_(following)
 
 
-@dataclass(frozen=True)
+@dataclass
 class EagerEngine:
     """Plain network calls; branches that have not set out yet cost nothing, and where no branch takes guidance, a
     velocity costs one network row."""
@@ -95,6 +99,13 @@ class EagerEngine:
     solver: TailSolver = EXACT
     numerics: Numerics = nullcontext
     work: TailWork = field(default_factory=TailWork)
+    halved: bool = False
+
+    def halve(self) -> bool:
+        if self.halved or self.rows == 1:
+            return False
+        self.rows, self.halved = self.rows // 2, True
+        return True
 
     @torch.no_grad()
     def finish(

@@ -81,6 +81,9 @@ class EngineAtFirstUse:
     ) -> None:
         self.engine.finish(latents, first_steps, conditioning, schedule)
 
+    def halve(self) -> bool:
+        return self.engine.halve()
+
 
 @dataclass(frozen=True)
 class Trial:
