@@ -191,18 +191,19 @@ def finish_branches(
             latents = states[to_device(places, states.device)]
             conditioning = rollout.conditioning.rows(to_device(owners, states.device))
             first = first_steps[places].tolist()
-            if not _fits(partial(engine.finish, latents, first, conditioning, schedule), tails if may_halve else ()):
+            work = partial(engine.finish, latents, first, conditioning, schedule)
+            if not _fits(work, len(places), tails if may_halve else ()):
                 continue  # the same branches from where they set out, fewer at once
             begun += len(places)
             yield FinishedBranches(latents, owners.tolist(), tail * len(order) + places)
 
 
-def _fits(work: Callable[[], None], tails: Sequence[TailEngine]) -> bool:
-    """Does the work; False where memory ran out and the chunks of `tails` have been halved."""
+def _fits(work: Callable[[], None], size: int, tails: Sequence[TailEngine]) -> bool:
+    """Does the work of `size` branches; False where memory ran out and the chunks of `tails` have been halved."""
     try:
         work()
     except torch.OutOfMemoryError:
-        halved = [engine.halve() for engine in tails]
+        halved = [engine.halve(size) for engine in tails]
         if not halved or not all(halved):
             raise
         torch.cuda.empty_cache()

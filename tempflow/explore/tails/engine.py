@@ -65,8 +65,9 @@ class TailEngine(Protocol):
         """
         ...
 
-    def halve(self) -> bool:
-        """After memory ran out: half as many rows from now on; False where that was done before or would not help."""
+    def halve(self, tried: int) -> bool:
+        """After memory ran out with `tried` rows: half as many from now on; False where that was done before or would
+        not help."""
         ...
 
 
@@ -101,10 +102,10 @@ class EagerEngine:
     work: TailWork = field(default_factory=TailWork)
     halved: bool = False
 
-    def halve(self) -> bool:
-        if self.halved or self.rows == 1:
+    def halve(self, tried: int) -> bool:
+        if self.halved or tried == 1:
             return False
-        self.rows, self.halved = self.rows // 2, True
+        self.rows, self.halved = tried // 2, True
         return True
 
     @torch.no_grad()

@@ -81,8 +81,8 @@ class EngineAtFirstUse:
     ) -> None:
         self.engine.finish(latents, first_steps, conditioning, schedule)
 
-    def halve(self) -> bool:
-        return self.engine.halve()
+    def halve(self, tried: int) -> bool:
+        return self.engine.halve(tried)
 
 
 @dataclass(frozen=True)

@@ -93,7 +93,7 @@ class StaticEngine:
     def __init__(self, store: BufferStore, solver: TailSolver = EXACT):
         self.store, self.rows, self.solver, self.work = store, store.rows, solver, TailWork()
 
-    def halve(self) -> bool:
+    def halve(self, tried: int) -> bool:
         return False  # its buffers are there from the first call on, and keep their size
 
     @torch.no_grad()
