@@ -139,9 +139,9 @@ def test_a_run_ends_when_its_time_is_up(journal, monkeypatch):
     step, evaluate = tempflow.train.train_step, it.evaluator.evaluate
 
     def tick(work, seconds):
-        def timed(*arguments):
+        def timed(*arguments, **named):
             now[0] += seconds
-            return work(*arguments)
+            return work(*arguments, **named)
 
         return timed
 
