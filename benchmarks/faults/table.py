@@ -137,7 +137,7 @@ DISK = Room("Disk and folder", (
     Fault("the run's folder is removed", Ends((HALTED,), "run.dir|No such", lost=9), do=deeds.remove(), settings=EACH),
     Fault("the folder of checkpoints is removed", Ends((HALTED, 0), lost=9), do=deeds.remove("checkpoints"),
           settings=EACH),
-    Fault("a file in the place of the folder of checkpoints", Ends((HALTED,), "checkpoints", lost=9), settings=EACH,
+    Fault("a file in the place of the folder of checkpoints", Ends((HALTED,), "checkpoints", lost=1), settings=EACH,
           do=deeds.replace_by_file("checkpoints"), mend=deeds.put_back("checkpoints")),
     Fault("a second process on the folder of a run under way", Ends((WRONG,), "run.dir"), do=deeds.another),
     Fault("two processes at once on a new folder", Ends((WRONG,), "run.dir"), at="start", do=deeds.another),
@@ -169,7 +169,7 @@ CHECKPOINTS = Room("Checkpoints", (
 ))  # fmt: skip
 
 NUMBERS = Room("Numbers and memory", (
-    Fault("a gradient is NaN once", Ends((0,), "finite"), then=FINISHED,
+    Fault("a gradient is NaN once: its step is not taken", Ends((0,)), then=FINISHED,
           troubles=(troubles.not_a_number(range(3, 4)),)),
     Fault("gradients are NaN for ever", Ends((HALTED,), "finite", lost=9), settings=EACH, then=FINISHED,
           troubles=(troubles.not_a_number(range(3, 99)),)),

@@ -140,6 +140,8 @@ def attempt(bench: Bench, room: str, fault: Fault, trial: int) -> Outcome:
         if server and not server.pid:
             server.start()
         _go_on(bench, fault, f"trials/{name}", run, scene, outcome)
+    except (OSError, RuntimeError) as error:  # a trial that cannot be made is told, and the others go on
+        outcome.problems.append(f"the trial itself failed: {error}")
     finally:
         if server:
             server.stop()

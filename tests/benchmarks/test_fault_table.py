@@ -12,7 +12,7 @@ from faults.table import ROOMS, chosen
 from importable import ROOT
 from safetensors.torch import save_file
 
-SHORT = ("SIGKILL while it saves", "raises ValueError", "the server is killed and is back")
+SHORT = ("SIGTERM in an iteration", "raises KeyError", "a second process on the folder")
 
 
 def begin():
