@@ -69,5 +69,5 @@ setup(
         "rewards": REWARDS,
         "wandb": ["wandb"],
     },
-    entry_points={"console_scripts": ["tempflow-train=tempflow.commands.train:main"]},
+    entry_points={"console_scripts": ["tempflow-train=tempflow.commands.train:program"]},
 )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from tempflow.common.errors import BadInput
+from tempflow.run.entrance import leave
 
 COMMANDS = {
     "train": "train a model; the same as torchrun tempflow/train.py",
@@ -44,4 +45,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

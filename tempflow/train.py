@@ -17,9 +17,9 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":  # help and wrong settings are answered before anything heavy is imported
-    from tempflow.run.entrance import enter
+    from tempflow.run.entrance import enter, leave
 
-    sys.exit(enter())
+    leave(enter())
 
 import time
 from collections.abc import Sequence

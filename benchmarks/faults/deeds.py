@@ -42,21 +42,32 @@ def another(scene: Scene) -> None:
 
 
 def remove(part: str = "") -> Callable[[Scene], None]:
-    return lambda scene: shutil.rmtree(scene.run / part)
+    """The run's folder, or a folder in it, is gone at one blow."""
+
+    def do(scene: Scene) -> None:
+        aside = scene.run.parent / "removed"
+        (scene.run / part).rename(aside)
+        shutil.rmtree(aside)
+
+    return do
 
 
 def replace_by_file(part: str) -> Callable[[Scene], None]:
-    """A file in the place of a folder."""
+    """A file in the place of a folder, which is kept beside."""
 
     def do(scene: Scene) -> None:
-        shutil.rmtree(scene.run / part, ignore_errors=True)
+        (scene.run / part).rename(scene.run.parent / "aside")
         (scene.run / part).write_text("")
 
     return do
 
 
 def put_back(part: str) -> Callable[[Scene], None]:
-    return lambda scene: (scene.run / part).unlink()
+    def do(scene: Scene) -> None:
+        (scene.run / part).unlink()
+        (scene.run.parent / "aside").rename(scene.run / part)
+
+    return do
 
 
 def lock_up(scene: Scene) -> None:

@@ -8,16 +8,16 @@ from functools import partial
 from pathlib import Path
 
 from faults.child import Job, Trouble
-from faults.processes import Started, alone, from_nothing, several
+from faults.processes import RANK, Started, alone, several, typed
 
 WAYS: dict[str, Callable[[Job], Started]] = {
     "one process": alone,
     "2 ranks": several,
-    "2 ranks, restarts": partial(several, restarts=3),
-    "command": from_nothing,
-    "torchrun command": partial(from_nothing, ranks=2),
+    "2 ranks, restarts": partial(typed, ranks=2, restarts=3, script=RANK),
+    "command": typed,
+    "torchrun command": partial(typed, ranks=2),
 }
-"""how a run is started: forked from a process with all imports done, or (the last two) typed by a user"""
+"""how a run is started: forked from a process with all imports done, or (the last three) typed by a user"""
 
 EQUAL, FINISHED, REFUSED = "equal", "finished", "refused"
 """What a run that goes on afterwards comes to: the weights and metrics of an undisturbed one, bit for bit; its end,
@@ -71,7 +71,8 @@ class Fault:
     """what is then done from outside"""
     troubles: tuple[Trouble, ...] = ()
     prepared: Callable[[Path], None] | None = None
-    """what is done to the folder of a run that was stopped after 4 iterations; the fault is then met by resuming"""
+    """what is done to the folder of a run that was killed in iteration 6, with checkpoints of 2 and 4; the fault is
+    then met by going on"""
     served: bool = False
     """scores come from a server"""
     mend: Callable[[Scene], None] = lambda scene: None

@@ -24,7 +24,7 @@ from importable import ROOT
 from torch.distributed import run as torchrun
 from torch.distributed.elastic.multiprocessing import api
 
-SCRIPT = ROOT / "tempflow" / "train.py"
+SCRIPT, RANK = ROOT / "tempflow" / "train.py", ROOT / "benchmarks" / "faults" / "rank.py"
 POLL = 0.01
 """seconds between two looks at a process"""
 
@@ -159,39 +159,45 @@ class ForkedRank:
             self.poll()
 
 
-def several(job: Job, ranks: int = 2, restarts: int = 0) -> Started:
+def several(job: Job, ranks: int = 2) -> Started:
     """torchrun and its ranks."""
 
     def begin() -> NoReturn:
-        file = os.open(job.folder / "torchrun.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+        _write_to(job.folder / "torchrun.txt")
         api.get_subprocess_handler = lambda *, env, **_: ForkedRank(job, env)
-        torchrun.main(["--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}", str(SCRIPT)])
+        torchrun.main(["--standalone", f"--nproc-per-node={ranks}", str(SCRIPT)])
         os._exit(0)
 
     return Started(fork(begin), job.folder, time.monotonic())
 
 
-def from_nothing(job: Job, ranks: int = 1) -> Started:
-    """The command as a user types it, imports and all; nothing can go wrong inside it but what the arguments name."""
-    start = [sys.executable]
+def typed(job: Job, ranks: int = 1, restarts: int = 0, script: Path = SCRIPT) -> Started:
+    """The command as a user types it, imports and all; no trouble of the job comes.
+
+    Args:
+        script: the trainer's, or RANK, which leaves word of its moments.
+    """
+    command = [sys.executable]
     if ranks > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        start += [f"--log-dir={job.folder}", "--redirects=3"]
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        command += [f"--max-restarts={restarts}", f"--log-dir={job.folder}", "--redirects=3"]
+    command += [str(script), *((str(job.folder), str(job.pause_at)) if script == RANK else ()), *job.arguments]
     path = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), **job.environment}
-    command = [*start, str(SCRIPT), *job.arguments]
 
     def begin() -> NoReturn:
-        file = os.open(job.folder / ("rank0.txt" if ranks == 1 else "torchrun.txt"), os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+        _write_to(job.folder / ("rank0.txt" if ranks == 1 else "torchrun.txt"))
         for number in (signal.SIGINT, *SIGNALS):
             signal.signal(number, signal.SIG_DFL)
         os.execvpe(command[0], command, environment)
 
     return Started(fork(begin), job.folder, time.monotonic())
+
+
+def _write_to(path: Path) -> None:
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
 
 
 def warm_up(job: Job) -> None:

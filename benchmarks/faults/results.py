@@ -54,12 +54,15 @@ def _timeless(row: dict[str, Any]) -> dict[str, str]:
 
 def words(folder: Path) -> list[str]:
     """The lines that ranks said, without the progress bar."""
-    return [line for path in sorted(folder.rglob("*.txt")) if path.name not in ("torchrun.txt", "modules.txt")
-            for line in re.findall(r"tempflow: [^\r\n]*", path.read_text(errors="replace"))]  # fmt: skip
+    return [line for text in _said(folder) for line in re.findall(r"tempflow: [^\r\n]*", text)]
 
 
 def traceback_in(folder: Path) -> bool:
     """Whether a rank's output shows one; torchrun's own report of a failed rank is torchrun's."""
-    ranks = [path for path in folder.rglob("*") if path.is_file() and path.suffix in (".txt", ".log")
-             and path.name not in ("torchrun.txt", "modules.txt")]  # fmt: skip
-    return any("Traceback (most recent call last)" in path.read_text(errors="replace") for path in ranks)
+    return any("Traceback (most recent call last)" in text for text in _said(folder))
+
+
+def _said(folder: Path) -> list[str]:
+    """What each rank wrote."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.suffix in (".txt", ".log"))
+    return [path.read_text(errors="replace") for path in paths if path.name not in ("torchrun.txt", "modules.txt")]

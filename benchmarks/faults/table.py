@@ -8,7 +8,7 @@ from itertools import chain
 import torch
 from faults import deeds, troubles
 from faults.deeds import HUP, INT, KILL, TERM, USR1, send
-from faults.kinds import FINISHED, REFUSED, Ends, Fault, Room
+from faults.kinds import EQUAL, FINISHED, REFUSED, Ends, Fault, Room
 from faults.servers import ANSWERS
 
 WRONG, HALTED, STOPPED, KILLED = 2, 75, 130, 137
@@ -137,7 +137,7 @@ DISK = Room("Disk and folder", (
     Fault("the run's folder is removed", Ends((HALTED,), "run.dir|No such", lost=9), do=deeds.remove(), settings=EACH),
     Fault("the folder of checkpoints is removed", Ends((HALTED, 0), lost=9), do=deeds.remove("checkpoints"),
           settings=EACH),
-    Fault("a file in the place of the folder of checkpoints", Ends((HALTED,), "checkpoints", lost=9), settings=EACH,
+    Fault("a file in the place of the folder of checkpoints", Ends((HALTED,), "checkpoints", lost=1), settings=EACH,
           do=deeds.replace_by_file("checkpoints"), mend=deeds.put_back("checkpoints")),
     Fault("a second process on the folder of a run under way", Ends((WRONG,), "run.dir"), do=deeds.another),
     Fault("two processes at once on a new folder", Ends((WRONG,), "run.dir"), at="start", do=deeds.another),
@@ -169,7 +169,7 @@ CHECKPOINTS = Room("Checkpoints", (
 ))  # fmt: skip
 
 NUMBERS = Room("Numbers and memory", (
-    Fault("a gradient is NaN once", Ends((0,), "finite"), then=FINISHED,
+    Fault("a gradient is NaN once: its step is not taken", Ends((0,)), then=FINISHED,
           troubles=(troubles.not_a_number(range(3, 4)),)),
     Fault("gradients are NaN for ever", Ends((HALTED,), "finite", lost=9), settings=EACH, then=FINISHED,
           troubles=(troubles.not_a_number(range(3, 99)),)),
@@ -180,11 +180,13 @@ NUMBERS = Room("Numbers and memory", (
 ))  # fmt: skip
 
 RANKS = Room("Ranks", (
-    Fault("the second of 2 ranks fails while it is set up", Ends((HALTED, STOPPED), "", within=25), TWO, at="set-up",
+    Fault("the second of 2 ranks fails while it is set up", Ends((HALTED, STOPPED), "process 1.*Input/output error",
+          within=25), TWO, at="set-up",
           troubles=(troubles.fail_in_set_up(),)),
-    Fault("a rank hangs: the collective times out", Ends((HALTED, None), "rank", within=40, lost=2), TWO, EACH,
+    Fault("a rank hangs: the collective times out", Ends((HALTED, None), "process 0", within=40, lost=2), TWO,
+          (*EACH, "reward.timeout=1", "reward.patience=1"), then=EQUAL,
           troubles=(troubles.in_iteration(lambda: troubles.hangs(None), rank=1),
-                    troubles.at_once(troubles.little_patience(3.0))), ),
+                    troubles.at_once(troubles.little_patience(3.0)))),
 ))  # fmt: skip
 
 ROOMS = (KILLS, SIGNALS, SCORERS, SERVERS, DISK, CHECKPOINTS, NUMBERS, RANKS)

@@ -18,9 +18,7 @@ from faults.processes import POLL, Started, warm_up
 from faults.results import differences, traceback_in, words
 from faults.servers import SCORER, Server
 
-from tempflow.settings.fields import RunConfig
-
-ITERATIONS, HALTED = 6, 4
+ITERATIONS = 6
 SETTINGS = ("explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]", "sample.steps=5",
             "learn.rows=2", "learn.lr_schedule=constant", "eval.prompts=4", "eval.steps=4", "eval.pictures=2",
             "eval.every=3", "learn.ema_every=1", f"reward.name={SCORER}", "run.trackers=[]", "run.device=cpu",
@@ -73,11 +71,6 @@ class Bench:
         logs.mkdir(parents=True)
         logs.chmod(0o777)  # a trial may be another user's
         arguments = ("digits", *SETTINGS, f"learn.iterations={ITERATIONS}", *more, f"run.dir={run}")
-        if "auto" not in str(RunConfig.__dataclass_fields__["resume"].type):  # SHIM
-            there = str(any((run / "checkpoints").glob("step_*"))).lower()
-            arguments = tuple(a.replace("run.resume=auto", f"run.resume={there}") for a in arguments)
-            if there == "false":
-                shutil.rmtree(run, ignore_errors=True)
         return Job(logs, arguments, **parts)
 
     def undisturbed(self, way: str) -> Path:
@@ -86,8 +79,16 @@ class Bench:
         return self._made(way, "undisturbed", f"learn.iterations={ITERATIONS}", "run.save_every=1")
 
     def halted(self, way: str) -> Path:
-        """The folder of a run that was stopped after HALTED iterations; made once."""
-        return self._made(PLAIN.get(way, way), "halted", f"learn.iterations={HALTED}", "run.save_every=1")
+        """The folder of a run with checkpoints of iterations 2 and 4 that was killed in its last one; made once."""
+        way = PLAIN.get(way, way)
+        run = self.folder / "halted" / way / "run"
+        if not run.exists():
+            last = f"iteration {ITERATIONS}"
+            started = WAYS[way](self.job(f"halted/{way}/logs", run, "run.save_every=2", pause_at=last))
+            while last not in started.moments() and started.poll() is None:
+                time.sleep(POLL)
+            started.kill()
+        return run
 
     def prepare(self, faults: Iterable[Fault]) -> None:
         """Makes what trials compare with or begin from, so that several may be made at once."""
@@ -139,6 +140,8 @@ def attempt(bench: Bench, room: str, fault: Fault, trial: int) -> Outcome:
         if server and not server.pid:
             server.start()
         _go_on(bench, fault, f"trials/{name}", run, scene, outcome)
+    except (OSError, RuntimeError) as error:  # a trial that cannot be made is told, and the others go on
+        outcome.problems.append(f"the trial itself failed: {error}")
     finally:
         if server:
             server.stop()

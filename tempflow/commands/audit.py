@@ -16,6 +16,7 @@ from typing import Any
 
 from tempflow.commands.ending import Parser, end
 from tempflow.common.errors import BadInput
+from tempflow.common.say import say
 
 APPROVED = "License :: "
 """How a classifier begins that tells a licence."""
@@ -40,31 +41,38 @@ def table(packages: Iterable[Distribution]) -> str:
 
 
 def known_faults(seconds: float) -> list[str]:
-    """A line for each fault that an index knows of what is installed here.
+    """A line for each fault that an index knows of what is installed here, and one of packages that it does not know.
 
     Raises:
-        BadInput: pip-audit is not installed, or no index answers it in time.
+        BadInput: pip-audit is not installed, no index answers it in time, or none knows one of the packages.
     """
     if importlib.util.find_spec("pip_audit") is None:
         raise BadInput("pip-audit", None, "is not installed, so nothing was asked: pip install pip-audit")
     command = [sys.executable, "-m", "pip_audit", "--format", "json", "--progress-spinner", "off"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
-        return _lines(json.loads(done.stdout))
+        faults, unknown, count = _read(json.loads(done.stdout))
     except subprocess.TimeoutExpired as error:
         raise BadInput("pip-audit", None, f"no index answered within {seconds:g} s") from error
     except (ValueError, KeyError, TypeError) as error:
         said = done.stderr.strip().rpartition("\n")[2]
         raise BadInput("pip-audit", None, f"no index answered ({said or 'nothing was said'})") from error
+    if len(unknown) == count:  # it says so of a package whose page it cannot reach, and finds no fault in that
+        raise BadInput("pip-audit", None, f"no index answered for any of {count} packages")
+    if unknown:
+        say(f"not asked about, for no index knows them: {', '.join(unknown)}")
+    return faults
 
 
-def _lines(answer: dict[str, Any]) -> list[str]:
-    """pip-audit's answer as lines."""
-    return [
+def _read(answer: dict[str, Any]) -> tuple[list[str], list[str], int]:
+    """pip-audit's answer: a line for each fault, names of packages it passed over, and how many there are in all."""
+    packages = answer["dependencies"]
+    faults = [
         f"{package['name']} {package['version']}: {fault['id']}, mended in {', '.join(fault['fix_versions']) or 'none'}"
-        for package in answer["dependencies"]
+        for package in packages
         for fault in package.get("vulns", [])
     ]
+    return faults, [package["name"] for package in packages if "skip_reason" in package], len(packages)
 
 
 def _run(arguments: Sequence[str] | None) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
-from tempflow.run.entrance import enter
+from tempflow.run.entrance import enter, leave
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -13,5 +12,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return enter(arguments)
 
 
+def program() -> None:
+    """The installed command."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

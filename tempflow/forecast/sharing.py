@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from tempflow.common.precision import DTYPES
 from tempflow.models.without_weights.skeleton import Skeleton
-from tempflow.parallel.shards import shard_count
+from tempflow.settings.checks import shard_count
 from tempflow.settings.fields import Config
 
 AHEAD = 2

@@ -119,12 +119,11 @@ def _batches(
         for decision in taken:
             per_trunk = len(decision.steps) // credit.advantages.shape[1]  # 1, or K later in a window
             first, end = ((cut.trunks.start + edge) * per_trunk for edge in (part.start, part.stop))
-            for piece in chunks(end - first, rows):
-                here = slice(first + piece.start, first + piece.stop)
+            terms = objective.rows(decision.steps, telling[decision.fork].repeat_interleave(per_trunk))
+            pieces = [slice(first + piece.start, first + piece.stop) for piece in chunks(end - first, rows)]
+            for here in (piece for piece in pieces if objective.learns(terms[piece])):
                 count = (here.stop - here.start) * decision.siblings
-                anywhere = telling[decision.fork].repeat_interleave(per_trunk)[here]
-                if objective.learns(objective.rows(decision.steps[here], anywhere)):
-                    yield _batch(decision, credit, objective, here, share * count / total)
+                yield _batch(decision, credit, objective, here, share * count / total)
 
 
 def _batch(decision: Decision, credit: Credit, objective: Objective, here: slice, share: float) -> TransitionBatch:

@@ -10,7 +10,6 @@ number of processes.
 
 from __future__ import annotations
 
-import os
 import warnings
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,12 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tempflow.common.errors import BadInput
 from tempflow.parallel.ranks import Ranks, backend_of
-from tempflow.settings.spread import ParallelConfig
-
-NODE = 8
-"""processes of a node where torchrun does not tell"""
 
 
 @dataclass(frozen=True)
@@ -82,41 +76,24 @@ def _widen(part: nn.Module) -> None:
             tensor.data = tensor.data.float()
 
 
-def make_shards(config: ParallelConfig, ranks: Ranks, dtype: torch.dtype, merged: str | None) -> Shards:
-    """The mesh of all processes; one process alone makes a group of itself."""
+def make_shards(ranks: Ranks, count: int, offload: bool, dtype: torch.dtype, merged: str | None) -> Shards:
+    """The mesh of all processes, `count` of which hold one network; one process alone makes a group of itself."""
     if not dist.is_initialized():
-        backend = backend_of(ranks.device.type == "cuda", config.offload)
+        backend = backend_of(ranks.device.type == "cuda", offload)
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    count = shard_count(config, ranks.size)
     kind, table = ranks.device.type, torch.arange(ranks.size).view(-1, count)
-    if config.shard == "full":
+    if count == ranks.size:
         mesh = DeviceMesh.from_group(dist.group.WORLD, kind, mesh_dim_names=("shard",))
     else:
         groups = [_own_group(rows.tolist(), ranks.patience) for rows in (table.T, table)]
         mesh = DeviceMesh.from_group(groups, kind, table, mesh_dim_names=("replicate", "shard"))
-    return Shards(mesh, config.offload, ranks.device, dtype, merged)
+    return Shards(mesh, offload, ranks.device, dtype, merged)
 
 
 def _own_group(members: list[list[int]], patience: float) -> dist.ProcessGroup:
     """This process's group of several that partition all; it waits as long as the group of all does."""
     own, _ = dist.new_subgroups_by_enumeration(members, timeout=timedelta(seconds=patience))
     return own
-
-
-def shard_count(config: ParallelConfig, ranks: int) -> int:
-    """Shares that a network is cut into.
-
-    Raises:
-        BadInput: nodes that do not fit evenly into the processes.
-    """
-    if config.shard == "none":
-        return 1
-    if config.shard == "full":
-        return ranks
-    node = config.per_node or int(os.environ.get("LOCAL_WORLD_SIZE", min(NODE, ranks)))
-    if ranks % node:
-        raise BadInput("parallel.per_node", node, f"must divide the {ranks} processes")
-    return node
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 from tempflow.common.say import say
 from tempflow.common.stopping import DONE, STOPPED, STOPPING, leave_with_parent
@@ -25,11 +26,16 @@ def enter(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             say("stopped before the first iteration; begin again, with run.resume=auto if run.dir is there")
             code = STOPPED
+    return code
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the program, whatever its threads wait for."""
     if code != DONE and _threads_wait():
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    return code
+    sys.exit(code)
 
 
 def _run(arguments: Sequence[str]) -> int:

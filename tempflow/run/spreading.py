@@ -17,6 +17,7 @@ from tempflow.learn.optimizers import OPTIMIZERS
 from tempflow.parallel.ranks import Ranks
 from tempflow.parallel.shards import Shards, make_shards
 from tempflow.policy import Policy
+from tempflow.settings.checks import shard_count
 from tempflow.settings.fields import Config
 
 CARD = 79 * 2**30
@@ -113,7 +114,8 @@ def spread_out(config: Config, ranks: Ranks) -> Spreading:
     if config.parallel.shard == "none":
         return Spreading(ranks, None)
     merged = config.parallel.merged if config.tails.merged else None
-    shards = make_shards(config.parallel, ranks, DTYPES[config.model.dtype], merged)
+    count, dtype = shard_count(config.parallel, ranks.size), DTYPES[config.model.dtype]
+    shards = make_shards(ranks, count, config.parallel.offload, dtype, merged)
     say(f"the network lies in {shards.mesh.size(-1)} shares{', in main memory' if shards.offload else ''}; the tails' "
         f"copy: {merged or 'none'}")  # fmt: skip
     return Spreading(replace(ranks, in_step=True), shards)

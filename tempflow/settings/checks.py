@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from tempflow.common.errors import BadInput
 from tempflow.settings.fields import Config, RewardConfig
+from tempflow.settings.spread import ParallelConfig
+
+NODE = 8
+"""processes of a node where torchrun does not tell"""
 
 
 def group_size(config: Config) -> int:
@@ -70,3 +76,19 @@ def _check_batches(config: Config, ranks: int) -> None:
     if batches % learn.updates:
         hint = f"must divide the {batches} batches (trunks / learn.rows): an update takes whole forks with all siblings"
         raise BadInput("learn.updates", learn.updates, hint)
+
+
+def shard_count(parallel: ParallelConfig, ranks: int) -> int:
+    """Shares that a network is cut into.
+
+    Raises:
+        BadInput: nodes that do not fit evenly into the processes.
+    """
+    if parallel.shard == "none":
+        return 1
+    if parallel.shard == "full":
+        return ranks
+    node = parallel.per_node or int(os.environ.get("LOCAL_WORLD_SIZE", min(NODE, ranks)))
+    if ranks % node:
+        raise BadInput("parallel.per_node", node, f"must divide the {ranks} processes")
+    return node

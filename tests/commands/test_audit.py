@@ -6,9 +6,10 @@ import pytest
 
 from tempflow.__main__ import main
 
-ANSWER = {"dependencies": [{"name": "a", "version": "1", "vulns": [{"id": "X-1", "fix_versions": ["2"]}]},
-                           {"name": "b", "version": "1", "vulns": []}, {"name": "c", "skip_reason": "local"}]}  # fmt: skip
-CLEAN = {"dependencies": [{"name": "b", "version": "1", "vulns": []}]}
+FAULTY = {"name": "a", "version": "1", "vulns": [{"id": "X-1", "fix_versions": ["2"]}]}
+FINE = {"name": "b", "version": "1", "vulns": []}
+PASSED = {"name": "own", "skip_reason": "Dependency not found on PyPI"}
+ANSWER, CLEAN = {"dependencies": [FAULTY, FINE, PASSED]}, {"dependencies": [FINE, PASSED]}
 
 
 @pytest.fixture
@@ -35,12 +36,14 @@ def test_licences_are_listed(capsys):
 def test_faults_are_listed(auditor, capsys, answer, code, words):
     auditor(f"import sys\nprint({json.dumps(answer)!r})\nsys.exit({code})")
     assert main(["audit"]) == code
-    assert words in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert words in said.out and "own" in said.err, "what was passed over is told"
 
 
 @pytest.mark.parametrize(("program", "words"), [
     ("raise SystemExit('Traceback\\nConnectionError: no route')", "no route"),
     ("print('[]')", "no index answered"),
+    (f"print({json.dumps({'dependencies': [PASSED, PASSED]})!r})", "for any of 2 packages"),
     ("import time\ntime.sleep(60)", "within 2 s"),
 ])  # fmt: skip
 def test_no_answer_is_one_line(auditor, capsys, program, words):

@@ -15,8 +15,9 @@ from tempflow.forecast.words import Forecast
 from tempflow.method import read_method
 from tempflow.models.load import load_policy, load_skeleton
 from tempflow.parallel import ranks as processes
-from tempflow.parallel.shards import like, make_shards, put, shard_count
+from tempflow.parallel.shards import like, make_shards, put
 from tempflow.run.spreading import settle_copy
+from tempflow.settings.checks import shard_count
 from tempflow.settings.reading import load
 from tempflow.train import main
 
@@ -92,7 +93,7 @@ def one_process():
 
 
 def test_full_tensors_go_into_shares_and_back(one_process):
-    shards = make_shards(load([*SHARED]).parallel, one_process, torch.float32, None)
+    shards = make_shards(one_process, 1, False, torch.float32, None)
     module = torch.nn.Linear(3, 5)
     before = {name: value.detach().clone() for name, value in module.named_parameters()}
     shards.apply(module)
@@ -115,7 +116,7 @@ def test_families_compute_and_save_the_same_in_shares(tmp_path, cpu, one_process
     sample = tiny_pipelines.sample_config(name, None, tiny_pipelines.SIZE)
     found = []
     for copy in (None, "whole", "sharded"):
-        spread = copy and make_shards(load([*SHARED]).parallel, one_process, torch.bfloat16, copy)
+        spread = copy and make_shards(one_process, 1, False, torch.bfloat16, copy)
         torch.manual_seed(3)
         policy = load_policy(model, sample, cpu, spread=spread)
         latents, sigma = torch.randn(2, *policy.latent_shape), torch.full((2,), 0.5)

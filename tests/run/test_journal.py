@@ -139,9 +139,9 @@ def test_a_run_ends_when_its_time_is_up(journal, monkeypatch):
     step, evaluate = tempflow.train.train_step, it.evaluator.evaluate
 
     def tick(work, seconds):
-        def timed(*arguments, **named):
+        def timed(*arguments, **options):
             now[0] += seconds
-            return work(*arguments, **named)
+            return work(*arguments, **options)
 
         return timed
 

@@ -17,6 +17,7 @@ from tempflow.studies.analyze.advice import (
     choose_forks,
     choose_level,
     choose_siblings,
+    even_weights,
 )
 from tempflow.studies.analyze.measure import (
     Spread,
@@ -112,6 +113,15 @@ def test_even_noise_is_where_each_step_spreads_as_all_do_on_average():
     assert choose_even_levels([low, mid, high], mid) == (0.5, 1.5, 2.0)
 
 
+def test_even_weights_make_all_steps_pull_alike():
+    found = even_weights([0.002, 0.004, 0.001])
+    assert [weight * gradient for weight, gradient in zip(found, (0.002, 0.004, 0.001), strict=True)] == pytest.approx(
+        [found[0] * 0.002] * 3, rel=1e-3
+    )
+    assert sum(found) == pytest.approx(3, abs=1e-3)
+    assert even_weights([1.0, 0.0]) == pytest.approx([2 / 101, 200 / 101], abs=1e-4)
+
+
 def test_even_noise_makes_spreads_even():
     trainer = analyzed("sample.noise_level=[0.4,0.6,0.8,1.0]")
     spreads = [measure_spread(trainer, factor, 1) for factor in (0.5, 1.0, 1.5)]
@@ -137,6 +147,8 @@ def test_the_recommendation_stacks_and_costs_what_it_says(tmp_path):
         found = load([*stack, str(tmp_path / "recommended.yaml")])
         assert (found.explore.forks, found.explore.siblings) == (list(advice.forks), advice.siblings)
         assert (found.explore.window, found.sample.noise_level) == (1, advice.noise_level)
+        weighting = load([*stack, str(tmp_path / "even_gradients.yaml")]).objective.weighting
+        assert weighting == even_weights([step.gradient for step in steps])
         assert load([*stack, str(tmp_path / "even_noise.yaml")]).sample.noise_level == list(advice.even_levels)
 
 

@@ -8,6 +8,8 @@
    all that were measured.
 4. Even noise, a file of its own: for each step the level at which its reward spread would be the mean spread over steps
    at the level of rule 1, between the levels tried (as DenseGRPO, arXiv 2601.20218, calibrates noise per step).
+5. Even gradients, another file: weights of the loss in inverse proportion to each step's gradient at weight 1, with
+   mean 1, none larger than RANGE times the smallest.
 
 What this promises is fewer network rows a trunk for the variance that is kept, to be spent on more prompts. It does not
 promise a better model: that is what a study is for.
@@ -27,7 +29,7 @@ from tempflow.settings.fields import Config
 from tempflow.settings.reading import plain
 from tempflow.studies.analyze.measure import Spread, fork_rows, level_words
 
-VARIANCE, LOSS, SLACK, FEWEST = 0.9, 0.5, 0.05, 4
+VARIANCE, LOSS, SLACK, FEWEST, RANGE = 0.9, 0.5, 0.05, 4, 100.0
 """Rules of thumb, derived from nothing."""
 
 
@@ -126,6 +128,12 @@ def choose_even_levels(spreads: Sequence[Spread], chosen: Spread) -> tuple[float
     stds = torch.stack([spread.stds().double() for spread in spreads], 1).nan_to_num().cummax(1).values
     target = chosen.stds().nanmean().item()
     return tuple(round(float(np.interp(target, *pair)), 4) for pair in zip(stds.tolist(), levels.tolist(), strict=True))
+
+
+def even_weights(gradients: Sequence[float]) -> list[float]:
+    """Rule 5, from each step's norm; a list for objective.weighting."""
+    inverse = 1 / torch.tensor(gradients, dtype=torch.float64).clamp(min=max(gradients) / RANGE)
+    return [round(weight, 4) for weight in (inverse / inverse.mean()).tolist()]
 
 
 def trunk_rows(config: Config, schedule: NoiseSchedule, forks: Sequence[int], siblings: int) -> int:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import yaml
 
 from tempflow.common.files import write_atomically
-from tempflow.studies.analyze.advice import Advice
+from tempflow.studies.analyze.advice import Advice, even_weights
 from tempflow.studies.analyze.measure import Spread, StepFigures, correlation, level_words
 
 matplotlib.use("Agg")
@@ -50,7 +51,7 @@ class Analysis:
         return "\n".join([*lines, "", found, *levels, self.advice.describe()])
 
     def write(self, folder: Path) -> None:
-        """analysis.md, analysis.json, analysis.png, recommended.yaml and even_noise.yaml."""
+        """analysis.md, analysis.json, analysis.png, recommended.yaml, even_noise.yaml and even_gradients.yaml."""
         folder.mkdir(parents=True, exist_ok=True)
         levels = [{"level": s.level, "reward_mean": s.rewards.nanmean().item(), "reward_std": s.stds().tolist()}
                   for s in self.spreads]  # fmt: skip
@@ -61,6 +62,9 @@ class Analysis:
         write_atomically(folder / "analysis.md", (self.describe() + "\n").encode())
         write_atomically(folder / "recommended.yaml", self.advice.to_yaml().encode())
         write_atomically(folder / "even_noise.yaml", self.advice.even_yaml().encode())
+        weights = yaml.safe_dump({"objective": {"weighting": even_weights([step.gradient for step in self.steps])}})
+        head = "# Weights with which every step pulls alike, by the gradients that were measured.\n"
+        write_atomically(folder / "even_gradients.yaml", (head + weights).encode())
         write_atomically(folder / "analysis.png", draw(self))
 
 
