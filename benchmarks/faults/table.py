@@ -34,18 +34,18 @@ def killed_ranks(name: str, target: str, **more: object) -> Fault:
 
 
 KILLS = Room("Kills", (
-    killed("at a random moment", "any", tries=10),
+    killed("at a random moment", "any", tries=24),
     killed("while it is set up", "set-up"),
     killed("while it evaluates", "evaluation"),
     killed("while it saves", "saving", tries=3),
     Fault("SIGKILL of the command, at a random moment, imports included", Ends((KILLED,), lost=1), COMMAND, EACH, "any",
           send(KILL)),
-    killed_ranks("of torchrun and 2 ranks at once, at a random moment", "all", tries=4),
-    killed_ranks("of torchrun alone, at a random moment", "run", tries=2),
+    killed_ranks("of torchrun and 2 ranks at once, at a random moment", "all", tries=10),
+    killed_ranks("of torchrun alone, at a random moment", "run", tries=4),
     Fault("SIGKILL of torchrun alone in an iteration: its ranks do not go on", Ends((LEFT,), within=6), TWO,
           at="iteration 2", do=send(KILL)),
-    killed_ranks("of the first of 2 ranks, at a random moment", "rank0"),
-    killed_ranks("of the second of 2 ranks, at a random moment", "rank1"),
+    killed_ranks("of the first of 2 ranks, at a random moment", "rank0", tries=3),
+    killed_ranks("of the second of 2 ranks, at a random moment", "rank1", tries=3),
     Fault("SIGKILL of a rank, torchrun --max-restarts=3 run.resume=auto", Ends((0,), lost=1), RESTARTS, EACH,
           "iteration 4", send(KILL, "rank1")),
     Fault("SIGKILL of the torchrun command, at a random moment, imports included", Ends(ANY, lost=1),
