@@ -156,7 +156,7 @@ def _compare(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
 def _compare_optimizer(found: dict[str, Tensor], parameters: list[Parameter]) -> None:
     """Moments have their parameter's shape; scalars, and the scales and tables of 8-bit moments, have their own."""
     for name, tensor in found.items():
-        place, _, kind = name.partition(".")
+        place, kind = name.partition(".")[0], name.rpartition(".")[2]
         if not place.isdigit() or int(place) >= len(parameters):
             raise Unfit(f"the optimizer's {name} belongs to no parameter")
         own = parameters[int(place)].shape

@@ -13,7 +13,7 @@ from tempflow.parallel import ranks
 from tempflow.train import main
 
 
-class Joined(Exception):
+class Joined(BaseException):
     pass
 
 
