@@ -66,7 +66,8 @@ def train_step(trainer: Trainer, iteration: int) -> IterationRow:
         conditioning = policy.encode([prompt.text for prompt in prompts]).repeat(plan.noises)
         rollout = explore(policy, schedule, plan, draw, conditioning, learn.rows)
     policy.refresh_merged()
-    for branches in clock.over("tails", finish_branches(trainer.tails, rollout, schedule)):
+    alone = config.parallel.shard == "none"  # else all processes have to make as many calls of the network
+    for branches in clock.over("tails", finish_branches(trainer.tails, rollout, schedule, may_halve=alone)):
         trainer.scores.submit(branches, of_trunks)  # decoded and scored meanwhile
     with clock("wait"):
         shape = (len(trainer.tails), *rollout.branches.shape[:3])

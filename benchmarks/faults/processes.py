@@ -55,8 +55,11 @@ class Started:
         return self.code
 
     def process(self, target: str) -> int:
-        """The number of `run` (what the user started), `rank0` or `rank1`."""
-        return self.pid if target == "run" else int((self.folder / f"{target}.pid").read_text())
+        """The number of `run` (what the user started), `rank0` or `rank1`, which may have to begin first."""
+        path = self.folder / f"{target}.pid"
+        while target != "run" and not (path.exists() and path.read_text()) and self.poll() is None:
+            time.sleep(POLL)
+        return self.pid if target == "run" else int(path.read_text())
 
     def moments(self, rank: int = 0) -> list[str]:
         """What a rank has come to so far."""

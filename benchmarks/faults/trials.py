@@ -26,6 +26,8 @@ SETTINGS = ("explore.prompts=2", "explore.noises=2", "explore.siblings=3", "expl
 """A run of a few seconds: 4 trunks, 24 branches an iteration."""
 PLAIN = {"2 ranks, restarts": "2 ranks", "torchrun command": "2 ranks", "command": "one process"}
 """how a run goes on afterwards, where not as before"""
+DRAWS = 9
+"""of a random moment, until one lies within the run"""
 SLOWEST = 120.0
 """seconds after which an undisturbed run counts as hung"""
 
@@ -99,11 +101,11 @@ class Bench:
             if fault.at == "any":
                 self.duration(fault.way)
 
-    def moment(self, fault: Fault, trial: int) -> str:
+    def moment(self, fault: Fault, draw: str) -> str:
         """When the fault comes, a random moment drawn within the length of an undisturbed run."""
         if fault.at != "any":
             return fault.at
-        drawn = random.Random(f"{self.seed} {trial}").uniform(0, self.duration(fault.way))
+        drawn = random.Random(f"{self.seed} {draw}").uniform(0, self.duration(fault.way))
         return f"{drawn:.2f} s"
 
     def duration(self, way: str) -> float:
@@ -124,11 +126,27 @@ class Bench:
         return run
 
 
+class TooLate(Exception):
+    """The run was over when the moment drawn came."""
+
+
 def attempt(bench: Bench, room: str, fault: Fault, trial: int) -> Outcome:
-    """Tries a fault once."""
-    outcome = Outcome(room, fault.name, fault.way, trial)
+    """Tries a fault once; with another moment, where the run was over before."""
+    for again in range(DRAWS):
+        outcome = Outcome(room, fault.name, fault.way, trial, bench.moment(fault, f"{trial}.{again}"))
+        try:
+            return _attempt(bench, fault, outcome)
+        except TooLate:
+            continue
+    outcome.problems.append("the run was over before every moment that was drawn")
+    return outcome
+
+
+def _attempt(bench: Bench, fault: Fault, outcome: Outcome) -> Outcome:
+    trial = outcome.trial
     name = re.sub(r"\W+", "-", f"{fault.name} {trial}")
     home = bench.folder / "trials" / name
+    shutil.rmtree(home, ignore_errors=True)
     run = (_disk(home, fault.disk) if fault.disk else home) / "run"
     server = None
     try:
@@ -173,7 +191,6 @@ def _disturb(bench: Bench, fault: Fault, name: str, run: Path, server: Server | 
     if fault.prepared:
         shutil.copytree(bench.halted(fault.way), run)
         fault.prepared(run)
-    outcome.moment = bench.moment(fault, outcome.trial)
     parts = {"troubles": fault.troubles, "pause_at": fault.at if fault.do else None}
     started = WAYS[fault.way](bench.job(f"{name}/first", run, *settings, **parts))
     scene = Scene(run, started, lambda: WAYS[fault.way](bench.job(f"{name}/second", run, *settings)), server=server)
@@ -192,6 +209,8 @@ def _strike(fault: Fault, scene: Scene, outcome: Outcome) -> float:
             break
         time.sleep(POLL)
     struck = time.monotonic()
+    if fault.at == "any" and started.poll() is not None:
+        raise TooLate
     if fault.do and started.poll() is None:
         started.look()
         fault.do(scene)

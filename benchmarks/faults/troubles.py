@@ -98,11 +98,11 @@ def memory(rows: int) -> Trouble:
             if inside.iteration >= WHEN and torch.is_grad_enabled() is False and len(latents) > rows:
                 raise torch.OutOfMemoryError("out of memory: tried to allocate 20.00 GiB")
 
-        def watched(*arguments: Any) -> Iterator:
+        def watched(*arguments: Any, **named: Any) -> Iterator:
             velocity = PipelinePolicy.velocity
             before(PipelinePolicy, "velocity", lambda policy, latents, *_: exhausted(latents))
             try:
-                yield from finish_branches(*arguments)
+                yield from finish_branches(*arguments, **named)
             finally:
                 PipelinePolicy.velocity = velocity
 

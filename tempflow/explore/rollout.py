@@ -14,14 +14,16 @@ Axes: S forks, R rows (trunks), K siblings, B rows of a decision, V tails per br
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tempflow_kernels import transition_step
 from torch import Tensor
 
 from tempflow.common.draws import Draw
+from tempflow.common.say import say
 from tempflow.common.tensors import chunks, to_device
 from tempflow.explore.plan import Plan
 from tempflow.explore.schedule import NoiseSchedule, ode_step
@@ -169,18 +171,43 @@ def _after_window(steps: Tensor, window: int, schedule: NoiseSchedule) -> Tensor
 
 @torch.no_grad()
 def finish_branches(
-    tails: Sequence[TailEngine], rollout: Rollout, schedule: NoiseSchedule
+    tails: Sequence[TailEngine], rollout: Rollout, schedule: NoiseSchedule, may_halve: bool = False
 ) -> Iterator[FinishedBranches]:
-    """Carries every branch to its image, once with each of the V tails, chunk by chunk in the order they set out."""
+    """Carries every branch to its image, once with each of the V tails, chunk by chunk in the order they set out.
+
+    Args:
+        may_halve: where memory runs out, chunks have half the size from then on, once; not where processes have to
+            make as many calls of the network as one another.
+    """
     _, trunks, siblings = rollout.branches.shape[:3]
     states = rollout.branches.flatten(0, 2)
     first_steps = rollout.first_steps.flatten().repeat_interleave(siblings)
     order = torch.argsort(first_steps, stable=True)
     for tail, engine in enumerate(tails):
-        for part in chunks(len(order), engine.rows):
-            places = order[part]
+        begun = 0
+        while begun < len(order):
+            places = order[begun : begun + engine.rows]
             owners = places // siblings % trunks
             latents = states[to_device(places, states.device)]
             conditioning = rollout.conditioning.rows(to_device(owners, states.device))
-            engine.finish(latents, first_steps[places].tolist(), conditioning, schedule)
+            first = first_steps[places].tolist()
+            work = partial(engine.finish, latents, first, conditioning, schedule)
+            if not _fits(work, len(places), tails if may_halve else ()):
+                continue  # the same branches from where they set out, fewer at once
+            begun += len(places)
             yield FinishedBranches(latents, owners.tolist(), tail * len(order) + places)
+
+
+def _fits(work: Callable[[], None], size: int, tails: Sequence[TailEngine]) -> bool:
+    """Does the work of `size` branches; False where memory ran out and the chunks of `tails` have been halved."""
+    try:
+        work()
+    except torch.OutOfMemoryError:
+        halved = [engine.halve(size) for engine in tails]
+        if not halved or not all(halved):
+            raise
+        torch.cuda.empty_cache()
+        words = f"memory ran out in tails: {tails[0].rows} branches travel together from here on (tails.rows)"
+        say(f"warning: {words}", everywhere=True)
+        return False
+    return True

@@ -173,6 +173,33 @@ def test_branches_travel_in_the_order_in_which_they_set_out(toy):
     assert trunks == [place // plan.siblings % 6 for place in places.tolist()]
 
 
+def test_chunks_are_halved_once_where_memory_runs_out(toy, monkeypatch, capsys):
+    """The branches of the chunk that did not fit are carried again, all to the ends they would have had."""
+    schedule, plan, _ = forked(forks=[0, 3, 8])
+    rollout, velocity, room = explored(toy, schedule, plan), toy.velocity, 5
+
+    def short(latents, *arguments):
+        if len(latents) > room:
+            raise torch.OutOfMemoryError("tried to allocate 20 GiB")
+        return velocity(latents, *arguments)
+
+    def carried(**named):
+        engine = EagerEngine(toy, 10)
+        parts = list(finish_branches([engine], rollout, schedule, **named))
+        order = torch.argsort(torch.cat([part.places for part in parts]))
+        return engine.rows, torch.cat([part.latents for part in parts])[order]
+
+    _, expected = carried()
+    monkeypatch.setattr(toy, "velocity", short)
+    rows, found = carried(may_halve=True)
+    assert rows == 5 and torch.equal(found, expected) and "tails.rows" in capsys.readouterr().err
+    with pytest.raises(torch.OutOfMemoryError):
+        carried()
+    room = 2  # halves are too large, too
+    with pytest.raises(torch.OutOfMemoryError):
+        carried(may_halve=True)
+
+
 def test_decode_keeps_the_layout(toy):
     torch.manual_seed(4)
     latents = torch.randn(2, 3, 4, 2, 3)

@@ -65,6 +65,11 @@ class TailEngine(Protocol):
         """
         ...
 
+    def halve(self, tried: int) -> bool:
+        """After memory ran out with `tried` rows: half as many from now on; False where that was done before or would
+        not help."""
+        ...
+
 
 def tail_step(latents: Tensor, velocity: Tensor, now: Tensor, no_noise: Tensor, memory: Tensor | None) -> None:
     """One step of R branches, in place, without a host decision: a CUDA graph may hold it.
@@ -85,7 +90,7 @@ def tail_step(latents: Tensor, velocity: Tensor, now: Tensor, no_noise: Tensor, 
     latents.copy_(following)
 
 
-@dataclass(frozen=True)
+@dataclass
 class EagerEngine:
     """Plain network calls; branches that have not set out yet cost nothing, and where no branch takes guidance, a
     velocity costs one network row."""
@@ -95,6 +100,13 @@ class EagerEngine:
     solver: TailSolver = EXACT
     numerics: Numerics = nullcontext
     work: TailWork = field(default_factory=TailWork)
+    halved: bool = False
+
+    def halve(self, tried: int) -> bool:
+        if self.halved or tried == 1:
+            return False
+        self.rows, self.halved = tried // 2, True
+        return True
 
     @torch.no_grad()
     def finish(

@@ -81,6 +81,9 @@ class EngineAtFirstUse:
     ) -> None:
         self.engine.finish(latents, first_steps, conditioning, schedule)
 
+    def halve(self, tried: int) -> bool:
+        return self.engine.halve(tried)
+
 
 @dataclass(frozen=True)
 class Trial:

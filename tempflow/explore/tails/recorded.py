@@ -93,6 +93,9 @@ class StaticEngine:
     def __init__(self, store: BufferStore, solver: TailSolver = EXACT):
         self.store, self.rows, self.solver, self.work = store, store.rows, solver, TailWork()
 
+    def halve(self, tried: int) -> bool:
+        return False  # its buffers are there from the first call on, and keep their size
+
     @torch.no_grad()
     def finish(
         self, latents: Tensor, first_steps: Sequence[int], conditioning: Conditioning, schedule: NoiseSchedule
