@@ -21,6 +21,8 @@ import diffusers
 import torch
 from torch import Tensor
 
+from tempflow.models.load import FAMILIES
+
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 SD35_MEDIUM = {
@@ -178,8 +180,10 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 @contextmanager
 def random_texts(architecture: Architecture) -> Iterator[None]:
-    """Within this context the pipeline's `encode_prompt` gives random embeddings, a function of the text."""
-    pipeline = getattr(diffusers, architecture.pipeline)
+    """Within this context the pipeline needs no text encoders: `encode_prompt` gives random embeddings, a function of
+    the text."""
+    pipeline, family = getattr(diffusers, architecture.pipeline), FAMILIES[architecture.pipeline]
+    needed, family.optional_parts = family.optional_parts, tuple(TEXT_PARTS[architecture.pipeline])
     before, config = pipeline.encode_prompt, architecture.transformer
     shapes = (architecture.text_tokens, config["joint_attention_dim"]), (config["pooled_projection_dim"],)
 
@@ -201,4 +205,4 @@ def random_texts(architecture: Architecture) -> Iterator[None]:
     try:
         yield
     finally:
-        pipeline.encode_prompt = before
+        pipeline.encode_prompt, family.optional_parts = before, needed

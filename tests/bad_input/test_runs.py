@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+from long import mostly_long
 
 from tempflow.commands.train import main
 from tempflow.common.files import PACKAGE
@@ -34,7 +35,7 @@ def test_models(refused, tmp_path, name):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("part", ["transformer", "vae", "scheduler", "text_encoder"])
+@pytest.mark.parametrize("part", mostly_long(["transformer", "vae", "scheduler", "text_encoder"], 2))
 @pytest.mark.parametrize("content", ["", "[]", "{"], ids=["empty", "list", "cut"])
 def test_parts_of_models(refused, tmp_path, part, content):
     folder = tmp_path / "model"

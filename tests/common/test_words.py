@@ -23,6 +23,7 @@ def test_only_the_first_process_speaks(monkeypatch, capsys, rank, told):
         monkeypatch.delenv("RANK", raising=False)
     else:
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
     say("a word")
     captured = capsys.readouterr()
     assert (captured.out, captured.err) == ("", told) and is_first() == bool(told)

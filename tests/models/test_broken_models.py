@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from long import mostly_long
 from safetensors.torch import load_file, save_file
 
 from tempflow.common.errors import BadInput
@@ -72,7 +73,7 @@ def test_a_weight_that_the_precision_cannot_hold(folder):
     refused(folder, NAMES["vae"], "float16", vae_dtype="fp16")
 
 
-@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+@pytest.mark.parametrize("part", mostly_long(["transformer", "text_encoder"], 2))
 @pytest.mark.parametrize(
     ("edit", "words"),
     [
@@ -99,21 +100,24 @@ def test_older_files_with_constants_and_heads_still_load(folder):
 
 @pytest.mark.parametrize(
     ("entries", "words"),
-    [
-        ({"tokenizer": [None, None]}, "no tokenizer"),
-        ({"tokenizer_3": [None, None]}, "text_encoder_3, but no tokenizer_3"),
-        ({"vae": None}, "no vae"),
-        ({"vae": []}, "no vae"),
-        ({"text_encoder": [None, None]}, "no text_encoder"),
-        ({"scheduler": ["diffusers"]}, "['diffusers'] as scheduler"),
-        ({"transformer": ["diffusers", "AutoencoderKL"]}, "transformer is a AutoencoderKL"),
-        ({"text_encoder": ["transformers", "CLIPTextModel"]}, "text_encoder is a CLIPTextModel"),
-        ({"vae": ["diffusers", "NoSuchClass"]}, "NoSuchClass"),
-        ({"vae": ["my_code", "Decoder"]}, "only classes of diffusers and transformers"),
-        ({"../x": ["diffusers", "AutoencoderKL"]}, "../x"),
-        ({"_class_name": ["my_pipeline", "Mine"]}, "names no pipeline class"),
-        ({"auto_map": {"AutoModel": "mine.Mine"}}, "names code to run (auto_map)"),
-    ],
+    mostly_long(
+        [
+            ({"tokenizer": [None, None]}, "no tokenizer"),
+            ({"tokenizer_3": [None, None]}, "text_encoder_3, but no tokenizer_3"),
+            ({"vae": None}, "no vae"),
+            ({"vae": []}, "no vae"),
+            ({"text_encoder": [None, None]}, "no text_encoder"),
+            ({"scheduler": ["diffusers"]}, "['diffusers'] as scheduler"),
+            ({"transformer": ["diffusers", "AutoencoderKL"]}, "transformer is a AutoencoderKL"),
+            ({"text_encoder": ["transformers", "CLIPTextModel"]}, "text_encoder is a CLIPTextModel"),
+            ({"vae": ["diffusers", "NoSuchClass"]}, "NoSuchClass"),
+            ({"vae": ["my_code", "Decoder"]}, "only classes of diffusers and transformers"),
+            ({"../x": ["diffusers", "AutoencoderKL"]}, "../x"),
+            ({"_class_name": ["my_pipeline", "Mine"]}, "names no pipeline class"),
+            ({"auto_map": {"AutoModel": "mine.Mine"}}, "names code to run (auto_map)"),
+        ],
+        4,
+    ),
 )
 def test_an_index_of_parts_that_cannot_be(folder, entries, words):
     edit_json(folder / "model_index.json", **entries)
@@ -122,22 +126,29 @@ def test_an_index_of_parts_that_cannot_be(folder, entries, words):
 
 @pytest.mark.parametrize(
     ("file", "entries", "words"),
-    [
-        ("vae/config.json", {"scaling_factor": None}, "scaling_factor=None"),
-        ("vae/config.json", {"scaling_factor": float("nan")}, "scaling_factor=nan"),
-        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor=0"),
-        ("vae/config.json", {"shift_factor": "much"}, "shift_factor=much"),
-        ("vae/config.json", {"block_out_channels": None}, "does not load"),
-        ("vae/config.json", {"latent_channels": 3}, "has shape"),
-        ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "does not load"),
-        ("scheduler/scheduler_config.json", {"shift": float("nan")}, "sigmas"),
-        ("scheduler/scheduler_config.json", {"shift": 0}, "sigmas"),
-        ("transformer/config.json", {"in_channels": None}, "does not load"),
-        ("transformer/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised"),
-        ("transformer/config.json", {"auto_map": {"AutoModel": "mine.Mine"}}, "transformer/config.json names code"),
-        ("text_encoder/config.json", {"auto_map": {"AutoModel": "mine.Mine"}}, "text_encoder/config.json names code"),
-        ("tokenizer/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}, "names code"),
-    ],
+    mostly_long(
+        [
+            ("vae/config.json", {"scaling_factor": None}, "scaling_factor=None"),
+            ("vae/config.json", {"scaling_factor": float("nan")}, "scaling_factor=nan"),
+            ("vae/config.json", {"scaling_factor": 0}, "scaling_factor=0"),
+            ("vae/config.json", {"shift_factor": "much"}, "shift_factor=much"),
+            ("vae/config.json", {"block_out_channels": None}, "does not load"),
+            ("vae/config.json", {"latent_channels": 3}, "has shape"),
+            ("scheduler/scheduler_config.json", {"num_train_timesteps": 0}, "does not load"),
+            ("scheduler/scheduler_config.json", {"shift": float("nan")}, "sigmas"),
+            ("scheduler/scheduler_config.json", {"shift": 0}, "sigmas"),
+            ("transformer/config.json", {"in_channels": None}, "does not load"),
+            ("transformer/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, "quantised"),
+            ("transformer/config.json", {"auto_map": {"AutoModel": "mine.Mine"}}, "transformer/config.json names code"),
+            (
+                "text_encoder/config.json",
+                {"auto_map": {"AutoModel": "mine.Mine"}},
+                "text_encoder/config.json names code",
+            ),
+            ("tokenizer/tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["mine.Mine", None]}}, "names code"),
+        ],
+        4,
+    ),
 )
 def test_configurations_that_make_no_model(folder, file, entries, words):
     edit_json(folder / file, **entries)
@@ -179,7 +190,7 @@ def test_pickles_beside_weights_are_not_read(folder, trap):
     assert not trap.exists()
 
 
-@pytest.mark.parametrize("part", WEIGHTS)
+@pytest.mark.parametrize("part", mostly_long(WEIGHTS, 3))
 def test_pickles_in_place_of_weights_are_not_read(folder, trap, part):
     """With an index that names one, which the libraries would follow, and without."""
     (folder / part / f"{WEIGHTS[part]}.safetensors").unlink()

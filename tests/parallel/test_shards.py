@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import tiny_pipelines
 import torch
+from long import mostly_long
 from safetensors.torch import load_file
 
 from tempflow.common.errors import BadInput
@@ -108,7 +109,7 @@ def test_full_tensors_go_into_shares_and_back(one_process):
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])
-@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+@pytest.mark.parametrize("name", mostly_long(["flux", "qwen_image"], 2))
 def test_families_compute_and_save_the_same_in_shares(tmp_path, cpu, one_process, name, train):
     """Velocity, reference, merged copy and files in bf16, on one process."""
     folder = tiny_pipelines.save(name, tmp_path / name)

@@ -17,7 +17,7 @@ MAY_CHANGE_ON_RESUME = {
     "tails.autotune", "tails.compile_vae",
     "reward.rows", "reward.overlap", "reward.hacking_drop", "reward.hacking_stop", "reward.servers", "reward.batch",
     "reward.requests", "reward.timeout", "reward.patience", "reward.token_file",
-    "run.noise", "run.grace", "learn.noise", "learn.skip_limit", "parallel.shard", "parallel.per_node",
+    "run.noise", "learn.noise", "learn.skip_limit", "parallel.shard", "parallel.per_node",
     "parallel.offload", "parallel.merged", "parallel.gpu_gib", "parallel.ranks",
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ from rollout_cases import forked
 
 from tempflow.commands import tails as tails_command
 from tempflow.common.errors import BadInput
+from tempflow.common.files import checksum
 from tempflow.explore.tails import choose
 from tempflow.explore.tails import levels as tail_levels
 from tempflow.explore.tails.choose import choose_engines, measure_rows, prepare_weights
@@ -19,6 +20,7 @@ from tempflow.explore.tails.recorded import StaticEngine
 from tempflow.explore.tails.solver import EXACT, TailSolver
 from tempflow.records.rows import read_metrics
 from tempflow.run.assembly import set_up
+from tempflow.run.checkpoint import INDEX
 from tempflow.settings.fields import TailConfig
 from tempflow.settings.reading import load
 from tempflow.studies.tails import rank_correlations
@@ -219,6 +221,8 @@ def test_a_run_records_chunks_and_waste_and_resumes(tmp_path, capsys):
     saved = json.loads(state.read_text())
     saved["progress"]["tail_rows"] = 5
     state.write_text(json.dumps(saved))
+    index = state.with_name(INDEX)
+    index.write_text(json.dumps(json.loads(index.read_text()) | {state.name: checksum(state)}))
     capsys.readouterr()
     assert main([*arguments, "run.resume=true", "tails.level=eager", "tails.check=true"]) == 0
     told = capsys.readouterr().err
