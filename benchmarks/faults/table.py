@@ -175,7 +175,8 @@ NUMBERS = Room("Numbers and memory", (
           troubles=(troubles.not_a_number(range(3, 99)),)),
     Fault("the network gives NaN", Ends((HALTED,), "finite|NaN", lost=9), settings=EACH, then=FINISHED,
           troubles=(troubles.velocity_not_a_number(),)),
-    Fault("memory is short once in tails", Ends((0,), "memory ran out"), troubles=(troubles.memory(12),), then=FINISHED),
+    Fault("memory is short once in tails", Ends((0,), "memory ran out"), troubles=(troubles.memory(12),),
+          then=FINISHED),
     Fault("memory is short in tails of any size", Ends((HALTED,), "memory.*saved"), troubles=(troubles.memory(0),)),
 ))  # fmt: skip
 

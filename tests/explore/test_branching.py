@@ -203,7 +203,7 @@ def test_chunks_are_halved_once_where_memory_runs_out(toy, monkeypatch, capsys):
 def test_decode_keeps_the_layout(toy):
     torch.manual_seed(4)
     latents = torch.randn(2, 3, 4, 2, 3)
-    images = decode_branches(toy, latents, 5)
+    images = decode_branches(toy, latents, 5).images
     assert images.shape == (2, 3, 4, 3, 2, 3) and images.dtype == torch.uint8
     assert torch.equal(images[1, 2, 3], toy.decode(latents[1, 2, 3:])[0])
 
