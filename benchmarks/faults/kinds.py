@@ -66,7 +66,7 @@ class Fault:
     """by default nothing is saved but because of the fault"""
     at: str = "iteration 3"
     """the moment of the first rank: `set-up`, `iteration 3`, `evaluation`, `saving`, `start`, so many seconds such as
-    `2 s`, or `any`, drawn at random"""
+    `2 s`; or drawn at random: `any` of its life, `loop`, from the first iteration on"""
     do: Callable[[Scene], None] | None = None
     """what is then done from outside"""
     troubles: tuple[Trouble, ...] = ()
@@ -80,6 +80,8 @@ class Fault:
     then: str = EQUAL
     disk: int = 0
     """size of a small disk for the run, MiB; 0: no disk of its own"""
+    environment: tuple[tuple[str, str], ...] = ()
+    """variables that the user sets"""
     tries: int = 1
     """how often it is tried in one round of the table"""
 

@@ -16,6 +16,8 @@ WRONG, HALTED, STOPPED, KILLED = 2, 75, 130, 137
 LEFT = 130
 """of a rank whose torchrun is gone"""
 ANY = ()
+STORE_ANEW = (("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1"),)
+"""Else torchrun keeps one store over restarts, in which a new rank may find where an old one listened."""
 TWO, RESTARTS, COMMAND, TORCHRUN = "2 ranks", "2 ranks, restarts", "command", "torchrun command"
 EACH = ("run.save_every=1",)
 """a checkpoint after each iteration"""
@@ -27,27 +29,29 @@ def killed(name: str, at: str, **more: object) -> Fault:
     return Fault(f"SIGKILL {name}", Ends((KILLED,), lost=1), at=at, do=send(KILL), settings=EACH, **more)
 
 
-def killed_ranks(name: str, target: str, **more: object) -> Fault:
+def killed_ranks(name: str, target: str, at: str = "loop", **more: object) -> Fault:
     ends = Ends(ANY, within=30, lost=1)
     do = deeds.kill_all if target == "all" else send(KILL, target)
-    return Fault(f"SIGKILL {name}", ends, TWO, at="any", do=do, settings=EACH, **more)
+    return Fault(f"SIGKILL {name}", ends, TWO, at=at, do=do, settings=EACH, **more)
 
 
 KILLS = Room("Kills", (
-    killed("at a random moment", "any", tries=24),
+    killed("at a random moment of its life", "any", tries=6),
+    killed("at a random moment of its loop", "loop", tries=24),
     killed("while it is set up", "set-up"),
     killed("while it evaluates", "evaluation"),
     killed("while it saves", "saving", tries=3),
     Fault("SIGKILL of the command, at a random moment, imports included", Ends((KILLED,), lost=1), COMMAND, EACH, "any",
           send(KILL)),
-    killed_ranks("of torchrun and 2 ranks at once, at a random moment", "all", tries=10),
-    killed_ranks("of torchrun alone, at a random moment", "run", tries=4),
+    killed_ranks("of torchrun and 2 ranks at once, at a random moment of their life", "all", "any", tries=4),
+    killed_ranks("of torchrun and 2 ranks at once, at a random moment of their loop", "all", tries=12),
+    killed_ranks("of torchrun alone, at a random moment of the loop", "run", tries=4),
     Fault("SIGKILL of torchrun alone in an iteration: its ranks do not go on", Ends((LEFT,)), TWO,
           at="iteration 2", do=send(KILL)),
-    killed_ranks("of the first of 2 ranks, at a random moment", "rank0", tries=3),
-    killed_ranks("of the second of 2 ranks, at a random moment", "rank1", tries=3),
+    killed_ranks("of the first of 2 ranks, at a random moment of the loop", "rank0", tries=3),
+    killed_ranks("of the second of 2 ranks, at a random moment of the loop", "rank1", tries=3),
     Fault("SIGKILL of a rank, torchrun --max-restarts=3 run.resume=auto", Ends((0,), lost=1), RESTARTS, EACH,
-          "iteration 4", send(KILL, "rank1")),
+          "iteration 4", send(KILL, "rank1"), environment=STORE_ANEW),
     Fault("SIGKILL of the torchrun command, at a random moment, imports included", Ends(ANY, lost=1),
           TORCHRUN, EACH, "any", send(KILL)),
 ))  # fmt: skip

@@ -18,7 +18,11 @@ from faults.processes import POLL, Started, warm_up
 from faults.results import differences, traceback_in, words
 from faults.servers import SCORER, Server
 
-ITERATIONS = 6
+ITERATIONS, FIRST = 6, "iteration 1"
+RANDOM = {"any": "", "loop": f"{FIRST} + "}
+"""moments drawn at random, and from when on they count"""
+IMPORTS = 12.0
+"""seconds of imports, about"""
 SETTINGS = ("explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]", "sample.steps=5",
             "learn.rows=2", "learn.lr_schedule=constant", "eval.prompts=4", "eval.steps=4", "eval.pictures=2",
             "eval.every=3", "learn.ema_every=1", f"reward.name={SCORER}", "run.trackers=[]", "run.device=cpu",
@@ -45,12 +49,16 @@ class Outcome:
     line: str = ""
     seconds: float = 0.0
     """from the fault to the end of the last process"""
+    bound: float = 0.0
+    """what they must not exceed"""
     begun: int = 0
     """iterations begun before the end"""
     saved: int | None = None
     """iterations done where the run went on; None where it did not"""
     lost: int | None = None
     """iterations lost beyond the one in flight"""
+    allowed: int = 0
+    """how many may be lost so"""
     after: str = ""
     """what the run came to afterwards"""
     problems: list[str] = field(default_factory=list)
@@ -62,7 +70,7 @@ class Bench:
 
     def __init__(self, folder: Path, seed: int):
         self.folder, self.seed = folder, seed
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, dict[str, float]] = {}
         torch.set_num_threads(1)
         warm_up(self.job("undisturbed/first", self.folder / "undisturbed" / "one process" / "run", "run.save_every=1"))
 
@@ -98,31 +106,34 @@ class Bench:
             self.undisturbed(fault.way)
             if fault.prepared:
                 self.halted(fault.way)
-            if fault.at == "any":
-                self.duration(fault.way)
+            if fault.at in RANDOM:
+                self.duration(fault.way, fault.at)
 
     def moment(self, fault: Fault, draw: str) -> str:
         """When the fault comes, a random moment drawn within the length of an undisturbed run."""
-        if fault.at != "any":
+        if fault.at not in RANDOM:
             return fault.at
-        drawn = random.Random(f"{self.seed} {draw}").uniform(0, self.duration(fault.way))
-        return f"{drawn:.2f} s"
+        drawn = random.Random(f"{self.seed} {draw}").uniform(0, self.duration(fault.way, fault.at))
+        return f"{RANDOM[fault.at]}{drawn:.2f} s"
 
-    def duration(self, way: str) -> float:
-        """Seconds of an undisturbed run, imports included where there are any."""
-        way = PLAIN.get(way, way)
-        if way not in self.seconds:
-            self._made(way, "timed", f"learn.iterations={ITERATIONS}", "run.save_every=1")
-        return self.seconds[way] + (12.0 if "command" in way else 0.0)
+    def duration(self, way: str, part: str) -> float:
+        """Seconds of an undisturbed run, imports included where there are any, or of its loop."""
+        plain = PLAIN.get(way, way)
+        if plain not in self.seconds:
+            self._made(plain, "timed", f"learn.iterations={ITERATIONS}", "run.save_every=1")
+        return self.seconds[plain][part] + (IMPORTS if "command" in way and part == "any" else 0.0)
 
     def _made(self, way: str, kind: str, *more: str) -> Path:
         run = self.folder / kind / way / "run"
         if not run.exists():
             started = WAYS[way](self.job(f"{kind}/{way}/logs", run, *more))
+            _wait_for(FIRST, started)
+            first = time.monotonic()
             if started.wait(started.began + SLOWEST) != 0:
                 started.kill()
                 raise RuntimeError("\n".join(words(started.folder)[-3:]))
-            self.seconds.setdefault(way, time.monotonic() - started.began)
+            now = time.monotonic()
+            self.seconds.setdefault(way, {"any": now - started.began, "loop": now - first})
         return run
 
 
@@ -191,7 +202,8 @@ def _disturb(bench: Bench, fault: Fault, name: str, run: Path, server: Server | 
     if fault.prepared:
         shutil.copytree(bench.halted(fault.way), run)
         fault.prepared(run)
-    parts = {"troubles": fault.troubles, "pause_at": fault.at if fault.do else None}
+    parts = {"troubles": fault.troubles, "pause_at": fault.at if fault.do else None,
+             "environment": dict(fault.environment)}  # fmt: skip
     started = WAYS[fault.way](bench.job(f"{name}/first", run, *settings, **parts))
     scene = Scene(run, started, lambda: WAYS[fault.way](bench.job(f"{name}/second", run, *settings)), server=server)
     struck = _strike(fault, scene, outcome)
@@ -199,17 +211,25 @@ def _disturb(bench: Bench, fault: Fault, name: str, run: Path, server: Server | 
     return scene
 
 
+def _wait_for(moment: str, started: Started) -> None:
+    """Until the first rank has come to it, or the run is over."""
+    while moment not in ("", "start", *started.moments()) and started.poll() is None:
+        if time.monotonic() > started.began + SLOWEST:
+            return
+        time.sleep(POLL)
+
+
 def _strike(fault: Fault, scene: Scene, outcome: Outcome) -> float:
     """Waits for the moment and does what the fault does; returns when that was."""
     started, moment = scene.started, outcome.moment
-    wait = float(moment.removesuffix(" s")) if moment.endswith(" s") else None
-    limit = started.began + (SLOWEST if wait is None else wait)
+    name, _, after = moment.rpartition(" + ") if moment.endswith(" s") else (moment, "", "0 s")
+    _wait_for(name, started)
+    limit = (time.monotonic() if name else started.began) + float(after.removesuffix(" s"))
     while time.monotonic() < limit and started.poll() is None:
-        if wait is None and (moment == "start" or moment in started.moments()):
-            break
         time.sleep(POLL)
     struck = time.monotonic()
-    if fault.at == "any" and started.poll() is not None:
+    if fault.at in RANDOM and (started.poll() is not None or (started.folder / "rank0.code").exists()):
+        started.kill()
         raise TooLate
     if fault.do and started.poll() is None:
         started.look()
@@ -221,7 +241,8 @@ def _await_end(fault: Fault, scene: Scene, struck: float, outcome: Outcome) -> N
     """Waits until no process is left, and holds their ends against what must hold."""
     processes = [scene.started, *scene.others]
     going_on = 0 in fault.ends.codes or scene.others
-    limit = struck + fault.ends.within + (SLOWEST if going_on else 0)
+    outcome.bound, outcome.allowed = fault.ends.within + (SLOWEST if going_on else 0), fault.ends.lost
+    limit = struck + outcome.bound
     ended = {id(each): each.wait(limit) for each in processes}
     while any(each.living() for each in processes) and time.monotonic() < limit:
         time.sleep(POLL)

@@ -140,9 +140,9 @@ def test_the_averaged_parameters_are_evaluated_and_saved(tmp_path, monkeypatch):
 
     seen, evaluate = [], Evaluator.evaluate
 
-    def watching(self):
+    def watching(self, **options):
         seen.append({name: value.detach().clone() for name, value in self.policy.trainable().items()})
-        return evaluate(self)
+        return evaluate(self, **options)
 
     monkeypatch.setattr(Evaluator, "evaluate", watching)
     assert main([*SMALL, f"run.dir={tmp_path / 'run'}", "run.trackers=[]", "learn.iterations=2",

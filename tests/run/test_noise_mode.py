@@ -7,8 +7,10 @@ import tempflow_kernels
 import torch
 
 from tempflow.common.errors import BadInput
+from tempflow.common.files import checksum
 from tempflow.parallel.ranks import Ranks
 from tempflow.run import assembly
+from tempflow.run.checkpoint import INDEX
 from tempflow.run.noise_mode import VARIABLE, choose_mode, settle_mode
 from tempflow.settings.reading import read_values
 from tempflow.train import main
@@ -46,6 +48,12 @@ def test_another_mode_than_the_checkpoints_is_said_in_a_line(capsys, setting, sa
     assert (line.count("\n") == 1 and "run.noise" in line and saved in line) if said else not line
 
 
+def sign_anew(file):
+    """Puts the checksum of a checkpoint's file into its index."""
+    index = file.with_name(INDEX)
+    index.write_text(json.dumps(json.loads(index.read_text()) | {file.name: checksum(file)}))
+
+
 def test_fast_noise_on_a_cpu_is_refused(tmp_path, capsys):
     assert main([*SMALL, f"run.dir={tmp_path / 'run'}", "run.noise=fast"]) == 2
     assert "run.noise" in capsys.readouterr().err.splitlines()[-1] and not (tmp_path / "run").exists()
@@ -75,6 +83,7 @@ def test_the_mode_is_set_before_anything_is_drawn_and_kept(tmp_path, monkeypatch
     assert saved["progress"]["noise"] == "exact"
     saved["progress"]["noise"] = "fast"
     state.write_text(json.dumps(saved))
+    sign_anew(state)
     seen, settle = [], assembly.settle_mode
     monkeypatch.setattr(assembly, "settle_mode", lambda *given: (seen.append(given[:2]), settle(*given))[1])
     assert main([*SMALL, f"run.dir={folder}", "run.resume=true", "learn.iterations=2"]) == 0
@@ -90,6 +99,7 @@ def test_a_checkpoint_that_does_not_say_was_learnt_with_exact_noise(tmp_path, mo
     saved = json.loads(state.read_text())
     del saved["progress"]["noise"]
     state.write_text(json.dumps(saved))
+    sign_anew(state)
     seen, settle = [], assembly.settle_mode
     monkeypatch.setattr(assembly, "settle_mode", lambda *given: (seen.append(given[:2]), settle(*given))[1])
     assert main([*SMALL, f"run.dir={folder}", "run.resume=true", "learn.iterations=2"]) == 0
