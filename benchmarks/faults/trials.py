@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterable
@@ -30,6 +31,7 @@ SETTINGS = ("explore.prompts=2", "explore.noises=2", "explore.siblings=3", "expl
 """A run of a few seconds: 4 trunks, 24 branches an iteration."""
 PLAIN = {"2 ranks, restarts": "2 ranks", "torchrun command": "2 ranks", "command": "one process"}
 """how a run goes on afterwards, where not as before"""
+KILLED = 128 + signal.SIGKILL
 DRAWS = 9
 """of a random moment, until one lies within the run"""
 SLOWEST = 120.0
@@ -263,7 +265,8 @@ def _judge(fault: Fault, scene: Scene, judged: Started, outcome: Outcome) -> Non
     said, code = words(judged.folder), rank_code(judged)
     outcome.code = code
     fitting = [line for line in said if re.search(fault.ends.words, line, re.IGNORECASE)]
-    outcome.line = (fitting or said or [""])[-1].removeprefix("tempflow: ").replace(f"{scene.run.parent}/", "")
+    told = fitting if fault.ends.words or code not in (0, KILLED, None) else []  # else nothing is expected to be said
+    outcome.line = (told or [""])[-1].removeprefix("tempflow: ").replace(f"{scene.run.parent}/", "")
     outcome.begun = _last_iteration(judged)
     if fault.ends.codes and code not in fault.ends.codes:
         outcome.problems.append(f"exit code {code}, expected {' or '.join(map(str, fault.ends.codes))}")
