@@ -27,8 +27,9 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from faults import report, table
+from faults.bench import Bench
 from faults.kinds import Fault
-from faults.trials import Bench, Outcome, attempt
+from faults.trials import Outcome, attempt
 from importable import ROOT
 
 

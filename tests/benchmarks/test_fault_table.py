@@ -12,12 +12,12 @@ from faults.table import ROOMS, chosen
 from importable import ROOT
 from safetensors.torch import save_file
 
-SHORT = ("SIGTERM in an iteration", "raises KeyError", "a second process on the folder")
+SHORT = ("SIGTERM in an iteration", "a second process on the folder")
 
 
 def begin():
-    command = [sys.executable, ROOT / "benchmarks" / "fault_table.py", "--minutes", "0", "--once", "--only",
-               "|".join(SHORT), "--folder", "{folder}"]  # fmt: skip
+    command = [sys.executable, ROOT / "benchmarks" / "fault_table.py", "--minutes", "0", "--once", "--jobs", "2",
+               "--only", "|".join(SHORT), "--folder", "{folder}"]  # fmt: skip
     return Beside(command)
 
 
@@ -28,7 +28,7 @@ def test_runs_survive_a_few_faults(begun):
         rows = list(csv.DictReader(file))
     assert len(rows) == len(SHORT) and {row["problems"] for row in rows} == {""}
     assert {row["after"] for row in rows} == {"equal"} and {row["lost"] for row in rows} == {"0"}
-    assert all(float(row["seconds"]) < 15 or row["code"] == "0" for row in rows) and rows[1]["line"]
+    assert all(float(row["seconds"]) <= float(row["bound"]) and row["line"] for row in rows)
     assert (begun.folder / "faults.md").read_text().count("| 1 of 1 |") == len(SHORT)
 
 
