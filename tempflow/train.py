@@ -66,8 +66,7 @@ def train_step(trainer: Trainer, iteration: int) -> IterationRow:
         conditioning = policy.encode([prompt.text for prompt in prompts]).repeat(plan.noises)
         rollout = explore(policy, schedule, plan, draw, conditioning, learn.rows)
     policy.refresh_merged()
-    alone = config.parallel.shard == "none"  # else all processes have to make as many calls of the network
-    for branches in clock.over("tails", finish_branches(trainer.tails, rollout, schedule, may_halve=alone)):
+    for branches in clock.over("tails", finish_branches(trainer.tails, rollout, schedule, may_halve=not ranks.in_step)):
         trainer.scores.submit(branches, of_trunks)  # decoded and scored meanwhile
     with clock("wait"):
         shape = (len(trainer.tails), *rollout.branches.shape[:3])
@@ -157,8 +156,8 @@ def run(config: Config) -> int:
         journal.finish()
         return DONE
     except KeyboardInterrupt as error:
-        say(str(error) if journal else f"{error or 'SIGINT'}: stopped before the first iteration; begin again, with "
-            "run.resume=auto if run.dir is there")  # fmt: skip
+        before = "stopped before the first iteration; begin again, with run.resume=auto if run.dir is there"
+        say(str(error) if journal else f"{str(error) or 'SIGINT'}: {before}")
         return STOPPED
     except BadInput as error:  # before the loop every process meets the same mistake
         say(str(error))

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from tempflow.common.errors import BadInput
+from tempflow.common.stopping import STOPPED, WRONG
 
-INTERRUPTED = 130
-"""128 + SIGINT, as shells count."""
 CUT_OFF = 141
 """128 + SIGPIPE: whoever read the output has gone."""
 
@@ -36,14 +35,14 @@ def end(work: Callable[[], int], interrupted: str = "interrupted") -> int:
         return code
     except BadInput as error:
         print(f"tempflow: {error}", file=sys.stderr)
-        return 2
+        return WRONG
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
         return CUT_OFF
     except OSError as error:
         line = BadInput("file", error.filename, f"cannot be used ({error.strerror or error})")
         print(f"tempflow: {line}", file=sys.stderr)
-        return 2
+        return WRONG
     except KeyboardInterrupt:
         print(f"tempflow: {interrupted}", file=sys.stderr)
-        return INTERRUPTED
+        return STOPPED

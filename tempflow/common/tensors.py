@@ -1,11 +1,11 @@
-"""From host to device without waiting, and from shares to a whole."""
+"""From host to device without waiting, from shares to a whole, and the blocks that networks repeat."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def to_device(values: Tensor, device: torch.device | str) -> Tensor:
@@ -13,6 +13,11 @@ def to_device(values: Tensor, device: torch.device | str) -> Tensor:
     if torch.device(device).type != "cuda":
         return values.to(device)
     return values.pin_memory().to(device, non_blocking=True)
+
+
+def repeated_blocks(network: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer, in order."""
+    return [block for part in network.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -116,7 +115,7 @@ class TextRows:
             return None
         for name in nonfinite(row):
             problem = f"its {name} holds NaN or infinity"
-            print(f"tempflow: {self._file(text)} is not used ({problem}); encoding its text again", file=sys.stderr)
+            say(f"{self._file(text)} is not used ({problem}); encoding its text again", everywhere=True)
             return None
         return row
 

@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tempflow.common.tensors import repeated_blocks
 from tempflow.parallel.ranks import Ranks, backend_of
 
 
@@ -52,7 +53,7 @@ class Shards:
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         pinned = self.device.type == "cuda"
         offload = CPUOffloadPolicy(pin_memory=pinned) if self.offload else OffloadPolicy()
-        for part in (*blocks(module), module):
+        for part in (*repeated_blocks(module), module):
             if widen:
                 _widen(part)
             fully_shard(part, mesh=self.mesh, reshard_after_forward=True, mp_policy=self._precision(),
@@ -62,11 +63,6 @@ class Shards:
         if self.dtype == torch.float32:
             return MixedPrecisionPolicy(cast_forward_inputs=False)
         return MixedPrecisionPolicy(self.dtype, torch.float32, cast_forward_inputs=False)
-
-
-def blocks(module: nn.Module) -> list[nn.Module]:
-    """The repeated blocks of a transformer."""
-    return [block for part in module.children() if isinstance(part, nn.ModuleList) for block in part]
 
 
 @torch.no_grad()

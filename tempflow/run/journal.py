@@ -161,7 +161,7 @@ class Journal:
             with suppress(RuntimeError):
                 self.ranks.wait()
         if isinstance(error, KeyboardInterrupt):
-            return Stopped(f"{error or 'SIGINT'}: {told}")
+            return Stopped(f"{str(error) or 'SIGINT'}: {told}")
         if isinstance(error, BadInput) and not self.progress.iteration:
             return error
         field, value, hint = as_line(error)

@@ -281,27 +281,6 @@ def test_a_pickled_lora_is_not_read(tmp_path):
     assert not made.exists()
 
 
-def test_a_cached_text_of_no_numbers_is_encoded_again(tmp_path, capfd):
-    policy = load(PACKAGE / "digits" / "pipeline", text_cache=str(tmp_path))
-    expected = policy.encode(["two red fives"]).tensors
-    for file in tmp_path.iterdir():
-        row = load_file(file)
-        save_file({name: tensor.fill_(float("nan")) for name, tensor in row.items()}, file)
-    found = load(PACKAGE / "digits" / "pipeline", text_cache=str(tmp_path)).encode(["two red fives"]).tensors
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert "holds NaN or infinity" in capfd.readouterr().err
-
-
-def test_a_cached_text_of_another_shape_is_refused(tmp_path):
-    policy = load(PACKAGE / "digits" / "pipeline", text_cache=str(tmp_path))
-    policy.encode(["one"])
-    (file,) = (file for file in tmp_path.iterdir())
-    save_file({name: tensor[:, :1].clone() for name, tensor in load_file(file).items()}, file)
-    again = load(PACKAGE / "digits" / "pipeline", text_cache=str(tmp_path))
-    with pytest.raises(BadInput, match=r"model\.text_cache=.*shapes"):
-        again.encode(["two", "one"])
-
-
 def test_a_light_decoder_of_no_numbers(folder):
     edit_weights(folder, "vae", lambda tensors: tensors[NAMES["vae"]].fill_(float("nan")))
     policy = load(PACKAGE / "digits" / "pipeline")

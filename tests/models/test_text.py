@@ -12,6 +12,7 @@ from tiny_pipelines import BUILDERS, TEXT_TOKENS, TEXTS, model_config, sample_co
 from tempflow.common.errors import BadInput
 from tempflow.models import text as text_module
 from tempflow.models.load import load_policy
+from tempflow.settings.fields import ModelConfig, SampleConfig
 
 
 def count_calls(policy):
@@ -132,3 +133,30 @@ def test_encoders_are_on_the_device_only_while_they_work(load_tiny):
     policy.encode(["one", "two"])
     policy.encode(["one"])
     assert moves == ["meta"] * 3 + ["one", "two"] + ["cpu"] * 3
+
+
+def cached_policy(folder):
+    """The shipped pipeline, with a text cache."""
+    config = ModelConfig(text_tokens=16, text_cache=str(folder))
+    return load_policy(config, SampleConfig(), torch.device("cpu"))
+
+
+def test_a_cached_text_of_no_numbers_is_encoded_again(tmp_path, capfd):
+    policy = cached_policy(tmp_path)
+    expected = policy.encode(["two red fives"]).tensors
+    for file in tmp_path.iterdir():
+        row = load_file(file)
+        save_file({name: tensor.fill_(float("nan")) for name, tensor in row.items()}, file)
+    found = cached_policy(tmp_path).encode(["two red fives"]).tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert "holds NaN or infinity" in capfd.readouterr().err
+
+
+def test_a_cached_text_of_another_shape_is_refused(tmp_path):
+    policy = cached_policy(tmp_path)
+    policy.encode(["one"])
+    (file,) = (file for file in tmp_path.iterdir())
+    save_file({name: tensor[:, :1].clone() for name, tensor in load_file(file).items()}, file)
+    again = cached_policy(tmp_path)
+    with pytest.raises(BadInput, match=r"model\.text_cache=.*shapes"):
+        again.encode(["two", "one"])

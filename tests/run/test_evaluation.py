@@ -115,7 +115,7 @@ def test_a_missing_opinion_leaves_the_others_of_a_prompt(toy, schedule):
 
 def test_noises_of_evaluation_do_not_depend_on_the_run_seed(tmp_path):
     """Runs of two run seeds begin from the same scores; another eval.seed gives others."""
-    from run.test_train import SMALL
+    from small_runs import SMALL
 
     from tempflow.run.hacking import read_scores
 
@@ -135,8 +135,8 @@ def test_held_out_prompts_are_spread_over_their_file(tmp_path):
 
 def test_the_averaged_parameters_are_evaluated_and_saved(tmp_path, monkeypatch):
     """With an average that hardly moves, evaluation and the shipped adapters stay what they were."""
-    from run.test_train import SMALL
     from safetensors.torch import load_file
+    from small_runs import SMALL
 
     seen, evaluate = [], Evaluator.evaluate
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tempflow.common.errors import BadInput
 from tempflow.common.precision import DTYPES
-from tempflow.common.tensors import gather
+from tempflow.common.tensors import gather, repeated_blocks
 from tempflow.models.network.adapters import (
     adapted_layers,
     adapter_state,
@@ -139,8 +139,7 @@ class TrainedNetwork:
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks of the network that `forward` uses in the present context."""
-        lists = [part for part in self.active.children() if isinstance(part, nn.ModuleList)]
-        return [block for blocks in lists for block in blocks]
+        return repeated_blocks(self.active)
 
     def quantise_merged(self, smallest: int) -> str:
         """Turns large linear layers of the merged copy to fp8; says which.

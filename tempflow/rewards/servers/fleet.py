@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import math
 import random
-import sys
 import threading
 import time
 import uuid
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from tempflow.common.errors import BadInput
+from tempflow.common.say import say
 from tempflow.common.tensors import chunks
 from tempflow.prompts import Prompt
 from tempflow.rewards.servers import wire
@@ -72,7 +72,7 @@ class Server:
         """Leaves the server out until a health check says otherwise."""
         self.fault = fault
         if self.well:
-            print(f"tempflow: {self.url} is left out for now ({fault})", file=sys.stderr)
+            say(f"{self.url} is left out for now ({fault})", everywhere=True)
         if self.well or self.asking is not None:
             self.failures += 1
         self.well = False
@@ -186,7 +186,7 @@ class Fleet:
                     raise Fault(f"{response.status} {response.reason}")
                 names = read_json(await _read(response, 2**20))["scorers"]
             if server.failures:
-                print(f"tempflow: {server.url} is taken back", file=sys.stderr)
+                say(f"{server.url} is taken back", everywhere=True)
             server.scorers, server.well = frozenset(map(str, names)), True
         except (Fault, aiohttp.ClientError, OSError, ValueError, KeyError, TypeError) as error:
             server.failed(_words(error, seconds))
