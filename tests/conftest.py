@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: as many threads as cores in all
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import random
 import zlib
 from collections.abc import Callable, Iterator, Sequence

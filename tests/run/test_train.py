@@ -176,7 +176,7 @@ WRONG_INPUT = [
     (["objective.weighting=[1.0]"], "objective.weighting", "give 4 numbers"),
     (["sample.transition=cps", "objective.kl_divisor=diffusion"], "objective.kl_divisor", "std"),
     (["run.dir={folder}/empty.txt"], "run.dir", "exists already"),
-    (["run.dir={folder}/" + 300 * "x"], "run.dir", "cannot be used"),
+    (["run.dir={folder}/" + 300 * "x"], "run.dir", "cannot be looked at"),
     (["learn.rows=3"], "learn.rows", "divide the 4 trunks"),
     (["learn.updates=3"], "learn.updates", "divide the 2 batches"),
     (["reward.name=bad_scorers:nan"], "reward.name", "NaN"),

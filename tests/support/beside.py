@@ -1,5 +1,8 @@
 """Tests that wait for long work of another process: it begins with the session, and they come last.
 
+Where several workers share the tests (`pytest -n 2`) they come first instead, and the work begins when it is waited
+for: the other workers are what runs beside it.
+
 def begin() -> Beside: ...
 def test_it(begun): done = begun.wait()
 test_it.begin = begin
@@ -33,13 +36,17 @@ def _begins(item):
     return getattr(getattr(item, "function", None), "begin", None)
 
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: _begins(item) is not None)
+def _is_worker(config):
+    return hasattr(config, "workerinput")
+
+
+def pytest_collection_modifyitems(config, items):
+    items.sort(key=lambda item: (_begins(item) is not None) != _is_worker(config))
 
 
 def pytest_collection_finish(session):
     session.config.stash[BEGUN] = {}
-    if not session.config.option.collectonly:
+    if not session.config.option.collectonly and not _is_worker(session.config):
         session.config.stash[BEGUN] |= {item.nodeid: begin() for item in session.items if (begin := _begins(item))}
 
 
@@ -53,4 +60,7 @@ def pytest_sessionfinish(session):
 @pytest.fixture
 def begun(request):
     """What this test's `begin` has begun."""
-    return request.config.stash[BEGUN][request.node.nodeid]
+    all_begun = request.config.stash[BEGUN]
+    if request.node.nodeid not in all_begun:
+        all_begun[request.node.nodeid] = _begins(request.node)()
+    return all_begun[request.node.nodeid]

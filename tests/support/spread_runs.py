@@ -71,7 +71,7 @@ class Records:
 
         def decoding(*arguments):
             images = decode(*arguments)
-            self.keep("images", images)
+            self.keep("images", images.images)
             return images
 
         trainer.scores.submit, trainer.scores._decode = submitting, decoding
