@@ -90,11 +90,13 @@ class Keeper:
             together: all processes are here.
             problem: why it may not be saved, if it may not.
         """
-        failed = self._attempt(self.saver.wait)
+        failed, in_step = self._attempt(self.saver.wait), self.trainer.ranks.in_step
+        if in_step and not together:
+            problem = problem or "the network lies in shares of processes that are no longer all here"
         refused = isinstance(error, Halted) and self._steps_begun <= 1  # of one step, which was not taken
         settled = self.settled or (refused and not self.trainer.stepper.average.exchanging)
         work = None
-        if progress.iteration > self.saved and settled and not problem and (together or not self.trainer.ranks.in_step):
+        if progress.iteration > self.saved and settled and not problem:
             work, problem = self._try_to_prepare(progress)
         if work is not None:
             problem = self._attempt(work)

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from tempflow import train
 from tempflow.commands.train import main
-from tempflow.common.stopping import HALTED, STOPPED, STOPPING
+from tempflow.common.stopping import HALTED, STOPPED, STOPPING, leave_with_parent
 from tempflow.records.rows import read_metrics
-from tempflow.run import checkpoint
+from tempflow.run import checkpoint, keeping
 from tempflow.run.checkpoint import checkpoints
 
 SMALL = ["digits", "explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]",
@@ -126,6 +126,20 @@ def test_a_failure_amid_updates_goes_back_to_the_last_checkpoint(tmp_path, monke
     goes_on_as_if_nothing_had_been(tmp_path / "run", undisturbed)
 
 
+def test_what_others_hold_shares_of_is_not_saved_by_one_alone(tmp_path, monkeypatch, capsys, undisturbed):
+    """It would wait for them, who may be gone."""
+
+    def fail(_):
+        raise RuntimeError("the connection is gone")
+
+    with monkeypatch.context() as patch:
+        at(patch, 3, fail)
+        patch.setattr(keeping, "take", lambda *_, **__: pytest.fail("all processes would have to gather this"))
+        assert run(tmp_path / "run", "parallel.shard=full", "parallel.merged=whole") == HALTED
+    printed = capsys.readouterr().err
+    assert "iteration 3 could not be saved" in printed and "shares" in printed and not saved(tmp_path / "run")
+
+
 def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path, monkeypatch, capsys, undisturbed):
     real = checkpoint._save_tensors
 
@@ -142,6 +156,25 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path, monkeypa
     goes_on_as_if_nothing_had_been(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "report.png"])
+def test_a_file_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch, capsys, undisturbed, name):
+    """A folder has taken its place, and goes away before the run goes on."""
+    place, aside = tmp_path / "run" / name, tmp_path / "aside"
+
+    def block(_):
+        place.rename(aside)
+        place.mkdir()
+
+    with monkeypatch.context() as patch:
+        at(patch, 2, block)
+        assert run(tmp_path / "run", "run.save_every=1") == HALTED
+    printed = capsys.readouterr().err
+    assert name in printed and "Traceback" not in printed and 2 in saved(tmp_path / "run")
+    place.rmdir()
+    aside.rename(place)
+    goes_on_as_if_nothing_had_been(tmp_path / "run", undisturbed)
+
+
 def test_killed_amid_an_iteration_it_goes_on_bit_for_bit(tmp_path, undisturbed):
     folder = tmp_path / "run"
     root = Path(__file__).parents[2]
@@ -153,6 +186,24 @@ def test_killed_amid_an_iteration_it_goes_on_bit_for_bit(tmp_path, undisturbed):
     began.wait()
     assert 1 <= json.loads((folder / "saved.json").read_text())["iteration"] <= 4
     goes_on_as_if_nothing_had_been(folder, undisturbed)
+
+
+def test_a_rank_is_told_when_torchrun_is_gone(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    (heard, said), (ready, told) = os.pipe(), os.pipe()
+    torchrun = os.fork()
+    if not torchrun:
+        if os.fork():
+            os.read(ready, 1)
+            os._exit(0)
+        signal.signal(signal.SIGTERM, lambda *_: (os.write(said, b"SIGTERM"), os._exit(0)))
+        leave_with_parent()
+        os.write(told, b"x")
+        time.sleep(60)
+        os._exit(1)
+    os.waitpid(torchrun, 0)
+    os.close(said)
+    assert os.read(heard, 9) == b"SIGTERM"
 
 
 def test_nobody_is_asked_to_stop_by_what_came_before():
