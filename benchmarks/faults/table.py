@@ -198,8 +198,11 @@ RANKS = Room("Ranks", (
 SHARED = Room("A network in shares", (
     killed_ranks("of torchrun and 2 ranks with shares, at a random moment of their loop", "all", way=SHARES, tries=3),
     killed_ranks("of the second of 2 ranks with shares, at a random moment of the loop", "rank1", way=SHARES),
-    Fault("SIGTERM to torchrun, ranks with shares", Ends((STOPPED,), "resume", within=25), SHARES, do=send(TERM)),
-    Fault("the scorer of the second of 2 ranks with shares raises RuntimeError", Ends((HALTED,), SCORE_REFUSED), SHARES,
+    Fault("SIGTERM to torchrun, ranks with shares", Ends((STOPPED,), "resume", within=60), SHARES, do=send(TERM)),
+    Fault("SIGTERM to torchrun, ranks with shares, each iteration saved", Ends((STOPPED,), "resume", within=60), SHARES,
+          EACH, do=send(TERM)),
+    Fault("the scorer of the second of 2 ranks with shares raises RuntimeError",
+          Ends((HALTED,), SCORE_REFUSED, within=60), SHARES,
           troubles=(troubles.scorer(troubles.raises(ERRORS[0]), rank=1),)),
 ))  # fmt: skip
 

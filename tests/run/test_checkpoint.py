@@ -215,6 +215,9 @@ def test_what_the_saving_thread_meets_is_raised_where_it_is_waited_for():
     with pytest.raises(OSError, match="No space"):
         saver.wait()
     saver.wait()
+    saver.start(fail)
+    with pytest.raises(OSError, match="No space"):
+        saver.start(lambda: None)
     saver.close()
 
 
