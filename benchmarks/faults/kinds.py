@@ -10,7 +10,9 @@ from pathlib import Path
 from faults.child import Job, Trouble
 from faults.processes import RANK, Started, alone, several, typed
 
-SHARES = ("model.train=full", "parallel.shard=full", "parallel.merged=sharded")
+SHARES = ("model.train=full", "parallel.shard=full", "parallel.merged=sharded", "explore.noises=1",
+          "explore.siblings=2", "explore.forks=[0]", "sample.steps=3", "learn.rows=1", "eval.prompts=2",
+          "eval.steps=2")  # fmt: skip
 WAYS: dict[str, Callable[[Job], Started]] = {
     "one process": alone,
     "2 ranks": several,

@@ -13,6 +13,7 @@ import torch
 
 from tempflow.common.errors import Halted, OneLine
 from tempflow.common.files import on_disk
+from tempflow.common.say import say
 from tempflow.records.figures import draw_report
 from tempflow.run import checkpoint
 from tempflow.run.folder import METRICS, note_saved, write_settings
@@ -170,6 +171,8 @@ class Keeper:
             export(self.folder)
         now = time.monotonic()
         if now - self._drawn >= SELDOM * self._drawing:
-            draw_report(self.folder)
+            problem = self._attempt(lambda: draw_report(self.folder))
+            if problem:  # what was learnt is saved, and the report can be drawn at any time
+                say(f"warning: {problem}; later, python -m tempflow report {self.folder} draws it")
             self._drawn = time.monotonic()
             self._drawing = self._drawn - now

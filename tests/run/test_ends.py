@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from tempflow import train
+from tempflow.__main__ import main as commands
 from tempflow.commands.train import main
-from tempflow.common.stopping import HALTED, STOPPED, STOPPING, leave_with_parent
+from tempflow.common.stopping import DONE, HALTED, STOPPED, STOPPING, leave_with_parent
 from tempflow.records.rows import read_metrics
 from tempflow.run import checkpoint, keeping
 from tempflow.run.checkpoint import checkpoints
@@ -156,23 +157,37 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path, monkeypa
     goes_on_as_if_nothing_had_been(tmp_path / "run", undisturbed)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "report.png"])
-def test_a_file_that_cannot_be_written_loses_nothing(tmp_path, monkeypatch, capsys, undisturbed, name):
-    """A folder has taken its place, and goes away before the run goes on."""
-    place, aside = tmp_path / "run" / name, tmp_path / "aside"
+def blocked(place, aside):
+    """A folder takes the place of a file."""
 
     def block(_):
         place.rename(aside)
         place.mkdir()
 
+    return block
+
+
+def test_metrics_that_cannot_be_written_lose_nothing(tmp_path, monkeypatch, capsys, undisturbed):
+    place, aside = tmp_path / "run" / "metrics.jsonl", tmp_path / "aside"
     with monkeypatch.context() as patch:
-        at(patch, 2, block)
+        at(patch, 2, blocked(place, aside))
         assert run(tmp_path / "run", "run.save_every=1") == HALTED
     printed = capsys.readouterr().err
-    assert name in printed and "Traceback" not in printed and 2 in saved(tmp_path / "run")
+    assert place.name in printed and "Traceback" not in printed and 2 in saved(tmp_path / "run")
     place.rmdir()
     aside.rename(place)
     goes_on_as_if_nothing_had_been(tmp_path / "run", undisturbed)
+
+
+def test_a_report_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, capsys):
+    """A run is not given up for a picture, which can be drawn later."""
+    place = tmp_path / "run" / "report.png"
+    at(monkeypatch, 2, blocked(place, tmp_path / "aside"))
+    assert run(tmp_path / "run", "run.save_every=1") == DONE and 4 in saved(tmp_path / "run")
+    printed = capsys.readouterr().err
+    assert "warning" in printed and "report.png cannot be written" in printed and "Traceback" not in printed
+    place.rmdir()
+    assert commands(["report", str(tmp_path / "run")]) == 0 and place.is_file()
 
 
 def test_killed_amid_an_iteration_it_goes_on_bit_for_bit(tmp_path, undisturbed):
