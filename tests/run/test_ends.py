@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from tempflow import train
 from tempflow.__main__ import main as commands
 from tempflow.commands.train import main
-from tempflow.common.stopping import DONE, HALTED, STOPPED, STOPPING, leave_with_parent
+from tempflow.common import stopping
+from tempflow.common.stopping import DONE, HALTED, STOPPED, STOPPING, Stopped, leave_with_parent
 from tempflow.records.rows import read_metrics
 from tempflow.run import checkpoint, keeping
 from tempflow.run.checkpoint import checkpoints
@@ -219,6 +220,34 @@ def test_a_rank_is_told_when_torchrun_is_gone(monkeypatch):
     os.waitpid(torchrun, 0)
     os.close(said)
     assert os.read(heard, 9) == b"SIGTERM"
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """What the process would have said before it ended at once."""
+    words = []
+    monkeypatch.setattr(stopping, "end_now", words.append)
+    return words
+
+
+def test_the_second_signal_ends_at_once_and_one_delivered_twice_is_one(monkeypatch, ended):
+    monkeypatch.setattr(stopping, "TWICE", 1.0)
+    with STOPPING.listening(), STOPPING.finishing(60.0, lambda: True):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert STOPPING.asked_by == "SIGINT" and not ended
+        time.sleep(1.1)
+        signal.raise_signal(signal.SIGTERM)
+    assert len(ended) == 1 and "SIGTERM" in ended[0]
+
+
+def test_after_the_time_of_grace_what_is_written_to_is_not_left(monkeypatch, ended):
+    monkeypatch.setattr(stopping, "AGAIN", 0.05)
+    written_to = [True, True, False]
+    with pytest.raises(Stopped), STOPPING.listening(), STOPPING.finishing(0.05, lambda: not written_to.pop(0)):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
+    assert not written_to
 
 
 def test_nobody_is_asked_to_stop_by_what_came_before():
