@@ -194,6 +194,19 @@ def test_shares_are_gathered_by_all_or_by_nobody(tmp_path, monkeypatch, due):
     assert len(gathered) == due
 
 
+@pytest.mark.parametrize("steps", [1, 2])
+def test_half_of_an_iterations_steps_are_not_saved(tmp_path, steps):
+    """A step that was refused has moved nothing; one before it in the same iteration has."""
+    trainer, _ = make_trainer(small(*SETTINGS), panel_of((tilt,), (1.0,)))
+    keeper, prepared = keeping.Keeper(trainer, tmp_path), []
+    keeper._prepared = prepared.append
+    keeper.mark(Progress(3))
+    for _ in range(steps):
+        trainer.stepper.optimizer.step()
+    keeper.rescue(Progress(3), False, "", Halted("learn.skip_limit", 1, "not finite"))
+    assert len(prepared) == (steps == 1)
+
+
 def test_a_scorer_that_fails_saves_what_was_learnt(journal):
     it = journal()
     it.open(Progress())
