@@ -9,8 +9,11 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from tempflow.common.errors import Halted, OneLine
 from tempflow.common.files import on_disk
+from tempflow.common.say import say
 from tempflow.records.figures import draw_report
 from tempflow.run import checkpoint
 from tempflow.run.folder import METRICS, note_saved, write_settings
@@ -90,19 +93,26 @@ class Keeper:
             together: all processes are here.
             problem: why it may not be saved, if it may not.
         """
-        failed = self._attempt(self.saver.wait)
+        failed, in_step = self._attempt(self.saver.wait), self.trainer.ranks.in_step
+        if in_step and not together:
+            problem = problem or "the network lies in shares of processes that are no longer all here"
         refused = isinstance(error, Halted) and self._steps_begun <= 1  # of one step, which was not taken
         settled = self.settled or (refused and not self.trainer.stepper.average.exchanging)
-        work = None
-        if progress.iteration > self.saved and settled and not problem and (together or not self.trainer.ranks.in_step):
-            work, problem = self._try_to_prepare(progress)
+        due = progress.iteration > self.saved and settled and not problem
+        work, trouble = self._try_to_prepare(progress, due, in_step and together)
         if work is not None:
-            problem = self._attempt(work)
-        return self._told(progress, problem or failed)
+            trouble = self._attempt(work)
+        return self._told(progress, problem or trouble or failed)
 
-    def _try_to_prepare(self, progress: Progress) -> tuple[Callable[[], None] | None, str]:
+    def _try_to_prepare(self, progress: Progress, due: bool, as_first: bool) -> tuple[Callable[[], None] | None, str]:
+        """
+        Args:
+            as_first: all processes do as the first, which alone knows what is on the disk.
+        """
         try:
-            return self._prepared(progress), ""
+            if as_first:
+                due = bool(self.trainer.ranks.gather(torch.tensor([int(due)]), 0)[0])
+            return (self._prepared(progress) if due else None), ""
         except (RuntimeError, OSError, MemoryError) as error:  # a device that answers no more
             return None, str(error).partition("\n")[0]
 
@@ -161,6 +171,8 @@ class Keeper:
             export(self.folder)
         now = time.monotonic()
         if now - self._drawn >= SELDOM * self._drawing:
-            draw_report(self.folder)
+            problem = self._attempt(lambda: draw_report(self.folder))
+            if problem:  # what was learnt is saved, and the report can be drawn at any time
+                say(f"warning: {problem}; later, python -m tempflow report {self.folder} draws it")
             self._drawn = time.monotonic()
             self._drawing = self._drawn - now
