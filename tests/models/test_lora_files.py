@@ -100,5 +100,5 @@ def test_loras_of_another_kind_are_refused(tiny, load_tiny, tmp_path, kind):
 def test_a_lora_of_a_hub_that_does_not_answer_is_one_line(tiny, monkeypatch):
     """Whatever the error is that the hub's client has for it."""
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(BadInput, match="model.lora=nowhere/none: the LoRA does not load"):
+    with pytest.raises(BadInput, match=r"model\.lora=nowhere/none: the LoRA does not load"):
         load_skeleton(model_config(tiny("flux"), "flux", lora="nowhere/none"), sample_config("flux"))

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from tempflow.settings.fields import Config
 from tempflow.settings.help import help_text
 from tempflow.settings.reading import changeable_fields, field_names, load, presets, to_yaml
 
