@@ -12,6 +12,7 @@ from tempflow.credit.decoding import check_lost
 from tempflow.parallel import ranks as processes
 from tempflow.parallel.environment import read_place
 from tempflow.prompts import Prompt
+from tempflow.trained.output import make_folder
 from tempflow.trained.pictures import Album
 from tempflow.trained.sampling import Sampler, load_sampler, places_of
 from tempflow.trained.source import Choice, Member, Source, check_choice, members
@@ -37,6 +38,7 @@ def draw(
     about = {"run" if source.folder else "stack": str(source.folder or source.name), "seed": seed,
              "steps": config.eval.steps, "guidance": config.sample.guidance, "base": config.model.path,
              "lora": config.model.lora}  # fmt: skip
+    make_folder(folder)
     album = Album(folder, prompts, noises, about)
     for member in members(source, choice):
         sampler.loaded.place(member.run)

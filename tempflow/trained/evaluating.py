@@ -16,6 +16,7 @@ from tempflow.parallel import ranks as processes
 from tempflow.prompts import Prompt, read_prompts
 from tempflow.run.assembly import held_out_prompts
 from tempflow.settings.checks import longest_wait
+from tempflow.trained.output import make_folder
 from tempflow.trained.sampling import load_sampler, places_of
 from tempflow.trained.scoring import load_jury, score
 from tempflow.trained.source import Choice, Source, check_choice, members, settle
@@ -50,7 +51,7 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """`scores.csv`, a row per model, prompt, noise and scorer, and `summary.json`, the table with its settings."""
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         write_atomically(folder / SCORES, self.scored.to_csv().encode())
         write_atomically(folder / SUMMARY, to_json(self.scored, self.about).encode())
 

@@ -24,3 +24,15 @@ def output_folder(given: str | None, default: Path, force: bool) -> Path:
             raise BadInput("--output", given, "holds files already; choose another, or --force writes over them")
     check_makeable("--output", folder)
     return folder
+
+
+def make_folder(folder: Path) -> None:
+    """Makes it where there is none.
+
+    Raises:
+        BadInput: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput("--output", folder, f"cannot be made ({error.strerror}); choose another") from error

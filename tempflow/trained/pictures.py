@@ -60,7 +60,6 @@ class Album:
         """Writes a picture, (H, W, 3) uint8."""
         prompt, picture = self.prompts[slot], Image.fromarray(image)
         name = f"{slot:03d}-{slug(prompt.text)}-{noise}-{slug(member.label)}.png"
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / name, png(picture))
         self.entries.append({"file": name, "prompt": prompt.text, "slot": slot, "noise": noise, **member.describe()})
         if member.label not in self.models:

@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
+import torch
 from scipy import stats
 from torch import Tensor
 
+from tempflow.credit.advantage import known_mean
 from tempflow.prompts import Prompt
 from tempflow.trained.source import Member
 
@@ -59,22 +60,15 @@ def kind_of(prompt: Prompt) -> str:
     return next((str(prompt.metadata[name]) for name in KINDS if name in prompt.metadata), "")
 
 
-def estimate(by_prompt: np.ndarray) -> Estimate:
-    """Of (n,) float64 values, NaN where there is none."""
-    known = by_prompt[~np.isnan(by_prompt)]
+def estimate(by_prompt: Tensor) -> Estimate:
+    """Of (n,) values, NaN where there is none; the mean is the one that a run tells of such scores, to the bit."""
+    known = by_prompt[~by_prompt.isnan()]
     count = len(known)
-    mean = float(known.mean()) if count else math.nan
-    error = float(stats.sem(known)) if count > 1 else math.nan
+    mean = known_mean(by_prompt)
+    error = float(stats.sem(known.double().numpy())) if count > 1 else math.nan
     half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1)) * error if count > 1 else math.nan
+    mean = math.nan if mean is None else mean
     return Estimate(mean, error, mean - half, mean + half, count)
-
-
-def averaged(pictures: np.ndarray) -> np.ndarray:
-    """(n, N) scores of pictures -> (n,) means over noises, of those that are known."""
-    known = ~np.isnan(pictures)
-    count = known.sum(1)
-    sums = np.where(known, pictures, 0.0).sum(1)
-    return np.where(count > 0, sums / np.maximum(count, 1), math.nan)
 
 
 @dataclass(frozen=True)
@@ -90,23 +84,25 @@ class Scored:
     baseline: int | None
     """which member the others are compared with"""
 
-    def scores(self, member: int, scorer: int) -> np.ndarray:
-        """(n, N) float64."""
-        return self.tables[member][scorer].double().numpy().reshape(len(self.prompts), -1)
+    def scores(self, member: int, scorer: int) -> Tensor:
+        """(n, N) fp32."""
+        return self.tables[member][scorer].view(len(self.prompts), -1)
 
     def lines(self) -> list[Line]:
         """By scorer, kind and model; all prompts first."""
         kinds = [kind_of(prompt) for prompt in self.prompts]
         named = list(dict.fromkeys(filter(None, kinds)))
-        groups = {ALL: np.ones(len(kinds), dtype=bool)} | {kind: np.array([k == kind for k in kinds]) for kind in named}
+        groups = {ALL: torch.ones(len(kinds), dtype=torch.bool)}
+        groups |= {kind: torch.tensor([each == kind for each in kinds]) for kind in named}
         return [self._line(scorer, group, where, member) for scorer in range(len(self.names))
                 for group, where in groups.items() for member in range(len(self.members))]  # fmt: skip
 
-    def _line(self, scorer: int, kind: str, where: np.ndarray, member: int) -> Line:
+    def _line(self, scorer: int, kind: str, where: Tensor, member: int) -> Line:
         own, difference = self.scores(member, scorer)[where], None
         if self.baseline is not None and member != self.baseline:
-            difference = estimate(averaged(own - self.scores(self.baseline, scorer)[where]))
-        return Line(self.names[scorer], kind, self.members[member].label, estimate(averaged(own)), difference)
+            apart = own.double() - self.scores(self.baseline, scorer)[where]
+            difference = estimate(apart.nanmean(1))
+        return Line(self.names[scorer], kind, self.members[member].label, estimate(own.nanmean(1)), difference)
 
     def missing(self) -> int:
         """How many opinions are missing."""
@@ -120,12 +116,12 @@ class Scored:
         for place, member in enumerate(self.members):
             run = member.run
             head = [member.label, "" if run is None else run.iteration, "" if run is None else run.weights]
-            tables = [self.scores(place, scorer) for scorer in range(len(self.names))]
+            tables = [self.scores(place, scorer).tolist() for scorer in range(len(self.names))]
             for slot, prompt in enumerate(self.prompts):
-                for noise in range(tables[0].shape[1]):
-                    values = [table[slot, noise] for table in tables]
+                for noise in range(len(tables[0][slot])):
+                    values = [table[slot][noise] for table in tables]
                     writer.writerows([*head, slot, prompt.text, kind_of(prompt), noise, name,
-                                      "" if math.isnan(value) else float(value)]
+                                      "" if math.isnan(value) else value]
                                      for name, value in zip(self.names, values, strict=True))  # fmt: skip
         return buffer.getvalue()
 
