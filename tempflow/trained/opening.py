@@ -182,11 +182,17 @@ def load_trained(
 
 
 def load_untrained(
-    config: Config, device: torch.device, keep_reference: bool = False, spread: Spread | None = None
-) -> Loaded:
-    """The policy of settings before any training, with `model.lora` if there is one."""
+    config: Config, device: torch.device, keep_reference: bool = False, spread: Spread | None = None,
+    slowest: Callable[[Tensor], Tensor] | None = None,
+) -> Loaded:  # fmt: skip
+    """The policy of settings before any training, with `model.lora` if there is one.
+
+    Args:
+        keep_reference, spread: as `load_trained`.
+        slowest: the largest of each number over all processes, by which these choose the same attention.
+    """
     model = replace(config.model, gradient_checkpointing=False)
-    policy = load_policy(model, config.sample, device, keep_reference, config.learn.rows, spread=spread)
+    policy = load_policy(model, config.sample, device, keep_reference, config.learn.rows, slowest, spread)
     return Loaded(policy, gather(policy.trainable()))
 
 
