@@ -142,17 +142,32 @@ def arrange(changes: Changes, module: nn.Module, layout: Layout) -> Changes:
     Raises:
         BadInput: a layer that has no place in the layout.
     """
-    if not layout.stacked:
-        return dict(changes)
-    places = {part: whole for whole, parts in layout.stacked.items() for part in parts}
     found: dict[str, tuple[str, ...]] = {}
     for name in changes:
-        pattern, number = _pattern(name)
-        if pattern not in places:
-            raise BadInput("model.lora_targets", name, "the authors' files have no layer for it; take --to diffusers")
-        whole = places[pattern]
-        found[whole.format(number)] = tuple(part.format(number) for part in layout.stacked[whole])
+        whole, number = _place(name, layout)
+        found[whole.format(number)] = tuple(part.format(number) for part in layout.stacked.get(whole, (whole,)))
     return {whole: _stacked(parts, changes, module, layout.shift_first) for whole, parts in found.items()}
+
+
+def place_of(name: str, layout: Layout) -> str:
+    """The layer of a layout that holds a layer of diffusers.
+
+    Raises:
+        BadInput: it has no place in the layout.
+    """
+    whole, number = _place(name, layout)
+    return whole.format(number)
+
+
+def _place(name: str, layout: Layout) -> tuple[str, str]:
+    """The layout's layer, `{}` for the number of its block, and that number."""
+    if not layout.stacked:
+        return name, ""
+    pattern, number = _pattern(name)
+    found = next((whole for whole, parts in layout.stacked.items() if pattern in parts), None)
+    if found is None:
+        raise BadInput("model.lora_targets", name, "the authors' files have no layer for it; take --to diffusers")
+    return found, number
 
 
 def _pattern(name: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ alpha. Files written here have alpha = rank, or none, so that a strength of 1 is
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import write_atomically
-from tempflow.models.formats.layouts import FLUX, FLUX2, SAME, SD3, Changes, Layout, arrange
+from tempflow.models.formats.layouts import FLUX, FLUX2, SAME, SD3, Change, Changes, Layout, arrange, place_of
+from tempflow.models.network.adapters import NAME
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,18 @@ FORMATS: dict[str, dict[str, LoraFormat]] = {
 """Format -> pipeline class -> rule. kohya: sd-scripts (SD3, FLUX.1) and its successor musubi-tuner (the others)."""
 
 
+def change_of(parameters: Mapping[str, Tensor], scale: float) -> Changes:
+    """The changes that adapters make, by layer.
+
+    Args:
+        parameters: of peft's adapters, as `LAYER.lora_A.default.weight`.
+        scale: that their output is multiplied by; it goes into `up`.
+    """
+    down, up = (f".lora_{half}.{NAME}.weight" for half in "AB")
+    layers = [name.removesuffix(down) for name in parameters if name.endswith(down)]
+    return {name: Change(parameters[name + down].float(), parameters[name + up].float() * scale) for name in layers}
+
+
 def lora_format(to: str, kind: type[DiffusionPipeline]) -> LoraFormat:
     """The rule of a format for a pipeline.
 
@@ -94,9 +108,10 @@ def lora_tensors(changes: Changes, module: nn.Module, rule: LoraFormat, dtype: t
         BadInput: a changed layer that the reader does not look for.
     """
     naming, tensors = rule.naming, {}
+    for layer in changes:
+        if not place_of(layer, rule.layout).startswith(rule.known):
+            raise BadInput("model.lora_targets", layer, "this format has no name for the layer; take --to diffusers")
     for name, change in arrange(changes, module, rule.layout).items():
-        if not name.startswith(rule.known):
-            raise BadInput("model.lora_targets", name, "this format has no name for the layer; take --to diffusers")
         base = naming.prefix + name.replace(".", naming.dot)
         tensors[f"{base}.{naming.down}.weight"] = change.down.to(dtype).contiguous()
         tensors[f"{base}.{naming.up}.weight"] = change.up.to(dtype).contiguous()
