@@ -7,9 +7,11 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, constants, hf_hub_url
 from huggingface_hub.errors import HTTPError
+from yaml import YAMLError
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import SHIPPED, resolve
+from tempflow.common.say import say
 from tempflow.export.subject import Subject
 
 FIELDS = ("license", "license_name", "license_link")
@@ -75,7 +77,9 @@ def _card(source: Path | str | None) -> dict:
     """The head of a model card; empty where there is none, or no hub."""
     if source is None:
         return {}
+    if isinstance(source, str):
+        say(f"looking for the licence of {source} on the hub")
     try:
         return ModelCard.load(source).data.to_dict()
-    except (HTTPError, OSError, ValueError):
+    except (HTTPError, OSError, ValueError, YAMLError):
         return {}

@@ -36,7 +36,8 @@ def write_card(subject: Subject, folder: Path, options: HubOptions) -> None:
                          *((file.name, file) for file in base.files)):  # fmt: skip
         if source.is_file():
             shutil.copyfile(source, folder / name)
-    (folder / "config.yaml").write_text(to_yaml(_public(run.config, subject.name, base)), encoding="utf-8")
+    config = _public(run.config, subject.name, base)
+    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     prompts = _pictures(run.folder, folder, rows, run.iteration)
     parts = [
         _front(subject, base),
@@ -44,7 +45,7 @@ def write_card(subject: Subject, folder: Path, options: HubOptions) -> None:
         _before_and_after(prompts, rows, run.iteration),
         scores(rows, run),
         load_code(subject, base, options.repository, prompts),
-        _training(subject, rows, (folder / "curves.png").is_file()),
+        _training(subject, rows, (folder / "curves.png").is_file(), config),
         _licence(base),
     ]
     (folder / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
@@ -106,23 +107,25 @@ def _pictures(run: Path, folder: Path, rows: Rows, iteration: int) -> list[str]:
     return prompts[:SHOWN]
 
 
-def _training(subject: Subject, rows: Rows, curves: bool) -> str:
-    """How it was trained: time, curves, the plan in words, settings."""
+def _training(subject: Subject, rows: Rows, curves: bool, config: Config) -> str:
+    """How it was trained: time, curves, settings, the plan in words."""
     now = next((row for row in reversed(rows) if 0 < row["step"] <= subject.run.iteration), None)
-    took = f"{now['rollouts']:,} pictures were explored, in {duration(now['seconds'])}. " if now else ""
+    took = f"{now.get('rollouts', 0):,} pictures were explored, in {duration(now.get('seconds', 0))}. " if now else ""
     parts = [
         f"## How it was trained\n\n{took}Every setting is in [config.yaml](config.yaml), every figure in "
         "[metrics.jsonl](metrics.jsonl).",
         "![curves of the run](curves.png)" if curves else "",
-        settings(subject),
+        settings(config),
         f"The plan of the run, as of one process:\n\n{plan(subject)}",
     ]
     return "\n\n".join(part for part in parts if part)
 
 
 def _licence(base: Base) -> str:
-    told = base.licence.get("license_name") or base.licence.get("license")
-    words = f"The base's licence, as its files tell it, is {told}." if told else "The base's files tell no licence."
+    told, link = (base.licence.get(name) for name in ("license_name", "license_link"))
+    name = told or base.licence.get("license")
+    shown = f"[{name}]({link})" if link else name
+    words = f"The base's licence, as its files tell it, is {shown}." if name else "The base's files tell no licence."
     return f"## Licence\n\n{words} These weights are a change of that model, and what it allows goes for them, too."
 
 

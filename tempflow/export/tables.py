@@ -49,9 +49,9 @@ def duration(seconds: float) -> str:
     return f"{seconds / max(unit, 1):,.1f} {name}"
 
 
-def settings(subject: Subject) -> str:
+def settings(config: Config) -> str:
     """The settings that matter most."""
-    lines = [f"| {name} | {one_line(str(told(subject.run.config)))} |" for name, told in SETTINGS.items()]
+    lines = [f"| {name} | {one_line(str(told(config)))} |" for name, told in SETTINGS.items()]
     return "\n".join(["| setting | |", "|---|---|", *lines])
 
 
