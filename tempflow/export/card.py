@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 from PIL import Image
 
+from tempflow.common.errors import BadInput
 from tempflow.export.base import Base, find_base
 from tempflow.export.subject import Subject
 from tempflow.export.tables import duration, load_code, one_line, plan, row_after, scores, settings
@@ -98,13 +99,21 @@ def _pictures(run: Path, folder: Path, rows: Rows, iteration: int) -> list[str]:
         return []
     (folder / "pictures").mkdir()
     for word, path in zip(("before", "after"), strips, strict=True):
-        with Image.open(path) as strip:
-            width, times = strip.width // len(prompts), -(-SMALLEST // strip.height)
-            for n in range(min(SHOWN, len(prompts))):
-                piece = strip.crop((n * width, 0, (n + 1) * width, strip.height))
-                larger = piece.resize((width * times, strip.height * times), Image.Resampling.NEAREST)
-                larger.save(folder / "pictures" / f"{word}_{n + 1}.png")
+        try:
+            with Image.open(path) as strip:
+                _cut(strip.convert("RGB"), len(prompts), folder / "pictures", word)
+        except (OSError, ValueError) as error:
+            raise BadInput("pictures", path, f"not readable as a picture ({error})") from error
     return prompts[:SHOWN]
+
+
+def _cut(strip: Image.Image, count: int, folder: Path, word: str) -> None:
+    """The first pictures of a strip of `count`, enlarged where they are small."""
+    width, times = strip.width // count, -(-SMALLEST // strip.height)
+    for n in range(min(SHOWN, count)):
+        piece = strip.crop((n * width, 0, (n + 1) * width, strip.height))
+        larger = piece.resize((width * times, strip.height * times), Image.Resampling.NEAREST)
+        larger.save(folder / f"{word}_{n + 1}.png")
 
 
 def _training(subject: Subject, rows: Rows, curves: bool, config: Config) -> str:

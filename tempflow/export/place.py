@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -58,6 +58,7 @@ def placed(output: Path) -> Iterator[Path]:
         BadInput: it cannot be written; then nothing has changed.
     """
     output = output.absolute()
+    fresh = [folder for folder in output.parents if not folder.exists()]
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as workshop:
@@ -66,8 +67,15 @@ def placed(output: Path) -> Iterator[Path]:
             _open_to_readers(made)
             _move(made, output, Path(workshop))
     except (OSError, SafetensorError) as error:  # the latter is how safetensors tells of a full disk
+        at = getattr(error, "filename", None)
+        if at is not None and not Path(os.fsdecode(at)).absolute().is_relative_to(output.parent):
+            raise  # of what is read
         reason = getattr(error, "strerror", None) or str(error)
         raise BadInput(FIELD, output, f"cannot be written ({reason})") from error
+    finally:
+        for folder in fresh:
+            with suppress(OSError):  # it holds the export
+                folder.rmdir()
 
 
 def _open_to_readers(made: Path) -> None:

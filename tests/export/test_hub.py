@@ -95,7 +95,8 @@ def test_a_run_like_it_starts_from_its_settings(card_folder):
 def test_what_concerns_one_machine_alone_stays_there(run, tmp_path, monkeypatch):
     copy = own_base(run, tmp_path)
     text = (copy / "config.yaml").read_text()
-    text = text.replace("servers: []", "servers: ['http://10.0.0.1:9000']").replace("token_file: null", "token_file: /t")
+    text = text.replace("servers: []", "servers: ['http://10.0.0.1:9000']")
+    text = text.replace("token_file: null", "token_file: /t")
     (copy / "config.yaml").write_text(text)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # or the hub is asked for its licence, for half a minute
     folder = export(copy, "--base-model", "someone/base")

@@ -65,11 +65,12 @@ class Source:
 
     def tensors(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """Tensors as they are stored, file by file."""
-        for file in sorted({self.places[name] for name in names}):
+        held: dict[Path, list[str]] = {}
+        for name in names:
+            held.setdefault(self.places[name], []).append(name)
+        for file, inside in held.items():
             with safe_open(file, "pt") as opened:
-                for name in names:
-                    if self.places[name] == file:
-                        yield name, opened.get_tensor(name)
+                yield from ((name, opened.get_tensor(name)) for name in inside)
 
 
 def read_source(folder: Path, trained: Trained, origin: Origin) -> Source:
