@@ -94,6 +94,16 @@ def _move(made: Path, output: Path, workshop: Path) -> None:
     before = workshop / "before"
     before.mkdir()
     for entry in sorted(made.iterdir()):
-        if (output / entry.name).exists():
-            (output / entry.name).rename(before / entry.name)
-        entry.rename(output / entry.name)
+        _exchange(entry, output / entry.name, before / entry.name)
+
+
+def _exchange(fresh: Path, place: Path, aside: Path) -> None:
+    """Puts a file or folder into its place; what was there goes aside, and comes back where that fails."""
+    if place.exists():
+        place.rename(aside)
+    try:
+        fresh.rename(place)
+    except OSError:
+        if aside.exists():
+            aside.rename(place)
+        raise
