@@ -57,8 +57,6 @@ class TrainedRun:
     """averaged or raw"""
     parameters: dict[str, Tensor]
     """name -> tensor in main memory: all that was trained"""
-    tail_rows: int | None = None
-    """rows of a network call in the run's own evaluations, where `tails.rows` does not tell; None if unknown"""
 
 
 @dataclass(frozen=True)
@@ -144,9 +142,8 @@ def open_run(
             others = _named([other for other in saved.checkpoints(path.parent) if other != path])
             hint = f"{path} cannot be used ({problem}){f'; there are also {others}' if others else ''}"
             raise BadInput("--checkpoint", checkpoint, hint) from problem
-        progress = snapshot.progress
-        return TrainedRun(folder, config, path.name, progress.iteration, weights, snapshot.tensors[WEIGHTS[weights]],
-                          progress.tail_rows)  # fmt: skip
+        parameters = snapshot.tensors[WEIGHTS[weights]]
+        return TrainedRun(folder, config, path.name, snapshot.progress.iteration, weights, parameters)
     raise AssertionError("the last attempt returns or raises")
 
 
@@ -185,11 +182,17 @@ def load_trained(
 
 
 def load_untrained(
-    config: Config, device: torch.device, keep_reference: bool = False, spread: Spread | None = None
-) -> Loaded:
-    """The policy of settings before any training, with `model.lora` if there is one."""
+    config: Config, device: torch.device, keep_reference: bool = False, spread: Spread | None = None,
+    slowest: Callable[[Tensor], Tensor] | None = None,
+) -> Loaded:  # fmt: skip
+    """The policy of settings before any training, with `model.lora` if there is one.
+
+    Args:
+        keep_reference, spread: as `load_trained`.
+        slowest: the largest of each number over all processes, by which these choose the same attention.
+    """
     model = replace(config.model, gradient_checkpointing=False)
-    policy = load_policy(model, config.sample, device, keep_reference, config.learn.rows, spread=spread)
+    policy = load_policy(model, config.sample, device, keep_reference, config.learn.rows, slowest, spread)
     return Loaded(policy, gather(policy.trainable()))
 
 
@@ -230,16 +233,24 @@ def _final_instead(folder: Path) -> str:
     return f"; --checkpoint {FINAL} takes {files[0]}" if files else " yet"
 
 
-def _open_final(folder: Path, config: Config, weights: str) -> TrainedRun:
-    """The weights that the run left for other programs."""
+def check_final(folder: Path, config: Config, weights: str) -> Path:
+    """Where the weights are that the run left for other programs.
+
+    Raises:
+        BadInput: there are none, or raw ones are asked for.
+    """
     if weights != "averaged":
         raise BadInput("--weights", weights, f"the weights of --checkpoint {FINAL} are averaged; take a checkpoint's")
-    read, name = FINALS[config.model.train]
-    path = folder / name
-    if not path.exists():
+    name = FINALS[config.model.train][1]
+    if not (folder / name).exists():
         raise BadInput("run", folder, f"holds no weights: there is no {name} yet")
-    parameters = read(path, config.model)
-    return TrainedRun(folder, config, name, saved_iteration(folder), weights, parameters)
+    return folder / name
+
+
+def _open_final(folder: Path, config: Config, weights: str) -> TrainedRun:
+    path = check_final(folder, config, weights)
+    parameters = FINALS[config.model.train][0](path, config.model)
+    return TrainedRun(folder, config, path.name, saved_iteration(folder), weights, parameters)
 
 
 def _read_transformer(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
