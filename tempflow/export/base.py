@@ -13,6 +13,7 @@ from tempflow.common.errors import BadInput
 from tempflow.common.files import SHIPPED, resolve
 from tempflow.common.say import say
 from tempflow.export.subject import Subject
+from tempflow.models.index import read_index
 
 FIELDS = ("license", "license_name", "license_link")
 """What the head of a model card tells of a licence."""
@@ -44,9 +45,10 @@ def find_base(subject: Subject, name: str | None) -> Base:
         name: its name on the hub, where the run has it in a folder.
     """
     path = subject.model.path
+    folder, _ = read_index(path)  # of the hub's, what is here already: weights are not fetched for a card
     hub = name or (None if resolve(path, "model.path").exists() else path)
-    files = tuple(file for file in sorted(subject.base.glob("LICENSE*")) if file.is_file())
-    return Base(hub, hub or path, _licence(subject.base, hub, files), files)
+    files = tuple(file for file in sorted(folder.glob("LICENSE*")) if file.is_file())
+    return Base(hub, hub or path, _licence(folder, hub, files), files)
 
 
 def check_public(subject: Subject, name: str | None) -> None:

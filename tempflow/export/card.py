@@ -38,7 +38,7 @@ def write_card(subject: Subject, folder: Path, options: HubOptions) -> None:
         if source.is_file():
             shutil.copyfile(source, folder / name)
     config = _public(run.config, subject.name, base)
-    (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    (folder / "config.yaml").write_text(to_yaml(config).replace(str(Path.home()), "~"), encoding="utf-8")
     prompts = _pictures(run.folder, folder, rows, run.iteration)
     parts = [
         _front(subject, base),

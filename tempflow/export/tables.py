@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tempflow.common.errors import BadInput
 from tempflow.common.files import SHIPPED
 from tempflow.export.base import Base
 from tempflow.export.subject import Subject
@@ -36,7 +38,7 @@ GUIDANCE = {"QwenImagePipeline": 'true_cfg_scale={:g}, negative_prompt=" "'}
 
 def one_line(text: str) -> str:
     """Text for a cell of a table."""
-    return " ".join(text.split()).replace("|", "\\|")
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
 UNITS = ((3600, "hours"), (60, "minutes"), (0, "seconds"))
@@ -93,7 +95,10 @@ def scores(rows: Sequence[Mapping[str, Any]], run: TrainedRun) -> str:
 
 def _ends(run: TrainedRun, step: int) -> tuple[Scores, Scores]:
     """Scores by prompt of the first evaluation and of that at a step."""
-    found = read_scores(run.folder, step + 1) or [{}]
+    try:
+        found = read_scores(run.folder, step + 1) or [{}]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise BadInput("scores", run.folder / "scores", f"holds a file that is none of a run's ({error})") from error
     return found[0], found[-1]
 
 

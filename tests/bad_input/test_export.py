@@ -123,6 +123,17 @@ def test_a_base_that_lacks_what_was_trained(unwritten, tiny, copied, tmp_path):
     assert "attn.to_q" in unwritten(["run", "--to", "merged"], "model.path")
 
 
+@pytest.mark.parametrize("to", ["comfyui", "merged"])
+def test_numbers_that_fp16_cannot_hold(unwritten, tiny, load_tiny, tmp_path, to):
+    policy = load_tiny("z_image")
+    with torch.no_grad():
+        for name, parameter in policy.trainable().items():
+            parameter.fill_(1e5 if "lora_B" in name else 1.0)
+    settings = model_config(tiny("z_image"), "z_image")
+    run = run_folder(tmp_path / "run", policy, settings, sample_config("z_image"))
+    assert "bf16" in unwritten([run, "--to", to, "--dtype", "fp16"], "--dtype")
+
+
 @pytest.mark.parametrize("to", ["diffusers", "merged"])
 def test_a_disk_without_room(unwritten, copied, monkeypatch, to):
     usage = namedtuple("usage", "total used free")
@@ -154,6 +165,10 @@ def test_what_lies_in_a_runs_folder_and_is_none_of_its_own(unwritten, copied):
     for step in (0, 3):
         (copied / "pictures" / f"step_{step:06d}.png").write_bytes(b"garbage")
     unwritten(["run", "--to", "hub"], "pictures")
+    shutil.rmtree(copied / "pictures")
+    (copied / "scores").mkdir()
+    (copied / "scores" / "step_000000.json").write_text("[1]")
+    unwritten(["run", "--to", "hub"], "scores")
 
 
 def test_force_replaces_an_export_and_nothing_else(copied, tmp_path, monkeypatch):

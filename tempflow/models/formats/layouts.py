@@ -31,6 +31,18 @@ Changes = dict[str, Change]
 """layer -> its change"""
 
 
+def rounded(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in the precision of a file.
+
+    Raises:
+        BadInput: numbers that fp16 cannot hold.
+    """
+    result = tensor.to(dtype).contiguous()
+    if dtype == torch.float16 and not torch.isfinite(result).all():
+        raise BadInput("--dtype", "fp16", f"{name} has numbers that fp16 cannot hold; take bf16 or fp32")
+    return result
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the authors' layers are made of diffusers'. `{}` stands for the number of a block."""

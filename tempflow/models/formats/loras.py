@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import write_atomically
-from tempflow.models.formats.layouts import FLUX, FLUX2, SAME, SD3, Change, Changes, Layout, arrange, place_of
+from tempflow.models.formats.layouts import FLUX, FLUX2, SAME, SD3, Change, Changes, Layout, arrange, place_of, rounded
 from tempflow.models.network.adapters import NAME
 
 
@@ -113,8 +113,8 @@ def lora_tensors(changes: Changes, module: nn.Module, rule: LoraFormat, dtype: t
             raise BadInput("model.lora_targets", layer, "this format has no name for the layer; take --to diffusers")
     for name, change in arrange(changes, module, rule.layout).items():
         base = naming.prefix + name.replace(".", naming.dot)
-        tensors[f"{base}.{naming.down}.weight"] = change.down.to(dtype).contiguous()
-        tensors[f"{base}.{naming.up}.weight"] = change.up.to(dtype).contiguous()
+        tensors[f"{base}.{naming.down}.weight"] = rounded(name, change.down, dtype)
+        tensors[f"{base}.{naming.up}.weight"] = rounded(name, change.up, dtype)
         if naming.alpha:
             tensors[f"{base}.alpha"] = torch.tensor(float(len(change.down)))  # fp32: bf16 knows no odd numbers past 256
     return tensors

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from tempflow.models.formats.layouts import Changes
+from tempflow.models.formats.layouts import Changes, rounded
 from tempflow.models.index import is_given
 from tempflow.models.weights.files import INDEX, headers, read_json
 from tempflow.models.weights.origin import Origin
@@ -107,7 +107,7 @@ def write_transformer(
         for file, names in plan.filename_to_tensors.items():
             held = {}
             for name, base in source.tensors(names):
-                held[name] = trained.of(name, base).to(dtype).contiguous()
+                held[name] = rounded(name, trained.of(name, base), dtype)
                 bar.update()
             save_file(held, folder / file, metadata={"format": "pt"})
     if plan.is_sharded:
