@@ -14,6 +14,7 @@ from tempflow.export.base import check_public
 from tempflow.export.card import write_card
 from tempflow.export.subject import Subject
 from tempflow.export.upload import HubOptions
+from tempflow.models.formats.layouts import rounded
 from tempflow.models.formats.loras import lora_format, lora_tensors, write_lora
 from tempflow.models.formats.whole import copy_files, other_files, transformer_bytes, write_transformer
 from tempflow.models.index import read_index
@@ -39,9 +40,10 @@ def _write_weights(subject: Subject, folder: Path, options: HubOptions) -> None:
         write_transformer(subject.source, subject.trained, folder / "transformer", subject.whole_dtype)
         return
     folder.mkdir()
-    network = subject.network
-    weights = saved_names(subject.run.parameters)
-    save_adapters(network.module, network.pipeline_class, folder, weights, subject.adapter_dtype)
+    network, dtype = subject.network, subject.adapter_dtype
+    for name, change in subject.trained.changes.items():
+        rounded(name, change.up, dtype)  # which refuses what fp16 cannot hold
+    save_adapters(network.module, network.pipeline_class, folder, saved_names(subject.run.parameters), dtype)
 
 
 def _weights_needed(subject: Subject, options: HubOptions) -> int:

@@ -123,7 +123,7 @@ def test_a_base_that_lacks_what_was_trained(unwritten, tiny, copied, tmp_path):
     assert "attn.to_q" in unwritten(["run", "--to", "merged"], "model.path")
 
 
-@pytest.mark.parametrize("to", ["comfyui", "merged"])
+@pytest.mark.parametrize("to", ["comfyui", "diffusers", "merged"])
 def test_numbers_that_fp16_cannot_hold(unwritten, tiny, load_tiny, tmp_path, to):
     policy = load_tiny("z_image")
     with torch.no_grad():

@@ -28,8 +28,6 @@ from tempflow.models.load import load_policy
 from tempflow.models.network.adapters import adapted_layers
 from tempflow.models.weights.origin import Origin
 from tempflow.records.rows import read_metrics
-from tempflow.settings.fields import ModelConfig, SampleConfig
-from tempflow.trained.opening import load_trained, open_run
 
 CPU = torch.device("cpu")
 SINGLE = "diffusion_pytorch_model.safetensors"
@@ -132,8 +130,8 @@ def test_checkpoint_and_weights_are_those_asked_for(tiny_run, options, times):
         torch.testing.assert_close(up @ down, delta * times**2, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("to", ["comfyui", "kohya"])
+@pytest.mark.parametrize(("to", "precision"), [("comfyui", "fp32"), ("kohya", "fp32"), ("comfyui", "bf16"),
+                                               ("kohya", "fp16")])  # fmt: skip
 def test_sd3_files_change_the_authors_weights_as_the_run_does(tiny_run, to, precision):
     """By ComfyUI's and sd-scripts' rule, whose query, key and value are one layer; diffusers reads no such file."""
     run, policy = tiny_run("sd3")
@@ -226,15 +224,6 @@ def test_a_run_that_began_from_a_lora_that_is_gone(tiny, tiny_run, load_tiny, tm
     plain.pipeline.load_lora_weights(export_folder(run, "diffusers", "--dtype", "fp32"), adapter_name="trained")
     plain.pipeline.set_adapters("trained", 1.0)
     assert_close(velocity(plain), velocity(policy), base)
-
-
-def test_an_opened_run_and_its_export_agree(run):
-    """Through the loader that the other commands use."""
-    policy = load_trained(open_run(run), CPU).policy
-    config = open_run(run).config
-    other = load_policy(ModelConfig(path=str(export_folder(run, "merged")), text_tokens=16), SampleConfig(), CPU)
-    assert config.model.text_tokens == 16
-    torch.testing.assert_close(velocity(other), velocity(policy), rtol=2e-5, atol=2e-5)
 
 
 def test_files_tell_what_they_are_and_can_be_read_by_others(run):
