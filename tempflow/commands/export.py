@@ -1,6 +1,6 @@
-"""Writes what a run has learnt for other programs: `python -m tempflow export RUN --to FORMAT`.
+"""Writes what a run has learnt for other programs: `tempflow export RUN --to FORMAT`.
 
-    python -m tempflow export runs/digits --to comfyui
+    tempflow export runs/digits --to comfyui
 
 writes exports/digits_comfyui.safetensors. At strength 1 every format is the trained change, at .5 half of it.
 """
@@ -26,7 +26,7 @@ WEIGHTS = ("averaged", "raw")
 def _parser() -> Parser:
     formats = "\n".join(f"  {name:<10} {words}" for name, words in FORMATS.items())
     parser = Parser(
-        prog="python -m tempflow export", description=__doc__, epilog=f"formats:\n{formats}",
+        prog="tempflow export", description=__doc__, epilog=f"formats:\n{formats}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("run", help="folder of the run, such as runs/digits")
