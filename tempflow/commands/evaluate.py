@@ -1,10 +1,10 @@
 """Scores checkpoints of a run beside the model before training, on the same prompts and noises:
 
-    python -m tempflow evaluate digits                                   the shipped pipeline, before any training
-    python -m tempflow evaluate runs/digits                              the last checkpoint
-    python -m tempflow evaluate runs/digits --checkpoint 10,20,best --weights raw
-    python -m tempflow evaluate runs/digits --reward digits --prompts my.jsonl --noises 4
-    torchrun --nproc-per-node=2 -m tempflow evaluate runs/digits         shared out: the same table
+    tempflow evaluate digits                                   the shipped pipeline, before any training
+    tempflow evaluate runs/digits                              the last checkpoint
+    tempflow evaluate runs/digits --checkpoint 10,20,best --weights raw
+    tempflow evaluate runs/digits --reward digits --prompts my.jsonl --noises 4
+    torchrun --nproc-per-node=2 -m tempflow evaluate runs/digits   shared out: the same table
 
 Prints a table of means with standard errors by prompt, and of paired differences to the model before training with
 95 % intervals; by kind where prompts have one. Writes scores.csv (a row per model, prompt, noise and scorer) and
@@ -28,7 +28,7 @@ from tempflow.common.stopping import HALTED
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     own = Parser(
-        prog="python -m tempflow evaluate",
+        prog="tempflow evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,9 +1,9 @@
 """Makes pictures of prompts:
 
-    python -m tempflow sample digits "two threes"                            the shipped pipeline, before any training
-    python -m tempflow sample runs/digits "two threes" "a one above a two"   a run before and after, side by side
-    python -m tempflow sample runs/digits --prompts my.txt --noises 2 --checkpoint 10,20,best
-    python -m tempflow sample flux1_dev model.lora=my.safetensors "a red cube on a blue sphere"
+    tempflow sample digits "two threes"                            the shipped pipeline, before any training
+    tempflow sample runs/digits "two threes" "a one above a two"   a run before and after, side by side
+    tempflow sample runs/digits --prompts my.txt --noises 2 --checkpoint 10,20,best
+    tempflow sample flux1_dev model.lora=my.safetensors "a red cube on a blue sphere"
 
 The first word is the folder of a run, or presets and files joined by commas (digits,my.yaml). Words of the form
 section.field=value are settings laid on top, such as eval.steps=28, sample.guidance=4.5 or run.device=cpu; all other
@@ -39,7 +39,7 @@ HINT = "before the prompts give the folder of a run, or presets joined by commas
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     own = Parser(
-        prog="python -m tempflow sample",
+        prog="tempflow sample",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
