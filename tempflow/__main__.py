@@ -16,6 +16,7 @@ COMMANDS = {
     "study": "run methods over several seeds and compare them with intervals",
     "analyze": "measure which steps of a model a reward can tell apart, and what to fork",
     "tails": "tell what fast tails do to the rewards",
+    "export": "write what a run has learnt for diffusers, ComfyUI, kohya or the hub",
     "report": "draw the report of a run again",
     "score": "score a folder of pictures",
     "serve": "serve scorers to trainers on other machines",

@@ -75,7 +75,7 @@ class Loaded:
             BadInput: they are another model's.
         """
         own = self.policy.trainable()
-        found = self.start if run is None else _fitting(run, own, self.policy.network.module.state_dict())
+        found = self.start if run is None else fitting(run, own, self.policy.network.module.state_dict())
         for name, parameter in own.items():
             put(parameter, found[name])
         self.policy.refresh_merged()
@@ -196,7 +196,7 @@ def load_untrained(
     return Loaded(policy, gather(policy.trainable()))
 
 
-def _fitting(run: TrainedRun, own: Mapping[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
+def fitting(run: TrainedRun, own: Mapping[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
     """A run's parameters, which are the policy's by name, shape and type.
 
     Args:
