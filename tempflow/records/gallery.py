@@ -81,9 +81,8 @@ def read_small(folder: Path, steps: Iterable[int], count: int) -> dict[int, list
     """
     wanted, found = set(steps), steps_in(folder)
     if found:
-        files = {step: [path / f"{number}{SUFFIX}" for number in range(count)] for step, path in found.items()}
-        whole = {step: paths for step, paths in files.items() if step in wanted and all(map(Path.is_file, paths))}
-        return {step: [_read(path) for path in paths] for step, paths in whole.items()}
+        read = {step: _read_all(path, count) for step, path in found.items() if step in wanted}
+        return {step: pictures for step, pictures in read.items() if pictures}
     strips = {step: folder / "pictures" / f"step_{step:06d}.png" for step in sorted(wanted)}
     kept = [step for step, path in strips.items() if path.is_file()]
     return {step: _cut(strips[step], count) for step in dict.fromkeys([*kept[:1], *kept[-1:]])}
@@ -108,6 +107,14 @@ def _encoded(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def _read_all(folder: Path, count: int) -> list[Small]:
+    """The pictures of an evaluation; none where one is not there, or not any more."""
+    try:
+        return [_read(folder / f"{number}{SUFFIX}") for number in range(count)]
+    except FileNotFoundError:
+        return []
+
+
 def _read(path: Path) -> Small:
     try:
         if path.stat().st_size > LARGEST:
@@ -115,6 +122,8 @@ def _read(path: Path) -> Small:
         data = path.read_bytes()
         with Image.open(BytesIO(data), formats=[FORMAT]) as image:
             return Small(data, *image.size)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # whatever Pillow says of foreign bytes
         raise BadInput("gallery", path, f"not readable as a picture ({error})") from error
 

@@ -202,7 +202,7 @@ class Journal:
         early = self.iteration is not None and self.iteration.step < self.config.learn.iterations
         word = "stopped, as reward.hacking_stop asks" if early and self._hacked() else "done"
         word = "stopped, as learn.max_seconds asks" if early and self.timed_out else word
-        say(f"{word}; figures and pictures in {self.folder / 'report.png'}")
+        say(f"{word}; figures and pictures in {self.folder / 'report.html'} and report.png")
 
     def _hacked(self) -> bool:
         """Whether the last evaluation found the reward hacked, and the run was asked to stop then."""
@@ -252,3 +252,4 @@ class Journal:
             say(f"warning: iteration {step}: {name} is {fall:.4g} below its best while the reward rose; the model may "
                 "please the scorer only: look at the pictures")  # fmt: skip
         self._write(self.evaluation)
+        self.keeper.show()
