@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,13 +58,16 @@ class Page:
         return sorted(names, key=lambda name: (not name.startswith("reward"), name))
 
     def for_scripts(self) -> dict[str, Any]:
-        """What the page's scripts draw, as JSON values."""
+        """What the page's scripts draw, as JSON values, but for the pictures themselves."""
         first = next(iter(self.pictures.values()), ())
-        size = [first[0].width, first[0].height] if first else None
-        images = {str(step): [_as_uri(small) for small in row] for step, row in self.pictures.items()}
-        pictures = {"size": size, "steps": list(self.pictures), "images": images}
+        pictures = {"size": [first[0].width, first[0].height] if first else None, "steps": list(self.pictures)}
         return {"rows": list(self.rows), "prompts": list(self.prompts), "pictures": pictures,
                 "scores": dict(self.scores), "names": self.score_names}  # fmt: skip
+
+    def images(self) -> Iterator[tuple[int, list[str]]]:
+        """Each evaluation with its pictures, as addresses that hold them."""
+        for step, row in self.pictures.items():
+            yield step, [_as_uri(small) for small in row]
 
 
 def gather(folder: Path) -> Page:

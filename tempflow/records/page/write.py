@@ -44,7 +44,7 @@ def render(page: Page) -> str:
     styles = Markup("\n".join(map(_asset, STYLES)))
     scripts = Markup("\n".join([f"/*\n{_asset(LICENCE)}*/", *map(_asset, SCRIPTS)]))
     return environment.get_template("page.html").render(
-        page=page, styles=styles, scripts=scripts, scripts_hash=_hash(scripts), data=page.for_scripts()
+        page=page, styles=styles, scripts=scripts, scripts_hash=_hash(scripts)
     )
 
 
@@ -58,5 +58,7 @@ def _hash(script: str) -> str:
 
 
 def figure(value: Any) -> str:
-    """A number in four digits; nothing where there is none."""
-    return f"{value:,.4g}" if isinstance(value, int | float) else ""
+    """A number in four digits, or to its ones; nothing where there is none."""
+    if not isinstance(value, int | float):
+        return ""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -7,6 +7,17 @@ const palette = number => colour(`--c${number % 8}`);
 const figure = value => value == null ? "" : Math.abs(value) >= 1e5 || (value && Math.abs(value) < 1e-3)
   ? value.toExponential(2) : String(+value.toPrecision(4));
 
+const compact = new Intl.NumberFormat("en", {notation: "compact", maximumSignificantDigits: 4});
+const tick = value => value == null ? "" : Math.abs(value) >= 1e4 ? compact.format(value)
+  : value && Math.abs(value) < 1e-3 ? Number(value.toPrecision(3)).toExponential() : figure(value);
+
+/** The range of a scale, with some room even where all is alike. */
+const room = (_, low, high) => {
+  if (low == null || (low === 0 && high === 0)) return [0, 1];
+  return low === high ? [low - (Math.abs(low) || 1) / 2, low + (Math.abs(low) || 1) / 2] : uPlot.rangeNum(low, high, 0.1, true);
+};
+const from0 = (_, low, high) => [0, (high || 1) * 1.08];
+
 /** Axis -> words, and the place of a row on it. */
 const AXES = {
   step: {words: "iterations", of: row => row.step},
@@ -64,8 +75,8 @@ function plot(place, options, columns) {
 }
 
 const axis = (more = {}) => ({stroke: colour("--soft"), grid: {stroke: colour("--line"), width: 1},
-  ticks: {stroke: colour("--line"), width: 1}, font: "11px system-ui", labelFont: "12px system-ui", labelSize: 18,
-  values: (_, marks) => marks.map(figure), ...more});
+  ticks: {stroke: colour("--line"), width: 1}, font: "11px system-ui", labelFont: "12px system-ui", labelSize: 18, size: 56,
+  values: (_, marks) => marks.map(tick), ...more});
 const readout = (_, value) => figure(value);
 
 /** Dotted lines where `marks` finds something in a row, as where gold fell alone. */
@@ -104,8 +115,8 @@ function drawOver(host, spec, over) {
     points: {show: each.points || alone, size: 6, fill: palette(number)}}));
   const right = lines.some(each => each.right) ? [axis({scale: "right", side: 1, grid: {show: false}})] : [];
   plot(frame(host, spec.title, `Over ${over.words}: ${said.join("; ")}.`), {
-    series: [{label: over.words, value: readout}, ...series], axes: [axis({label: over.words}), axis(), ...right],
-    scales: {x: {time: false, ...(alone && {range: [xs[0] - 1, xs[0] + 1]})}},
+    series: [{label: over.words, value: readout}, ...series], axes: [axis({label: over.words, size: 30}), axis(), ...right],
+    scales: {x: {time: false, ...(alone && {range: [xs[0] - 1, xs[0] + 1]})}, y: {range: room}, right: {range: room}},
     cursor: {sync: {key: "run", scales: ["x", null]}, drag: {x: true, y: false}}, hooks: marked(spec, rows, xs),
   }, [xs, ...columns]);
 }
@@ -131,15 +142,17 @@ function drawScatter(host, title, points, names, path) {
     ctx.globalAlpha = 1;
     ctx.fillStyle = colour("--ink");
     ctx.font = `${11 * devicePixelRatio}px system-ui`;
-    for (const place of path ? new Set([0, at.length - 1]) : [])
-      ctx.fillText(path[place], at[place][0] + 6 * devicePixelRatio, at[place][1] - 6 * devicePixelRatio);
+    for (const place of path ? new Set([0, at.length - 1]) : []) {
+      const leftHalf = at[place][0] < chart.bbox.left + chart.bbox.width / 2;
+      ctx.textAlign = leftHalf ? "left" : "right";
+      ctx.fillText(path[place], at[place][0] + (leftHalf ? 8 : -8) * devicePixelRatio, at[place][1] + 4 * devicePixelRatio);
+    }
     ctx.restore();
   };
-  const room = (_, low, high) => low === high ? [low - 0.5, high + 0.5] : uPlot.rangeNum(low, high, 0.1, true);
   plot(frame(host, title, words), {
     series: [{label: names[0], value: readout}, {label: names[1], value: readout, stroke: palette(0), paths: () => null,
       points: {show: false}}], scales: {x: {time: false, range: room}, y: {range: room}},
-    axes: [axis({label: names[0]}), axis({label: names[1], size: 60})], hooks: {draw: [draw]}, cursor: {drag: {x: false}},
+    axes: [axis({label: names[0], size: 30}), axis({label: names[1]})], hooks: {draw: [draw]}, cursor: {drag: {x: false}},
   }, [sorted.map(point => point[0]), sorted.map(point => point[1])]);
 }
 
@@ -159,14 +172,13 @@ function drawSpread(host) {
   const weights = steps.map(step => data.rows[0].loss_weights?.[step] || null);
   const said = steps.map(step => `step ${step}: ${figure(columns[0][step])}, then ${figure(columns[1][step])}`);
   const bars = align => uPlot.paths.bars({size: [0.4, 60], align});
-  const from0 = (_, low, high) => [0, (high || 1) * 1.08];
   plot(frame(host, "Reward std among siblings, and weight of the loss", `${said.join("; ")}.`), {
     series: [{label: "fork step", value: readout},
       {label: "reward std, first third", fill: palette(0), stroke: palette(0), paths: bars(-1), points: {show: false}, value: readout},
       {label: "last third", fill: palette(0) + "77", stroke: palette(0), paths: bars(1), points: {show: false}, value: readout},
       {label: "weight of the policy loss (right)", stroke: palette(1), scale: "right", dash: [4, 4], spanGaps: true,
         points: {show: true, size: 7, fill: palette(1)}, value: readout}],
-    axes: [axis({label: "fork step", incrs: [1, 2, 5, 10, 20, 50, 100]}), axis(), axis({scale: "right", side: 1, grid: {show: false}})],
+    axes: [axis({label: "fork step", size: 30, incrs: [1, 2, 5, 10, 20, 50, 100]}), axis(), axis({scale: "right", side: 1, grid: {show: false}})],
     scales: {x: {time: false, range: [-0.6, steps.length - 0.4]}, y: {range: from0}, right: {range: from0}}, cursor: {drag: {x: false}},
   }, [steps, ...columns, weights]);
 }

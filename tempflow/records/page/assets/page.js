@@ -53,8 +53,10 @@ chooseGold();
 drawAll();
 document.getElementById("axis").addEventListener("change", drawCurves);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", drawAll);
-if (steps.length) {
-  showPairs();
-  showGallery();
-}
-document.documentElement.dataset.ready = Math.round(performance.now());
+document.addEventListener("DOMContentLoaded", () => {
+  if (steps.length) {
+    showPairs();
+    showGallery();
+  }
+  document.documentElement.dataset.ready = Math.round(performance.now());
+});

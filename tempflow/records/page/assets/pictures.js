@@ -1,10 +1,16 @@
 "use strict";
 
-const {steps, images, size} = data.pictures;
+const {steps, size} = data.pictures;
+const SMALL = 200;  // pictures of a gallery that is shown at once
+const read = {};
+
+/** The pictures of an evaluation, read when they are first needed. */
+const imagesOf = step => read[step] ??= JSON.parse(document.getElementById(`pictures-${step}`).textContent);
 
 function picture(step, place, words) {
   const image = document.createElement("img");
-  image.src = images[step][place];
+  image.decoding = "async";
+  image.src = imagesOf(step)[place];
   image.alt = `${data.prompts[place]}, ${words}`;
   image.draggable = false;
   return image;
@@ -19,6 +25,8 @@ function captioned(words) {
 
 /** Pairs of pictures of two evaluations, of which a slider shows more of the one or of the other. */
 function showPairs() {
+  const exact = Math.max(...size) <= 64;
+  for (const id of ["pictures", "gallery"]) document.getElementById(id).classList.toggle("exact", exact);
   const [left, right, wipe, host] = ["left", "right", "wipe", "pairs"].map(id => document.getElementById(id));
   for (const choice of [left, right])
     for (const step of steps) choice.add(new Option(step === 0 ? "before" : `iteration ${step}`, step));
@@ -74,6 +82,7 @@ function showGallery() {
     film.setAttribute("role", "group");
     film.setAttribute("aria-label", `${prompt}, by iteration`);
     row.append(film);
-    near.observe(film);
+    if (steps.length * data.prompts.length <= SMALL) fill(film, place);
+    else near.observe(film);
   });
 }
