@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import psutil
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -24,7 +22,7 @@ class Opened:
     requests: list[str] = field(default_factory=list)
     """whatever is neither the file itself nor in it"""
     processor_seconds: float = 0.0
-    """which all processes of the browser took until it was loaded, on however busy a machine"""
+    """which the page's process took until it was loaded, on however busy a machine"""
 
 
 def chromium() -> str | None:
@@ -51,19 +49,11 @@ def opened(started: Any, path: Path, **options: Any) -> Iterator[Opened]:
     tab.page.on("console", lambda message: tab.complaints.append(message.text))
     tab.page.on("pageerror", lambda error: tab.complaints.append(str(error)))
     tab.page.on("request", lambda request: tab.requests.append(request.url))
-    before = _processor_seconds()
+    measuring = context.new_cdp_session(tab.page)
+    measuring.send("Performance.enable")
     tab.page.goto(path.resolve().as_uri())
-    tab.processor_seconds = _processor_seconds() - before
+    found = {each["name"]: each["value"] for each in measuring.send("Performance.getMetrics")["metrics"]}
+    tab.processor_seconds = found["ProcessTime"]
     tab.requests = [url for url in tab.requests if not url.startswith(("data:", path.resolve().as_uri()))]
     yield tab
     context.close()
-
-
-def _processor_seconds() -> float:
-    """Of all browsers that this process has started."""
-    total = 0.0
-    for process in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):
-            if "chrom" in process.name():
-                total += sum(process.cpu_times()[:2])
-    return total

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import torch
@@ -14,19 +15,22 @@ from tempflow.records.gallery import Room, keep_small
 from tempflow.settings.fields import Config
 from tempflow.settings.reading import to_yaml
 
+DIFFERENT = 3
+"""evaluations whose pictures are made"""
+
 
 def pictures(count: int, side: int, step: int) -> Tensor:
-    """(count, 3, side, side) uint8 pictures of coloured waves, with the noise of a photograph."""
+    """(count, 3, side, side) uint8 pictures of coloured waves with some noise."""
     generator = torch.Generator().manual_seed(step)
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     waves = [torch.sin((x * (1 + number % 5) + y * (1 + number % 3)) / side * 6 + channel + step / 40)
              for number in range(count) for channel in range(3)]  # fmt: skip
     image = torch.stack(waves).view(count, 3, side, side) * 90 + 128
-    return (image + 12 * torch.randn(image.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
+    return (image + 3 * torch.randn(image.shape, generator=generator)).clamp(0, 255).to(torch.uint8)
 
 
 def make_run(folder: Path, iterations: int, prompts: int, side: int = 256, every: int = 5) -> Path:
-    """Its rows, scores, settings and small pictures."""
+    """Its rows, scores, settings and small pictures; those of later evaluations are copies of the first ones'."""
     rng = random.Random(0)
     texts = [f"prompt {number}: a cat, a <script>alert(1)</script> & a 'hat'" for number in range(prompts)]
     folder.mkdir(parents=True, exist_ok=True)
@@ -36,7 +40,13 @@ def make_run(folder: Path, iterations: int, prompts: int, side: int = 256, every
         rows += [_iteration(step, rng)] if step else []
         if step % every == 0 or step == iterations:
             rows.append(_evaluation(folder, step, iterations, rng))
-            keep_small(folder, step, pictures(prompts, side, step), Room(40, 8e6))
+    evaluated = [row["step"] for row in rows if "scores_missing" in row]
+    for number, step in enumerate(evaluated):
+        if number < DIFFERENT:
+            keep_small(folder, step, pictures(prompts, side, step), Room(len(evaluated), 1e9))
+        else:
+            original = folder / "gallery" / f"step_{evaluated[number % DIFFERENT]:06d}"
+            shutil.copytree(original, folder / "gallery" / f"step_{step:06d}")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "config.yaml").write_text(to_yaml(Config()))
     return folder
