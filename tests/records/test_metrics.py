@@ -3,7 +3,6 @@
 import json
 import time
 
-import pytest
 import torch
 
 from tempflow.common.clock import PhaseClock
