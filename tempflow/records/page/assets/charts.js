@@ -77,6 +77,7 @@ function plot(place, options, columns) {
 const axis = (more = {}) => ({stroke: colour("--soft"), grid: {stroke: colour("--line"), width: 1},
   ticks: {stroke: colour("--line"), width: 1}, font: "11px system-ui", labelFont: "12px system-ui", labelSize: 18, size: 56,
   values: (_, marks) => marks.map(tick), ...more});
+const WHOLE = Array.from({length: 30}, (_, k) => [1, 2, 5][k % 3] * 10 ** Math.floor(k / 3));  // distances of ticks
 const readout = (_, value) => figure(value);
 
 /** Dotted lines where `marks` finds something in a row, as where gold fell alone. */
@@ -115,7 +116,7 @@ function drawOver(host, spec, over) {
     points: {show: each.points || alone, size: 6, fill: palette(number)}}));
   const right = lines.some(each => each.right) ? [axis({scale: "right", side: 1, grid: {show: false}})] : [];
   plot(frame(host, spec.title, `Over ${over.words}: ${said.join("; ")}.`), {
-    series: [{label: over.words, value: readout}, ...series], axes: [axis({label: over.words, size: 30}), axis(), ...right],
+    series: [{label: over.words, value: readout}, ...series], axes: [axis({label: over.words, size: 30, incrs: WHOLE}), axis(), ...right],
     scales: {x: {time: false, ...(alone && {range: [xs[0] - 1, xs[0] + 1]})}, y: {range: room}, right: {range: room}},
     cursor: {sync: {key: "run", scales: ["x", null]}, drag: {x: true, y: false}}, hooks: marked(spec, rows, xs),
   }, [xs, ...columns]);
@@ -178,7 +179,7 @@ function drawSpread(host) {
       {label: "last third", fill: palette(0) + "77", stroke: palette(0), paths: bars(1), points: {show: false}, value: readout},
       {label: "weight of the policy loss (right)", stroke: palette(1), scale: "right", dash: [4, 4], spanGaps: true,
         points: {show: true, size: 7, fill: palette(1)}, value: readout}],
-    axes: [axis({label: "fork step", size: 30, incrs: [1, 2, 5, 10, 20, 50, 100]}), axis(), axis({scale: "right", side: 1, grid: {show: false}})],
+    axes: [axis({label: "fork step", size: 30, incrs: WHOLE}), axis(), axis({scale: "right", side: 1, grid: {show: false}})],
     scales: {x: {time: false, range: [-0.6, steps.length - 0.4]}, y: {range: from0}, right: {range: from0}}, cursor: {drag: {x: false}},
   }, [steps, ...columns, weights]);
 }
