@@ -65,6 +65,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "scikit-learn>=1.5",
             "triton>=3.6; platform_system == 'Linux'",
             *REWARDS,

@@ -10,14 +10,19 @@ from pathlib import Path
 from faults.child import Job, Trouble
 from faults.processes import RANK, Started, alone, several, typed
 
+SHARES = ("model.train=full", "parallel.shard=full", "parallel.merged=sharded", "explore.noises=1",
+          "explore.siblings=2", "explore.forks=[0]", "sample.steps=3", "learn.rows=1", "eval.prompts=2",
+          "eval.steps=2")  # fmt: skip
 WAYS: dict[str, Callable[[Job], Started]] = {
     "one process": alone,
     "2 ranks": several,
+    "2 ranks, shares": partial(several, more=SHARES),
     "2 ranks, restarts": partial(typed, ranks=2, restarts=3, script=RANK),
     "command": typed,
     "torchrun command": partial(typed, ranks=2),
 }
-"""how a run is started: forked from a process with all imports done, or (the last three) typed by a user"""
+"""how a run is started: forked from a process with all imports done, or (the last three) typed by a user; with shares
+each of 2 ranks holds half of a network that is trained in full"""
 
 EQUAL, FINISHED, REFUSED = "equal", "finished", "refused"
 """What a run that goes on afterwards comes to: the weights and metrics of an undisturbed one, bit for bit; its end,

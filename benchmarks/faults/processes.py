@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -162,8 +162,9 @@ class ForkedRank:
             self.poll()
 
 
-def several(job: Job, ranks: int = 2) -> Started:
-    """torchrun and its ranks."""
+def several(job: Job, ranks: int = 2, more: tuple[str, ...] = ()) -> Started:
+    """torchrun and its ranks, with `more` settings."""
+    job = replace(job, arguments=(*job.arguments, *more))
 
     def begin() -> NoReturn:
         _write_to(job.folder / "torchrun.txt")

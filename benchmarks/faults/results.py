@@ -36,7 +36,8 @@ def _tensors(run: Path, other: Path) -> list[str]:
 def _files(run: Path) -> dict[str, Path]:
     """The files of the newest checkpoint and of the trained weights."""
     files = {f"{newest(run).name}/{path.name}": path for path in newest(run).rglob("*.safetensors")}
-    return files | {path.name: path for path in run.glob("*.safetensors")}
+    trained = (*run.glob("*.safetensors"), *run.glob("transformer/*.safetensors"))
+    return files | {str(path.relative_to(run)): path for path in trained}
 
 
 def _figures(run: Path, other: Path) -> list[str]:

@@ -19,6 +19,7 @@ ANY = ()
 STORE_ANEW = (("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1"),)
 """Else torchrun keeps one store over restarts, in which a new rank may find where an old one listened."""
 TWO, RESTARTS, COMMAND, TORCHRUN = "2 ranks", "2 ranks, restarts", "command", "torchrun command"
+SHARES = "2 ranks, shares"
 EACH = ("run.save_every=1",)
 """a checkpoint after each iteration"""
 SCORE_REFUSED = "iteration 2 is saved"
@@ -29,10 +30,10 @@ def killed(name: str, at: str, **more: object) -> Fault:
     return Fault(f"SIGKILL {name}", Ends((KILLED,), lost=1), at=at, do=send(KILL), settings=EACH, **more)
 
 
-def killed_ranks(name: str, target: str, at: str = "loop", **more: object) -> Fault:
+def killed_ranks(name: str, target: str, at: str = "loop", way: str = TWO, **more: object) -> Fault:
     ends = Ends(ANY, within=30, lost=1)
     do = deeds.kill_all if target == "all" else send(KILL, target)
-    return Fault(f"SIGKILL {name}", ends, TWO, at=at, do=do, settings=EACH, **more)
+    return Fault(f"SIGKILL {name}", ends, way, at=at, do=do, settings=EACH, **more)
 
 
 KILLS = Room("Kills", (
@@ -194,7 +195,18 @@ RANKS = Room("Ranks", (
                     troubles.at_once(troubles.little_patience(3.0)))),
 ))  # fmt: skip
 
-ROOMS = (KILLS, SIGNALS, SCORERS, SERVERS, DISK, CHECKPOINTS, NUMBERS, RANKS)
+SHARED = Room("A network in shares", (
+    killed_ranks("of torchrun and 2 ranks with shares, at a random moment of their loop", "all", way=SHARES, tries=3),
+    killed_ranks("of the second of 2 ranks with shares, at a random moment of the loop", "rank1", way=SHARES),
+    Fault("SIGTERM to torchrun, ranks with shares", Ends((STOPPED,), "resume", within=60), SHARES, do=send(TERM)),
+    Fault("SIGTERM to torchrun, ranks with shares, each iteration saved", Ends((STOPPED,), "resume", within=60), SHARES,
+          EACH, do=send(TERM)),
+    Fault("the scorer of the second of 2 ranks with shares raises RuntimeError",
+          Ends((HALTED,), SCORE_REFUSED, within=60), SHARES,
+          troubles=(troubles.scorer(troubles.raises(ERRORS[0]), rank=1),)),
+))  # fmt: skip
+
+ROOMS = (KILLS, SIGNALS, SCORERS, SERVERS, DISK, CHECKPOINTS, NUMBERS, RANKS, SHARED)
 
 
 def chosen(pattern: str) -> list[tuple[str, Fault]]:

@@ -73,8 +73,8 @@ def memory(options: Options) -> None:
         with bench.texts():
             for iteration in range(3):
                 train_step(case.trainer, iteration)
-        config = case.trainer.config
-        skeleton = load_skeleton(config.model, config.sample)
+            config = case.trainer.config
+            skeleton = load_skeleton(config.model, config.sample)
         cost = Forecast(config, skeleton, case.trainer.method, case.trainer.schedule, 1).cost()
         plan = plan_memory(config, skeleton, cost)
     planned = plan.total - plan.stays["CUDA"]  # torch counts neither context nor libraries

@@ -9,8 +9,11 @@ from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from tempflow.common.errors import Halted, OneLine
 from tempflow.common.files import on_disk
+from tempflow.common.say import say
 from tempflow.records.figures import draw_report
 from tempflow.records.page import write_page
 from tempflow.run import checkpoint
@@ -36,8 +39,11 @@ class Drawing:
     def again(self, always: bool = False) -> None:
         """Draws it, if `always` or that takes little of the time since it was drawn last."""
         now = time.monotonic()
-        if always or now - self.began >= SELDOM * self.took:
+        if not (always or now - self.began >= SELDOM * self.took):
+            return
+        try:
             self.draw(self.folder)
+        finally:
             self.began, self.took = now, time.monotonic() - now
 
 
@@ -101,7 +107,7 @@ class Keeper:
     def show(self) -> None:
         """After an evaluation: begins to write the page, if that takes little time and nothing is being written."""
         if self.trainer.ranks.first:
-            self.saver.start_if_idle(self._reports[-1].again)
+            self.saver.start_if_idle(partial(self._draw, self._reports[-1]))
 
     def rescue(self, progress: Progress, together: bool, problem: str, error: BaseException) -> str:
         """After a failure: saves what was learnt, where that can be; says what came of it, and how to go on.
@@ -110,19 +116,26 @@ class Keeper:
             together: all processes are here.
             problem: why it may not be saved, if it may not.
         """
-        failed = self._attempt(self.saver.wait)
+        failed, in_step = self._attempt(self.saver.wait), self.trainer.ranks.in_step
+        if in_step and not together:
+            problem = problem or "the network lies in shares of processes that are no longer all here"
         refused = isinstance(error, Halted) and self._steps_begun <= 1  # of one step, which was not taken
         settled = self.settled or (refused and not self.trainer.stepper.average.exchanging)
-        work = None
-        if progress.iteration > self.saved and settled and not problem and (together or not self.trainer.ranks.in_step):
-            work, problem = self._try_to_prepare(progress)
+        due = progress.iteration > self.saved and settled and not problem
+        work, trouble = self._try_to_prepare(progress, due, in_step and together)
         if work is not None:
-            problem = self._attempt(work)
-        return self._told(progress, problem or failed)
+            trouble = self._attempt(work)
+        return self._told(progress, problem or trouble or failed)
 
-    def _try_to_prepare(self, progress: Progress) -> tuple[Callable[[], None] | None, str]:
+    def _try_to_prepare(self, progress: Progress, due: bool, as_first: bool) -> tuple[Callable[[], None] | None, str]:
+        """
+        Args:
+            as_first: all processes do as the first, which alone knows what is on the disk.
+        """
         try:
-            return self._prepared(progress), ""
+            if as_first:
+                due = bool(self.trainer.ranks.gather(torch.tensor([int(due)]), 0)[0])
+            return (self._prepared(progress) if due else None), ""
         except (RuntimeError, OSError, MemoryError) as error:  # a device that answers no more
             return None, str(error).partition("\n")[0]
 
@@ -180,4 +193,10 @@ class Keeper:
         if export is not None:
             export(self.folder)
         for report in self._reports:
-            report.again(always=last)
+            self._draw(report, last)
+
+    def _draw(self, report: Drawing, always: bool = False) -> None:
+        """Draws a report; one that cannot be drawn costs no more than a warning, for what was learnt is saved."""
+        problem = self._attempt(partial(report.again, always))
+        if problem:
+            say(f"warning: {problem}; later, python -m tempflow report {self.folder} draws it")

@@ -16,8 +16,8 @@ from tempflow.settings.stacks import KINDS, names_of, presets
 
 USAGE = """\
 usage: torchrun tempflow/train.py [PRESET or FILE.yaml ...] [section.field=value ...]
-Presets and files are laid on one another from left to right: `flux1_dev g2rpo hpsv3`. Without any, or with methods
-alone, the first is digits."""
+Presets and files are laid on one another from left to right: `flux1_dev g2rpo hpsv3`. Without any
+the run is digits_even; methods alone lie on digits."""
 
 
 def help_text() -> str:

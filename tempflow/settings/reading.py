@@ -1,8 +1,8 @@
 """Reading a configuration: stacked presets and YAML files, then overrides.
 
 `load(["flux1_dev", "g2rpo", "hpsv3", "learn.lr=1e-4"])`: names of presets and files, each laid on those before it, then
-`section.field=value`. Without a model, a task or a file the stack lies on the preset `digits`. An unknown or ill-typed
-field is refused with the nearest name. The fields themselves stand in `fields.py`, the presets in `presets/`.
+`section.field=value`. Without any name the stack is the preset `digits_even`; methods alone lie on `digits`. An unknown
+or ill-typed field is refused with the nearest name. The fields themselves stand in `fields.py`, presets in `presets/`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def load(arguments: Sequence[str]) -> Config:
     arguments = list(arguments)
     count = next((place for place, argument in enumerate(arguments) if is_override(argument)), len(arguments))
     names, overrides = arguments[:count], arguments[count:]
-    values = read_stack(names if _has_base(names) else ["digits", *names]).values
+    values = read_stack(_with_base(names)).values
     for override in overrides:
         _override(values, override)
     config = validate(values)
@@ -49,10 +49,11 @@ def is_override(argument: str) -> bool:
     return bool(equals) and "/" not in name
 
 
-def _has_base(names: Sequence[str]) -> bool:
-    """Whether a stack names anything but methods."""
+def _with_base(names: Sequence[str]) -> list[str]:
+    """A stack that has something to lie on: the default run where nothing is named, `digits` under methods alone."""
     known = presets()
-    return any(name not in known or kind_of(known[name]) != "methods" for name in names)
+    alone = all(name in known and kind_of(known[name]) == "methods" for name in names)
+    return ["digits" if names else "digits_even", *names] if alone else list(names)
 
 
 def _override(values: dict[str, dict[str, Any]], argument: str) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import resource
 import time
 
 import aiohttp
@@ -149,6 +150,16 @@ def test_idle_connections_are_closed_and_limited(capsys, monkeypatch):
     assert refused >= 7 and status == b"200" and len(said) <= 4
 
 
+@pytest.mark.parametrize(("granted", "most"), [(200, 200 - door.OWN), (door.OWN, 1), (4096, door.MOST)])
+def test_connections_leave_descriptors_for_the_server_itself(granted, most):
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (granted, before[1]))
+    try:
+        assert door.most_connections() == most
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
 def test_a_scorer_that_breaks_is_one_line(capsys):
     def breaks(images, prompts):
         raise RuntimeError("out of\nmemory")
@@ -214,22 +225,56 @@ def test_answers_that_are_none_are_a_fault(name):
         assert isinstance(caught.value, Fault) and str(caught.value).startswith("30")
 
 
-def test_a_judge_follows_no_redirect_either(monkeypatch):
-    """Its key is as secret as the token."""
+def asked(monkeypatch, answer, **options):
+    """A judge that asks `answer(request)` once, and a fault; gives what it says."""
     httpx = pytest.importorskip("httpx")
     from tempflow.rewards.scorers.vlm_judge import VlmJudge
 
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    judge, hosts = VlmJudge("m", url="http://one.test/v1", tries=1), []
+    judge = VlmJudge("m", url="http://one.test/v1", tries=1, **options)
+    judge.client = httpx.Client(transport=httpx.MockTransport(answer), headers=judge.client.headers)
+    with pytest.raises(BadInput) as caught:
+        judge(IMAGES, PROMPTS)
+    assert caught.value.field.endswith("vlm_judge.url")
+    return caught.value.hint
+
+
+def test_a_judge_follows_no_redirect_either(monkeypatch):
+    """Its key is as secret as the token."""
+    httpx, hosts = pytest.importorskip("httpx"), []
 
     def answer(request):
         hosts.append(request.url.host)
         return httpx.Response(302, headers={"Location": "http://other.test/"})
 
-    judge.client = httpx.Client(transport=httpx.MockTransport(answer), headers=judge.client.headers)
-    with pytest.raises(BadInput, match="302"):
-        judge(IMAGES, PROMPTS)
-    assert hosts == ["one.test"]
+    assert "302" in asked(monkeypatch, answer) and hosts == ["one.test"]
+
+
+def drips(seen):
+    while True:
+        seen.append(1)
+        time.sleep(0.02)
+        yield b" "
+
+
+def floods(seen):
+    while True:
+        seen.append(2**16)
+        yield b" " * 2**16
+
+
+@pytest.mark.parametrize(("body", "headers", "most", "words"), [
+    (floods, {}, 2**20 + 2**16, "bytes"), (drips, {}, 100, "0.3 s"),
+    (floods, {"Content-Encoding": "gzip"}, 0, "packed"),
+    (lambda seen: iter([b"[" * 10**5]), {}, 0, "no chat completion"),
+], ids=["flood", "drip", "packed", "deep"])  # fmt: skip
+def test_a_judges_answers_have_an_end(monkeypatch, body, headers, most, words):
+    httpx, seen = pytest.importorskip("httpx"), []
+
+    def answer(request):
+        return httpx.Response(200, headers=headers, content=body(seen))
+
+    assert words in asked(monkeypatch, answer, timeout=0.3) and sum(seen) <= most
 
 
 def test_waits_have_an_end():

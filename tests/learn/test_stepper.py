@@ -191,7 +191,7 @@ def run(stepper: Stepper, steps: str) -> None:
         stepper.update(ALONE, step == "i")
 
 
-@pytest.mark.parametrize("steps", ["nnn", "gnnn", "nngnnn", "nniin", "inini"])
+@pytest.mark.parametrize("steps", ["nnn", "gnnn", "nngnnn", "nniin", "inini", "nnng"])
 @pytest.mark.parametrize("apart", [False, True])
 def test_gradients_that_are_not_finite_end_the_run_in_a_row(steps, apart):
     """Idle steps neither count nor end a row, and a row may span iterations; the tensor is named, and no other."""
@@ -201,6 +201,17 @@ def test_gradients_that_are_not_finite_end_the_run_in_a_row(steps, apart):
             run(stepper, part)
             stepper.read()
     assert caught.value.field == "learn.skip_limit" and "(bad)" in caught.value.hint
+
+
+def test_of_many_tensors_a_few_are_named():
+    parameters = {f"w{number}": Parameter(torch.zeros(2)) for number in range(5)}
+    average, optimizer = MovingAverage(parameters, 0.9, 1), torch.optim.SGD(parameters.values(), lr=1.0)
+    stepper = Stepper(parameters, optimizer, average, 1.0, skip_limit=1)
+    for parameter in parameters.values():
+        parameter.grad = torch.full((2,), BAD)
+    stepper.update(ALONE, False)
+    with pytest.raises(Halted, match=r"\(w0, w1, w2 and 2 more\)"):
+        stepper.read()
 
 
 @pytest.mark.parametrize(("steps", "skipped"), [("nngnng", 4), ("g", 0), ("in", 1), ("ii", 0)])

@@ -240,6 +240,14 @@ def test_adapters_that_a_library_would_add_itself(folder, trap):
     assert not trap.exists()
 
 
+@pytest.mark.parametrize("entry", ["auto_map", "custom_pipelines", "trust_remote_code"])
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_configurations_that_name_code(tmp_path, file, entry):
+    (tmp_path / file).write_text(json.dumps({entry: "x"}))
+    with pytest.raises(BadInput, match=rf"model\.path=.*{file} names code to run \({entry}\)"):
+        check_files(tmp_path, Origin("model.path", "here"))
+
+
 @pytest.mark.parametrize("field", ["path", "lora", "text_cache"])
 @pytest.mark.parametrize("path", ["tempflow:../../etc", "tempflow:/etc", "tempflow:digits/../../x"])
 def test_paths_into_the_package_stay_there(field, path):

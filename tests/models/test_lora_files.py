@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -94,3 +95,10 @@ def test_loras_of_another_kind_are_refused(tiny, load_tiny, tmp_path, kind):
     policy.family.pipeline_class.save_lora_weights(tmp_path, weights, transformer_lora_adapter_metadata=metadata)
     with pytest.raises(BadInput, match=f"model.lora=.*{next(iter(kind))}"):
         load_skeleton(model_config(tiny("flux"), "flux", lora=str(tmp_path)), sample_config("flux"))
+
+
+def test_a_lora_of_a_hub_that_does_not_answer_is_one_line(tiny, monkeypatch):
+    """Whatever the error is that the hub's client has for it."""
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(BadInput, match="model.lora=nowhere/none: the LoRA does not load"):
+        load_skeleton(model_config(tiny("flux"), "flux", lora="nowhere/none"), sample_config("flux"))

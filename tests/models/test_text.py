@@ -152,6 +152,16 @@ def test_a_cached_text_of_no_numbers_is_encoded_again(tmp_path, capfd):
     assert "holds NaN or infinity" in capfd.readouterr().err
 
 
+def test_a_cache_that_can_no_longer_be_written_ends_nothing(tmp_path, capfd):
+    """As on a full disk, or where the folder was removed."""
+    expected = cached_policy(tmp_path / "kept").encode(["one", "two"]).tensors
+    policy = cached_policy(tmp_path / "texts")
+    shutil.rmtree(tmp_path / "texts")
+    found = policy.encode(["one", "two"]).tensors
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert capfd.readouterr().err.count("model.text_cache=") == 1
+
+
 def test_a_cached_text_of_another_shape_is_refused(tmp_path):
     policy = cached_policy(tmp_path)
     policy.encode(["one"])

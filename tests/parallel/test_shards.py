@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import tiny_pipelines
 import torch
+import torch.distributed as dist
 from long import mostly_long
 from safetensors.torch import load_file
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tempflow.common.errors import BadInput
 from tempflow.common.tensors import gather, whole
@@ -16,6 +18,7 @@ from tempflow.forecast.words import Forecast
 from tempflow.method import read_method
 from tempflow.models.load import load_policy, load_skeleton
 from tempflow.parallel import ranks as processes
+from tempflow.parallel.ranks import Ranks
 from tempflow.parallel.shards import like, make_shards, put
 from tempflow.run.spreading import settle_copy
 from tempflow.settings.checks import shard_count
@@ -106,6 +109,20 @@ def test_full_tensors_go_into_shares_and_back(one_process):
     assert torch.equal(whole(like(module.bias, before["bias"])), before["bias"])
     assert like(module.bias, torch.tensor(7.0)) == 7, "a step count is no share"
     assert gather(parameters, keep=False) == {}
+
+
+@pytest.fixture
+def second_of_four():
+    """Without the other three: what this one sends comes to nobody."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=4)
+    yield Ranks(1, 4, torch.device("cpu"), patience=60.0)
+    processes.stop()
+
+
+def test_blocks_are_gathered_within_a_node(second_of_four):
+    mesh = make_shards(second_of_four, 2, False, torch.float32, None).mesh
+    groups = {name: dist.get_process_group_ranks(mesh.get_group(name)) for name in ("shard", "replicate")}
+    assert groups == {"shard": [0, 1], "replicate": [1, 3]}
 
 
 @pytest.mark.parametrize("train", ["lora", "full"])

@@ -132,6 +132,16 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert names(tmp_path) == ["step_000005", "step_000006"] and checkpoint.best(tmp_path)[0] == "step_000006"
 
 
+def test_an_iteration_that_is_done_again_has_its_new_score(tmp_path):
+    """As after a checkpoint that was damaged: what the one before it scored is gone with it."""
+    put(tmp_path, 1, gold=0.2)
+    put(tmp_path, 2, gold=0.7)
+    put(tmp_path, 2, gold=0.5)
+    assert checkpoint.best(tmp_path) == ("step_000002", 0.5)
+    put(tmp_path, 3, 4, keep=1, gold=0.6)
+    assert names(tmp_path) == ["step_000003", "step_000004"] and checkpoint.best(tmp_path)[0] == "step_000003"
+
+
 def test_a_checkpoint_that_was_not_used_pushes_no_other_out(tmp_path):
     """Those of iterations to come, left by what could not be loaded, are not the newest of the run that goes on."""
     put(tmp_path, 8, 9)
@@ -143,6 +153,7 @@ def test_what_a_kill_leaves_is_cleared_and_counts_for_nothing(tmp_path):
     put(tmp_path, 1)
     (tmp_path / ".step_000002.partial").mkdir()
     (tmp_path / ".step_000000.going").mkdir()
+    (tmp_path / ".step_000001.old").mkdir()
     assert checkpoint.restore(tmp_path, state()).iteration == 1
     put(tmp_path, 2)
     assert not list(tmp_path.glob(".*"))
@@ -204,6 +215,9 @@ def test_what_the_saving_thread_meets_is_raised_where_it_is_waited_for():
     with pytest.raises(OSError, match="No space"):
         saver.wait()
     saver.wait()
+    saver.start(fail)
+    with pytest.raises(OSError, match="No space"):
+        saver.start(lambda: None)
     saver.close()
 
 

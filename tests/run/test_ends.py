@@ -14,10 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from tempflow import train
+from tempflow.__main__ import main as commands
 from tempflow.commands.train import main
-from tempflow.common.stopping import HALTED, STOPPED, STOPPING
+from tempflow.common import stopping
+from tempflow.common.stopping import DONE, HALTED, STOPPED, STOPPING, Stopped, leave_with_parent
 from tempflow.records.rows import read_metrics
-from tempflow.run import checkpoint
+from tempflow.run import checkpoint, keeping
 from tempflow.run.checkpoint import checkpoints
 
 SMALL = ["digits", "explore.prompts=2", "explore.noises=2", "explore.siblings=3", "explore.forks=[0,3]",
@@ -126,6 +128,20 @@ def test_a_failure_amid_updates_goes_back_to_the_last_checkpoint(tmp_path, monke
     goes_on_as_if_nothing_had_been(tmp_path / "run", undisturbed)
 
 
+def test_what_others_hold_shares_of_is_not_saved_by_one_alone(tmp_path, monkeypatch, capsys, undisturbed):
+    """It would wait for them, who may be gone."""
+
+    def fail(_):
+        raise RuntimeError("the connection is gone")
+
+    with monkeypatch.context() as patch:
+        at(patch, 3, fail)
+        patch.setattr(keeping, "take", lambda *_, **__: pytest.fail("all processes would have to gather this"))
+        assert run(tmp_path / "run", "parallel.shard=full", "parallel.merged=whole") == HALTED
+    printed = capsys.readouterr().err
+    assert "iteration 3 could not be saved" in printed and "shares" in printed and not saved(tmp_path / "run")
+
+
 def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path, monkeypatch, capsys, undisturbed):
     real = checkpoint._save_tensors
 
@@ -142,6 +158,39 @@ def test_a_full_disk_is_told_and_leaves_the_checkpoint_before(tmp_path, monkeypa
     goes_on_as_if_nothing_had_been(tmp_path / "run", undisturbed)
 
 
+def blocked(place, aside):
+    """A folder takes the place of a file."""
+
+    def block(_):
+        place.rename(aside)
+        place.mkdir()
+
+    return block
+
+
+def test_metrics_that_cannot_be_written_lose_nothing(tmp_path, monkeypatch, capsys, undisturbed):
+    place, aside = tmp_path / "run" / "metrics.jsonl", tmp_path / "aside"
+    with monkeypatch.context() as patch:
+        at(patch, 2, blocked(place, aside))
+        assert run(tmp_path / "run", "run.save_every=1") == HALTED
+    printed = capsys.readouterr().err
+    assert place.name in printed and "Traceback" not in printed and 2 in saved(tmp_path / "run")
+    place.rmdir()
+    aside.rename(place)
+    goes_on_as_if_nothing_had_been(tmp_path / "run", undisturbed)
+
+
+def test_a_report_that_cannot_be_drawn_is_a_warning(tmp_path, monkeypatch, capsys):
+    """A run is not given up for a picture, which can be drawn later."""
+    place = tmp_path / "run" / "report.png"
+    at(monkeypatch, 2, blocked(place, tmp_path / "aside"))
+    assert run(tmp_path / "run", "run.save_every=1") == DONE and 4 in saved(tmp_path / "run")
+    printed = capsys.readouterr().err
+    assert "warning" in printed and "report.png cannot be written" in printed and "Traceback" not in printed
+    place.rmdir()
+    assert commands(["report", str(tmp_path / "run")]) == 0 and place.is_file()
+
+
 def test_killed_amid_an_iteration_it_goes_on_bit_for_bit(tmp_path, undisturbed):
     folder = tmp_path / "run"
     root = Path(__file__).parents[2]
@@ -153,6 +202,52 @@ def test_killed_amid_an_iteration_it_goes_on_bit_for_bit(tmp_path, undisturbed):
     began.wait()
     assert 1 <= json.loads((folder / "saved.json").read_text())["iteration"] <= 4
     goes_on_as_if_nothing_had_been(folder, undisturbed)
+
+
+def test_a_rank_is_told_when_torchrun_is_gone(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    (heard, said), (ready, told) = os.pipe(), os.pipe()
+    torchrun = os.fork()
+    if not torchrun:
+        if os.fork():
+            os.read(ready, 1)
+            os._exit(0)
+        signal.signal(signal.SIGTERM, lambda *_: (os.write(said, b"SIGTERM"), os._exit(0)))
+        leave_with_parent()
+        os.write(told, b"x")
+        time.sleep(60)
+        os._exit(1)
+    os.waitpid(torchrun, 0)
+    os.close(said)
+    assert os.read(heard, 9) == b"SIGTERM"
+
+
+@pytest.fixture
+def ended(monkeypatch):
+    """What the process would have said before it ended at once."""
+    words = []
+    monkeypatch.setattr(stopping, "end_now", words.append)
+    return words
+
+
+def test_the_second_signal_ends_at_once_and_one_delivered_twice_is_one(monkeypatch, ended):
+    monkeypatch.setattr(stopping, "TWICE", 1.0)
+    with STOPPING.listening(), STOPPING.finishing(60.0, lambda: True):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        assert STOPPING.asked_by == "SIGINT" and not ended
+        time.sleep(1.1)
+        signal.raise_signal(signal.SIGTERM)
+    assert len(ended) == 1 and "SIGTERM" in ended[0]
+
+
+def test_after_the_time_of_grace_what_is_written_to_is_not_left(monkeypatch, ended):
+    monkeypatch.setattr(stopping, "AGAIN", 0.05)
+    written_to = [True, True, False]
+    with pytest.raises(Stopped), STOPPING.listening(), STOPPING.finishing(0.05, lambda: not written_to.pop(0)):
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
+    assert not written_to
 
 
 def test_nobody_is_asked_to_stop_by_what_came_before():

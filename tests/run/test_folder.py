@@ -7,7 +7,8 @@ import torch
 
 from tempflow.common.errors import BadInput
 from tempflow.parallel.ranks import Ranks
-from tempflow.run.folder import check_folder, write_settings
+from tempflow.run.folder import check_folder, open_folder, write_settings
+from tempflow.run.lock import FolderLock
 from tempflow.settings.checks import check_consistency
 from tempflow.settings.reading import load, read_values
 
@@ -53,6 +54,19 @@ def test_processes_share_whole_prompts_and_batches(overrides, ranks, field):
     with pytest.raises(BadInput) as caught:
         check_consistency(config, ranks)
     assert caught.value.field == field
+
+
+def test_of_two_that_begin_a_run_there_one_is_refused(tmp_path):
+    """While the other works, and after it was quick; both found the folder free."""
+    config = load(["digits", f"run.dir={tmp_path / 'run'}"])
+    first, second = FolderLock(tmp_path / "run"), FolderLock(tmp_path / "run")
+    open_folder(config, ALONE, first)
+    with pytest.raises(BadInput, match=r"run\.dir="):
+        open_folder(config, ALONE, second)
+    write_settings(config, ALONE)
+    first.release()
+    with pytest.raises(BadInput, match=r"run\.dir="):
+        open_folder(config, ALONE, second)
 
 
 class TwoRanks(Ranks):

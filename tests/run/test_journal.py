@@ -11,6 +11,8 @@ import tempflow.run.journal as journals
 import tempflow.run.keeping as keeping
 import tempflow.train
 from tempflow.common.errors import BadInput, Halted
+from tempflow.common.stopping import Stopped
+from tempflow.parallel.ranks import Ranks
 from tempflow.run.evaluation import Evaluation
 from tempflow.run.journal import Journal
 from tempflow.run.snapshot import Progress
@@ -167,6 +169,42 @@ def test_a_hacked_run_stops_where_it_was_asked_to(journal, stop):
     assert steps_of(it, "grad_norm")[-1] == (2 if stop else 5) and checkpoints(it) == ([2] if stop else [3, 5])
     falls = [line["gold_fall"] for line in lines(it) if "gold_fall" in line]
     assert falls[0] == {"gold": 1.0}
+
+
+class Shared(Ranks):
+    """The second of two processes with shares; `due` is what the first answers."""
+
+    due = 1
+
+    def gather(self, values, dim):
+        return torch.cat([torch.full_like(values, self.due), values], dim)
+
+
+@pytest.mark.parametrize("due", [0, 1])
+def test_shares_are_gathered_by_all_or_by_nobody(tmp_path, monkeypatch, due):
+    """The second process does not know whether the first has saved the iteration before the end came."""
+    monkeypatch.setattr(Shared, "due", due)
+    ranks = Shared(1, 2, torch.device("cpu"), in_step=True)
+    trainer, _ = make_trainer(small(*SETTINGS), panel_of((tilt,), (1.0,)), ranks)
+    keeper, gathered = keeping.Keeper(trainer, tmp_path), []
+    keeper._prepared = gathered.append
+    keeper.mark(Progress(3))
+    keeper.rescue(Progress(3), True, "", Stopped("SIGTERM"))
+    keeper.rescue(Progress(3), False, "", RuntimeError("gloo"))
+    assert len(gathered) == due
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_half_of_an_iterations_steps_are_not_saved(tmp_path, steps):
+    """A step that was refused has moved nothing; one before it in the same iteration has."""
+    trainer, _ = make_trainer(small(*SETTINGS), panel_of((tilt,), (1.0,)))
+    keeper, prepared = keeping.Keeper(trainer, tmp_path), []
+    keeper._prepared = prepared.append
+    keeper.mark(Progress(3))
+    for _ in range(steps):
+        trainer.stepper.optimizer.step()
+    keeper.rescue(Progress(3), False, "", Halted("learn.skip_limit", 1, "not finite"))
+    assert len(prepared) == (steps == 1)
 
 
 def test_a_scorer_that_fails_saves_what_was_learnt(journal):

@@ -1,6 +1,7 @@
 """Going on with a run: from which checkpoint, alone in its folder, and not with other settings."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -88,3 +89,20 @@ def test_a_second_process_on_a_run_is_refused_and_changes_nothing(finished, tmp_
     assert before == {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     other.release()
     assert train(folder, "run.resume=true", *again) == 0
+
+
+def test_a_child_that_outlives_its_run_keeps_nobody_out(tmp_path):
+    lock, (born, told), (over, end) = FolderLock(tmp_path), os.pipe(), os.pipe()
+    lock.take()
+    child = os.fork()
+    if not child:
+        os.write(told, b"x")
+        os.read(over, 1)
+        os._exit(0)
+    os.read(born, 1)
+    lock.release()
+    try:
+        FolderLock(tmp_path).take()
+    finally:
+        os.write(end, b"x")
+        os.waitpid(child, 0)

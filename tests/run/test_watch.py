@@ -50,6 +50,10 @@ def test_drift_between_sampling_and_learning_is_told_once_with_what_to_do():
     assert seen(watch, [row(), row(drift=3 * CLIP)]) == [[], []]
 
 
+def test_where_siblings_never_differed_a_fall_has_no_measure():
+    assert not any(seen(Watch(CLIP), [row(spread=0.0)] * WINDOW + [row(reward=0.5, spread=0.0)] * 2 * WINDOW))
+
+
 def test_rows_without_figures_are_passed_over():
     watch = Watch(CLIP, [{"step": 0, "sigmas": [1.0, 0.0]}])
     assert not any(seen(watch, [row(reward=None), {"step": 3}] * WINDOW)) and not watch.last

@@ -30,8 +30,9 @@ RENAMED = {
 }  # fmt: skip
 
 
-def test_default_is_the_digits_preset():
-    assert load([]) == load(["digits"]) != Config()
+def test_without_a_name_the_stack_is_the_default_run_and_methods_alone_lie_on_digits():
+    assert load([]) == load(["digits_even"]) != load(["digits"])
+    assert load(["flow_grpo"]) == load(["digits", "flow_grpo"]) and load(["learn.lr=1e-4"]).explore.prompts == 24
 
 
 def test_overrides_are_typed():

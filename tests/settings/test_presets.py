@@ -14,7 +14,7 @@ from tempflow.settings.stacks import FOLDER, KINDS, names_of
 
 PAPER = ["sd35_geneval", "sd35_pickscore", "flux_hpsv3", "qwen_pickscore"]
 METHODS = [name for name in names_of("methods") if name != "guard"]
-SINGLE = [name for name in names_of("runs") if name not in PAPER]
+SINGLE = [name for name in names_of("runs") if name not in (*PAPER, "digits_even")]
 BASES = ["digits", "sd35_medium pickscore", "flux1_dev hpsv3", *names_of("runs")]
 
 METHOD_FIELDS = {

@@ -28,7 +28,8 @@ from pathlib import Path
 folder = Path(sys.argv[1])
 folder.mkdir(parents=True, exist_ok=True)
 row = {"step": 3, "network_rows": 10, "training_seconds": 1.5, "reward_mean": 0.5, "reward_test": 0.5, "gold": 0.25}
-(folder / "metrics.jsonl").write_text(json.dumps(row))
+first = {"step": 1, "network_rows": 4, "training_seconds": 0.5, "reward_mean": 0.5}
+(folder / "metrics.jsonl").write_text(json.dumps(first) + "\\n" + json.dumps(row))
 with Path(sys.argv[2]).open("a") as file:
     print(folder.parent.parent.name, folder.parent.name, folder.name, file=file)
 """
@@ -50,10 +51,10 @@ def made(monkeypatch, tmp_path):
     return read
 
 
-def study(tmp_path, **changes) -> int:
+def study(tmp_path, *more, **changes) -> int:
     path = tmp_path / "file.yaml"
     path.write_text(yaml.safe_dump(FILE | changes))
-    return front_door(["study", str(path), "--folder", str(tmp_path / "studies")])
+    return front_door(["study", str(path), "--folder", str(tmp_path / "studies"), *more])
 
 
 def forget_runs(tmp_path, name: str) -> None:
@@ -71,6 +72,7 @@ def test_what_was_kept_of_a_study_takes_more_seeds(tmp_path, made):
     forget_runs(tmp_path, "one")
     assert study(tmp_path) == 0 and made() == set()
     assert (tmp_path / "studies" / "one" / "results.csv").read_text() == kept
+    assert study(tmp_path, "--dry-run", seeds=[1, 2, 5]) == 0 and len(made()) == 1, "how long three iterations take"
     assert study(tmp_path, seeds=[1, 2, 5]) == 0
     assert made() == {"one all seed_5", "one first seed_5"}
 
@@ -127,7 +129,7 @@ def test_a_finished_run_of_ones_own_counts_more(tmp_path, made):
     """What stands in the run's folder is taken, not what a table says."""
     assert study(tmp_path) == 0
     metrics = tmp_path / "studies" / "one" / "all" / "seed_1" / "metrics.jsonl"
-    metrics.write_text(json.dumps(json.loads(metrics.read_text()) | {"gold": 0.75}))
+    metrics.write_text(json.dumps(json.loads(metrics.read_text().splitlines()[-1]) | {"gold": 0.75}))
     assert study(tmp_path) == 0
     found = [p.scores["gold"] for p in read_results(tmp_path / "studies" / "one" / "results.csv")]
     assert sorted(found) == [0.25, 0.25, 0.25, 0.75]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import logging
 import math
 import os
@@ -36,6 +37,8 @@ THOUGHT = re.compile(r"<think>.*?(</think>|$)", re.DOTALL)
 NUMBER = r"(-?\d+(?:\.\d+)?)"
 LABELLED = re.compile(rf"(?:score|rating)\W*(?:is\W*|of\W*)?{NUMBER}", re.IGNORECASE)
 PLAIN = re.compile(rf"(?<![\w.]){NUMBER}(?![\w%]|\.\d)")
+LARGEST = 2**20
+"""bytes of an answer that are read"""
 
 
 def number_in(answer: str, low: float, high: float) -> float | None:
@@ -98,7 +101,7 @@ class VlmJudge:
         if not self.low < self.high:
             raise BadInput(option("vlm_judge", "high"), self.high, f"must be above low={self.low}")
         key = os.environ.get(self.key)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self.trouble = httpx.TransportError
         self.client = httpx.Client(timeout=self.timeout, headers=headers)
         try:
@@ -162,14 +165,32 @@ class VlmJudge:
             "max_tokens": self.max_tokens,
             "temperature": 0.0 if turn == 0 else 0.5,
         }
-        response = self.client.post(f"{self.url.rstrip('/')}/chat/completions", json=body)
+        with self.client.stream("POST", f"{self.url.rstrip('/')}/chat/completions", json=body) as response:
+            answer = self._read(response)
         if response.status_code == 429 or response.status_code >= 500:
             raise Busy(f"status {response.status_code}")
+        said = " ".join(answer.decode(errors="replace").split())[:200]
         if response.status_code != 200:
-            hint = f"the server refuses with status {response.status_code}: {' '.join(response.text.split())[:200]}"
+            hint = f"the server refuses with status {response.status_code}: {said}"
             raise BadInput(option("vlm_judge", "url"), self.url, hint)
         try:
-            return str(response.json()["choices"][0]["message"]["content"] or "")
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            hint = f"the answer is no chat completion: {' '.join(response.text.split())[:200]}"
-            raise BadInput(option("vlm_judge", "url"), self.url, hint) from error
+            return str(json.loads(answer)["choices"][0]["message"]["content"] or "")
+        except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+            raise BadInput(option("vlm_judge", "url"), self.url, f"the answer is no chat completion: {said}") from error
+
+    def _read(self, response: Any) -> bytes:
+        """The body of an answer, as it was sent.
+
+        Raises:
+            Busy: there is no end to it, or it is packed, and nobody knows into what it would grow.
+        """
+        if response.headers.get("Content-Encoding", "identity") != "identity":
+            raise Busy("a packed answer, which was not asked for")
+        body, end = bytearray(), time.monotonic() + self.timeout
+        for piece in response.iter_bytes():
+            body += piece
+            if len(body) > LARGEST:
+                raise Busy(f"an answer of more than {LARGEST:,} bytes")
+            if time.monotonic() > end:
+                raise Busy(f"no whole answer within {self.timeout:g} s")
+        return bytes(body)

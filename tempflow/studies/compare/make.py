@@ -106,7 +106,8 @@ def _speed(jobs: Sequence[Job], machine: Machine) -> float:
     with tempfile.TemporaryDirectory() as folder:
         first = jobs[0]
         place = Path(folder) / "trial"
-        trial = replace(first, folder=place, iterations=3, arguments=(*first.arguments, *TRIAL, f"run.dir={place}"))
+        arguments = (*first.arguments, *TRIAL, f"run.dir={place}")
+        trial = replace(first, folder=place, iterations=3, known=False, arguments=arguments)
         failures = run_jobs([trial], machine, 1)
         if failures:
             raise BadInput(f"runs.{first.run}", f"seed {first.seed}", f"fails: {failures[0].line}")
