@@ -21,6 +21,8 @@ kernels = f"tempflow-kernels=={VERSION}" if release else f"tempflow-kernels @ {K
 REWARDS = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3.9", "httpx>=0.27", "aiohttp>=3.11"]
 """Besides torch and transformers. RapidOCR's wheel holds its models; nothing here needs torchvision."""
 
+WANDB = ["wandb>=0.31"]
+
 setup(
     name="tempflow",
     version=VERSION,
@@ -34,6 +36,7 @@ setup(
     package_data={
         "tempflow": [
             "settings/presets/**/*.yaml", "studies/shipped/*.yaml",
+            "records/page/assets/**/*",
             "digits/*.safetensors", "digits/prompts/*.jsonl", "digits/pipeline/**/*",
         ],
     },
@@ -49,6 +52,7 @@ setup(
         "numpy",
         "pillow",
         "matplotlib>=3.8",
+        "jinja2>=3.1",
         "scipy>=1.11",
         "tensorboard>=2.16",
         "tqdm",
@@ -57,6 +61,7 @@ setup(
         "test": [
             "bitsandbytes>=0.50",
             "hypothesis>=6.100",
+            "playwright>=1.60",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",
@@ -64,11 +69,14 @@ setup(
             "scikit-learn>=1.5",
             "triton>=3.6; platform_system == 'Linux'",
             *REWARDS,
+            *WANDB,
         ],
         "digits": ["scikit-learn>=1.5"],
         "gpu": ["bitsandbytes>=0.49", "flash-attn>=2.8"],
         "rewards": REWARDS,
-        "wandb": ["wandb"],
+        "wandb": WANDB,
+        "trackio": ["trackio>=0.43"],
+        "swanlab": ["swanlab>=0.10"],
     },
     entry_points={"console_scripts": ["tempflow-train=tempflow.commands.train:program"]},
 )

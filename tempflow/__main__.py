@@ -11,9 +11,12 @@ from tempflow.run.entrance import leave
 
 COMMANDS = {
     "train": "train a model; the same as torchrun tempflow/train.py",
+    "sample": "make pictures of prompts, of a run before and after training or of any model",
+    "evaluate": "score checkpoints of a run beside the model before training",
     "study": "run methods over several seeds and compare them with intervals",
     "analyze": "measure which steps of a model a reward can tell apart, and what to fork",
     "tails": "tell what fast tails do to the rewards",
+    "export": "write what a run has learnt for diffusers, ComfyUI, kohya or the hub",
     "report": "draw the report of a run again",
     "score": "score a folder of pictures",
     "serve": "serve scorers to trainers on other machines",

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from tempflow.common.errors import BadInput
+from tempflow.common.say import say
 from tempflow.common.stopping import STOPPED, WRONG
 
 CUT_OFF = 141
@@ -33,8 +34,8 @@ def end(work: Callable[[], int], interrupted: str = "interrupted") -> int:
         code = work()
         sys.stdout.flush()
         return code
-    except BadInput as error:
-        print(f"tempflow: {error}", file=sys.stderr)
+    except BadInput as error:  # which every process meets, if there are several
+        say(str(error))
         return WRONG
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends

@@ -1,4 +1,4 @@
-"""Draws the report of a run again: `python -m tempflow.commands.report runs/digits`."""
+"""Draws the report of a run again, report.png and report.html: `python -m tempflow.commands.report runs/digits`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 from tempflow.commands.ending import Parser, end
 from tempflow.common.files import user_path
-from tempflow.records.figures import draw_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -16,7 +15,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> int:
         parser = Parser(prog="python -m tempflow report", description=__doc__.partition(":")[0])
         parser.add_argument("folder", nargs="?", default="runs/digits", help="of the run (default: %(default)s)")
-        print(draw_report(user_path("folder", parser.parse_args(arguments).folder)))
+        folder = user_path("folder", parser.parse_args(arguments).folder)
+        from tempflow.records.figures import draw_report  # heavy, and not needed for help
+        from tempflow.records.page import write_page
+
+        print(draw_report(folder), write_page(folder), sep="\n")
         return 0
 
     return end(work)

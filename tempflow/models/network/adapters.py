@@ -8,9 +8,11 @@ configuration beside them.) When a file is continued, its scale is divided out a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -21,7 +23,7 @@ from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
 from tempflow.common.machine import host_memory
 from tempflow.common.tensors import whole
-from tempflow.models.weights.files import check_safetensors
+from tempflow.models.weights.files import check_safetensors, read_tensors
 from tempflow.models.weights.origin import Origin
 from tempflow.models.weights.parts import nonfinite
 from tempflow.settings.fields import ModelConfig
@@ -159,14 +161,32 @@ def _local_files(path: Path) -> list[Path]:
     return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
 
 
+def read_saved(file: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The adapters in a file of `save_adapters`, by the names and in the scale of the parameters under training.
+
+    Raises:
+        BadInput: it does not load, or holds NaN or infinity.
+    """
+    origin = Origin("--checkpoint", str(file), "the LoRA")
+    weights = {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(file, origin).items()}
+    scaled = _scaled(weights, config.lora_rank / config.lora_alpha)
+    return {re.sub(r"(\.lora_[AB])\.", rf"\1.{NAME}.", name): tensor for name, tensor in scaled.items()}
+
+
+def saved_names(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters under training by the names that their files have."""
+    return {name.replace(f".{NAME}.", "."): tensor for name, tensor in parameters.items()}
+
+
 def save_adapters(
-    module: nn.Module, pipeline_class: type[DiffusionPipeline], folder: Path, weights: dict[str, Tensor]
-) -> None:
+    module: nn.Module, pipeline_class: type[DiffusionPipeline], folder: Path, weights: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
     """Writes `weights` of `adapter_state` as `pytorch_lora_weights.safetensors` for `load_lora_weights`, of scale 1."""
     metadata = module.peft_config[NAME].to_dict()
     weights = _scaled(weights, metadata["lora_alpha"] / metadata["r"])
     pipeline_class.save_lora_weights(
         folder,
-        transformer_lora_layers={name: tensor.to("cpu") for name, tensor in weights.items()},
+        transformer_lora_layers={name: tensor.to("cpu", dtype) for name, tensor in weights.items()},
         transformer_lora_adapter_metadata={**metadata, "lora_alpha": metadata["r"]},
     )
