@@ -69,5 +69,7 @@ setup(
         "rewards": REWARDS,
         "wandb": ["wandb"],
     },
-    entry_points={"console_scripts": ["tempflow-train=tempflow.commands.train:program"]},
+    entry_points={
+        "console_scripts": ["tempflow=tempflow.__main__:program", "tempflow-train=tempflow.commands.train:program"],
+    },
 )

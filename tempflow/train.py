@@ -17,7 +17,8 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":  # help and wrong settings are answered before anything heavy is imported
-    from tempflow.run.entrance import enter, leave
+    from tempflow.common.stopping import leave
+    from tempflow.run.entrance import enter
 
     leave(enter())
 

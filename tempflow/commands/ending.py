@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tempflow.common.errors import BadInput
 from tempflow.common.stopping import STOPPED, WRONG
@@ -17,7 +17,17 @@ CUT_OFF = 141
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are one line, as those of settings are."""
+    """A command line whose mistakes are one line, as those of settings are.
+
+    Args:
+        example: a line that works, at the end of its help.
+    """
+
+    def __init__(self, *, example: str = "", **options: Any):
+        own = {"formatter_class": argparse.RawDescriptionHelpFormatter}
+        if example:
+            own["epilog"] = f"example:\n  {example}"
+        super().__init__(**own | options)
 
     def error(self, message: str) -> NoReturn:
         """Raises BadInput in place of argparse's own ending."""

@@ -1,4 +1,4 @@
-"""Draws the report of a run again: `python -m tempflow.commands.report runs/digits`."""
+"""Draws the report of a run again: `tempflow report runs/digits`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from collections.abc import Sequence
 
 from tempflow.commands.ending import Parser, end
 from tempflow.common.files import user_path
-from tempflow.records.figures import draw_report
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 for wrong input."""
 
     def work() -> int:
-        parser = Parser(prog="python -m tempflow report", description=__doc__.partition(":")[0])
+        example = "tempflow report runs/digits"
+        parser = Parser(prog="tempflow report", description=__doc__.partition(":")[0], example=example)
         parser.add_argument("folder", nargs="?", default="runs/digits", help="of the run (default: %(default)s)")
-        print(draw_report(user_path("folder", parser.parse_args(arguments).folder)))
+        folder = parser.parse_args(arguments).folder
+        from tempflow.records.figures import draw_report  # heavy, and not needed for help
+
+        print(draw_report(user_path("folder", folder)))
         return 0
 
     return end(work)

@@ -220,7 +220,7 @@ class RewardConfig:
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """What scorers are made with, by name, such as {pickscore: {path: /models/pickscore, dtype: bf16}}."""
     servers: list[Annotated[str, Field(pattern=r"^https?://[^\s/]+/*$")]] = changeable(make=list)
-    """Addresses of `python -m tempflow.commands.serve`; what they serve is scored there, anything else here."""
+    """Addresses of `tempflow serve`; what they serve is scored there, anything else here."""
     rows: Count = changeable(128)
     """Images decoded and scored in one call."""
     overlap: bool = changeable(True)
