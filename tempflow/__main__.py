@@ -22,6 +22,7 @@ COMMANDS = {
     "score": "score a folder of pictures",
     "serve": "serve scorers to trainers on other machines",
     "prompts": "write prompts in the manner of GenEval",
+    "doctor": "tell what this machine has, and what is missing for which feature",
     "audit": "list the licences of what is installed, and known faults in it",
 }
 """Command -> what it does; each is a module of tempflow/commands."""

@@ -262,7 +262,7 @@ class RunConfig:
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """The one number that every random choice of training is a function of."""
     resume: bool | Literal["auto"] = changeable(False)
-    """Continue the run in run.dir, the newest of numbered ones, from its last checkpoint; auto begins one if none is."""
+    """Continue the run in run.dir (the newest of its numbers) from its last checkpoint; auto begins one if none is."""
     save_every: Whole = changeable(50)
     """Iterations between checkpoints; 0 saves only at the end."""
     keep_checkpoints: Count = changeable(2)
