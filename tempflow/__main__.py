@@ -15,6 +15,8 @@ from tempflow.common.stopping import DONE, WRONG, leave
 
 COMMANDS = {
     "train": "train a model; the same as tempflow/train.py, also under torchrun",
+    "sample": "make pictures of prompts, of a run before and after training or of any model",
+    "evaluate": "score checkpoints of a run beside the model before training",
     "report": "draw the report of a run again",
     "study": "run methods over several seeds and compare them with intervals",
     "analyze": "measure which steps of a model a reward can tell apart, and what to fork",

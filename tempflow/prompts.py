@@ -18,6 +18,8 @@ TABLES = (".json", ".csv", ".tsv", ".yaml", ".yml", ".parquet", ".arrow", ".xls"
 """Ends of files that hold prompts in another form."""
 HEADERS = {"prompt", "prompts", "caption", "captions", "text"}
 """What a table calls its column of prompts; a prompt of this one word is a header, too."""
+OF_TEST = ("prompts.test", "--prompts")
+"""Settings that take the test file of a folder."""
 LARGEST = 2**30
 """Bytes of a file of prompts."""
 LONGEST = 100_000
@@ -36,8 +38,8 @@ def read_prompts(path: str, setting: str) -> list[Prompt]:
     """Prompts of a text file (one a line) or of a file with a JSON object a line (`prompt`; the rest is metadata).
 
     The latter ends in .jsonl or .ndjson, or its first line is such an object. Of a folder, as the data sets of
-    Flow-GRPO are, `train_metadata.jsonl` or `train.txt`; for prompts.test, test's. Lines end with a line feed; empty
-    ones are passed over.
+    Flow-GRPO are, `train_metadata.jsonl` or `train.txt`; for what is evaluated, test's. Lines end with a line feed;
+    empty ones are passed over.
 
     Args:
         setting: the name of the field that gave the path, for error messages.
@@ -60,11 +62,20 @@ def read_prompts(path: str, setting: str) -> list[Prompt]:
     return [Prompt(_plain(line, place, setting)) for place, line in numbered]
 
 
+def read_prompt(text: str, setting: str) -> Prompt:
+    """A prompt by itself, as a command line gives it.
+
+    Raises:
+        BadInput: it is empty, too long, or no text.
+    """
+    return Prompt(_checked(text, text, setting))
+
+
 def _file(path: Path, setting: str) -> Path:
     """The file of a folder that holds the prompts asked for; any other path as it is."""
     if not path.is_dir():
         return path
-    split = "test" if setting == "prompts.test" else "train"
+    split = "test" if setting in OF_TEST else "train"
     names = [f"{split}_metadata.jsonl", f"{split}.jsonl", f"{split}.txt"]
     found = next((path / name for name in names if user_path(setting, path / name).is_file()), None)
     if found is None:

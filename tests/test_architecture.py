@@ -21,6 +21,7 @@ LAYERS = [
     {"method"},
     {"forecast"},
     {"run"},
+    {"trained"},
     {"studies"},
     {"train"},
     {"commands"},
@@ -28,7 +29,7 @@ LAYERS = [
 ]
 """The rooms, bottom to top: folders of tempflow/ and the files beside them. Arrows point down or stay in their room."""
 
-RANKS = {"train", "commands", "run", "parallel", "forecast", "credit", "learn"}
+RANKS = {"train", "commands", "run", "trained", "parallel", "forecast", "credit", "learn"}
 
 
 def imports(path: Path) -> set[str]:

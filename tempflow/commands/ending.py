@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from tempflow.common.errors import BadInput
+from tempflow.common.say import say
 from tempflow.common.stopping import STOPPED, WRONG
 
 CUT_OFF = 141
@@ -23,11 +24,10 @@ class Parser(argparse.ArgumentParser):
         example: a line that works, at the end of its help.
     """
 
-    def __init__(self, *, example: str = "", **options: Any):
-        own = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-        if example:
-            own["epilog"] = f"example:\n  {example}"
-        super().__init__(**own | options)
+    def __init__(self, *, example: str = "", epilog: str | None = None, **options: Any):
+        parts = [part for part in (epilog, example and f"example:\n  {example}") if part]
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(epilog="\n\n".join(parts) or None, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raises BadInput in place of argparse's own ending."""
@@ -43,8 +43,8 @@ def end(work: Callable[[], int], interrupted: str = "interrupted") -> int:
         code = work()
         sys.stdout.flush()
         return code
-    except BadInput as error:
-        print(f"tempflow: {error}", file=sys.stderr)
+    except BadInput as error:  # which every process meets, if there are several
+        say(str(error))
         return WRONG
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends

@@ -13,7 +13,7 @@ from tempflow.common.errors import BadInput
 from tempflow.common.say import say
 from tempflow.credit.scoring import ScoreQueue
 from tempflow.explore.feed import Feed
-from tempflow.explore.schedule import NoiseSchedule, build_schedule
+from tempflow.explore.schedule import NoiseSchedule
 from tempflow.explore.tails.choose import check_tail_settings, choose_engines, prepare_weights
 from tempflow.explore.tails.compiled import CompiledBlocks
 from tempflow.explore.tails.engine import TailEngine
@@ -31,7 +31,7 @@ from tempflow.prompts import Prompt, read_prompts
 from tempflow.records.trackers import check_trackers
 from tempflow.rewards.panel import Panel, load_panels
 from tempflow.run import checkpoint
-from tempflow.run.evaluation import Evaluator
+from tempflow.run.evaluation import Evaluator, evaluation_schedule
 from tempflow.run.folder import check_folder, first_rows, open_folder, write_settings
 from tempflow.run.journal import Journal
 from tempflow.run.lock import FolderLock
@@ -69,7 +69,7 @@ def _set_up(
     ranks = processes.start(config.run.device, longest_wait(config.reward), config.parallel.offload)
     check_trackers(config.run.trackers)
     config = check_folder(config)
-    prompts, held_out = read_prompts(config.prompts.train, "prompts.train"), _held_out(config)
+    prompts, held_out = read_prompts(config.prompts.train, "prompts.train"), held_out_prompts(config)
     config, method, schedule = show_plan(config, ranks)
     spreading = spread_out(config, ranks)
     ranks = spreading.ranks
@@ -179,7 +179,7 @@ def _stepper(config: Config, policy: Policy) -> Stepper:
     return Stepper(parameters, optimizer, average, learn.max_grad_norm, scale, learn.skip_limit)
 
 
-def _held_out(config: Config) -> list[Prompt]:
+def held_out_prompts(config: Config) -> list[Prompt]:
     """The prompts of evaluations, spread over their file; none where there is no file."""
     if config.prompts.test is None:
         return []
@@ -195,6 +195,6 @@ def _evaluator(
     """Held-out evaluation, or None where there are no held-out prompts."""
     if not prompts:
         return None
-    schedule = build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, 1.0)  # no noise is taken
+    schedule = evaluation_schedule(config, policy)
     return Evaluator(policy, engine, schedule, prompts, *panels, ranks, config.eval.seed, config.eval.noises,
                      decoders.own, decoders.rows, config.eval.pictures)  # fmt: skip

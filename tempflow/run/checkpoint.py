@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,7 +28,6 @@ from tempflow.parallel.ranks import Ranks
 from tempflow.run.snapshot import PARTS, Progress, Snapshot, State, Unfit, check, check_numbers, put_back
 
 INDEX, STATE, BEST = "index.json", "state.json", "best.json"
-FILES = (*(f"{part}.safetensors" for part in PARTS), STATE)
 NAME = re.compile(r"step_\d{6,}")
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -60,7 +60,7 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
 
 def checkpoints(folder: Path) -> list[Path]:
     """Whatever is called a checkpoint, oldest first."""
-    return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=_iteration)
+    return sorted((path for path in folder.glob("step_*") if NAME.fullmatch(path.name)), key=iteration_of)
 
 
 def restore(folder: Path, stepper: Stepper, ranks: Ranks = ALONE) -> Progress:
@@ -109,19 +109,21 @@ def _read_again(path: Path, stepper: Stepper) -> Snapshot:
     return snapshot
 
 
-def read(path: Path) -> Snapshot:
+def read(path: Path, parts: Sequence[str] = PARTS) -> Snapshot:
     """A checkpoint whose files are those that were written.
 
+    Args:
+        parts: those of its tensors that are wanted; the files of others are not looked at.
     Raises:
         Unfit: what is wrong with it.
     """
     try:
         sums = _checksums(path)
-        for name in FILES:
+        for name in _files(parts):
             if checksum(path / name) != sums.get(name):
                 raise Unfit(f"{name} is not what was written: its checksum differs")
         state = TypeAdapter(State).validate_json((path / STATE).read_bytes(), strict=True)
-        tensors = {part: load_file(path / f"{part}.safetensors") for part in PARTS}
+        tensors = {part: load_file(path / f"{part}.safetensors") for part in parts}
     except FileNotFoundError as error:
         raise Unfit(f"{Path(error.filename or path).name} is missing") from error
     except ValidationError as error:
@@ -129,9 +131,14 @@ def read(path: Path) -> Snapshot:
         raise Unfit(f"{STATE}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     except (OSError, SafetensorError) as error:
         raise Unfit(str(error)) from error
-    if state.progress.iteration != _iteration(path):
+    if state.progress.iteration != iteration_of(path):
         raise Unfit(f"it tells of iteration {state.progress.iteration}")
     return Snapshot(state, tensors)
+
+
+def _files(parts: Sequence[str]) -> tuple[str, ...]:
+    """The files of parts, and of what is no tensor."""
+    return (*(f"{part}.safetensors" for part in parts), STATE)
 
 
 def _checksums(path: Path) -> dict[str, str]:
@@ -148,9 +155,9 @@ def _write(partial: Path, snapshot: Snapshot) -> None:
     for part, tensors in snapshot.tensors.items():
         _save_tensors(tensors, partial / f"{part}.safetensors")
     write_atomically(partial / STATE, json.dumps(asdict(snapshot.state)).encode())
-    for name in FILES:
+    for name in _files(PARTS):
         on_disk(partial / name)
-    sums = {name: checksum(partial / name) for name in FILES}
+    sums = {name: checksum(partial / name) for name in _files(PARTS)}
     write_atomically(partial / INDEX, json.dumps(sums, indent=1).encode())
     on_disk(partial)
 
@@ -162,7 +169,8 @@ def _save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
         raise OSError(str(error)) from error
 
 
-def _iteration(path: Path) -> int:
+def iteration_of(path: Path) -> int:
+    """The iteration that a checkpoint is named after."""
     return int(path.name[len("step_") :])
 
 
@@ -186,12 +194,12 @@ def _note_best(folder: Path, name: str, gold: float | None) -> None:
 def _drop(folder: Path, now: int, keep: int) -> None:
     """Removes old checkpoints; newer ones, which could not be used or were given up, are set aside."""
     found = checkpoints(folder)
-    for newer in [path for path in found if _iteration(path) > now]:
+    for newer in [path for path in found if iteration_of(path) > now]:
         say(f"the checkpoint {newer} is of a later iteration and was not used; it is kept as unused_{newer.name}")
         _remove(folder / f"unused_{newer.name}")
         newer.rename(folder / f"unused_{newer.name}")
     kept = best(folder)
-    for old in [path for path in found if _iteration(path) <= now][:-keep]:
+    for old in [path for path in found if iteration_of(path) <= now][:-keep]:
         if kept is None or old.name != kept[0]:
             _remove(old)
 

@@ -12,12 +12,13 @@ from tempflow.common.draws import EVALUATION, Draw
 from tempflow.common.tensors import chunks
 from tempflow.credit.advantage import known_mean
 from tempflow.credit.decoding import Decoded, check_lost, decode_branches
-from tempflow.explore.schedule import NoiseSchedule
+from tempflow.explore.schedule import NoiseSchedule, build_schedule
 from tempflow.explore.tails.engine import TailEngine
 from tempflow.parallel.ranks import Ranks
 from tempflow.policy import ImageDecoder, Policy
 from tempflow.prompts import Prompt
 from tempflow.rewards.panel import Panel
+from tempflow.settings.fields import Config
 
 
 @dataclass(frozen=True)
@@ -114,8 +115,22 @@ class Evaluator:
     def _sample(self, slots: range, prompts: Sequence[Prompt]) -> Decoded:
         """(len(prompts), 3, H, W) images from the noises of the slots, slot by slot."""
         draw = Draw.grid(self.seed, EVALUATION, slots, self.noises)
-        latents = draw.initial_noise(self.policy.latent_shape, self.policy.device)
-        for part in chunks(len(latents), self.engine.rows):
-            conditioning = self.policy.encode([prompt.text for prompt in prompts[part]])
-            self.engine.finish(latents[part], [0] * len(latents[part]), conditioning, self.schedule)
+        latents = sample_latents(self.policy, self.engine, self.schedule, draw, prompts)
         return decode_branches(self.decoder, latents, self.decode_rows)
+
+
+@torch.no_grad()
+def sample_latents(
+    policy: Policy, engine: TailEngine, schedule: NoiseSchedule, draw: Draw, prompts: Sequence[Prompt]
+) -> Tensor:
+    """(R, D...) finished latents of R prompts, along the ODE from the noises of a draw, `engine.rows` a call."""
+    latents = draw.initial_noise(policy.latent_shape, policy.device)
+    for part in chunks(len(latents), engine.rows):
+        conditioning = policy.encode([prompt.text for prompt in prompts[part]])
+        engine.finish(latents[part], [0] * len(latents[part]), conditioning, schedule)
+    return latents
+
+
+def evaluation_schedule(config: Config, policy: Policy) -> NoiseSchedule:
+    """The sigmas of `eval.steps` steps, of which no noise is taken."""
+    return build_schedule(policy.sigmas(config.eval.steps), config.sample.transition, 1.0)

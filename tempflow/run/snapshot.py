@@ -102,8 +102,8 @@ def check(snapshot: Snapshot, stepper: Stepper) -> None:
     """
     check_numbers(snapshot)
     parameters, average, optimizer = (snapshot.tensors[part] for part in PARTS)
-    _compare(parameters, stepper.parameters)
-    _compare(average, stepper.average.average)
+    compare(parameters, stepper.parameters)
+    compare(average, stepper.average.average)
     _compare_optimizer(optimizer, list(stepper.parameters.values()))
     state = snapshot.state
     if any(isinstance(value, bool) or value != value for value in state.numbers.values()):
@@ -143,7 +143,12 @@ def _copy(source: dict[str, Tensor], target: dict[str, Tensor] | dict[str, Param
         put(tensor, source[name])
 
 
-def _compare(found: dict[str, Tensor], own: Mapping[str, Tensor]) -> None:
+def compare(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Names, shapes and dtypes of parameters with a model's.
+
+    Raises:
+        Unfit: naming the first that differs.
+    """
     if found.keys() != own.keys():
         example = min(found.keys() ^ own.keys())
         raise Unfit(f"{len(found.keys() ^ own.keys())} parameters differ from the model's, among them {example}")

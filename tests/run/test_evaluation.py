@@ -129,8 +129,8 @@ def test_noises_of_evaluation_do_not_depend_on_the_run_seed(tmp_path):
 def test_held_out_prompts_are_spread_over_their_file(tmp_path):
     (tmp_path / "test.txt").write_text("\n".join(f"p{number}" for number in range(10)))
     config = Config(prompts=PromptConfig(test=str(tmp_path / "test.txt")), eval=EvalConfig(prompts=4))
-    assert [prompt.text for prompt in assembly._held_out(config)] == ["p0", "p2", "p5", "p7"]
-    assert assembly._held_out(Config(prompts=PromptConfig(test=None))) == []
+    assert [prompt.text for prompt in assembly.held_out_prompts(config)] == ["p0", "p2", "p5", "p7"]
+    assert assembly.held_out_prompts(Config(prompts=PromptConfig(test=None))) == []
 
 
 def test_the_averaged_parameters_are_evaluated_and_saved(tmp_path, monkeypatch):

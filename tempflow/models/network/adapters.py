@@ -8,6 +8,7 @@ configuration beside them.) When a file is continued, its scale is divided out a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from tempflow.common.errors import BadInput
 from tempflow.common.files import resolve
 from tempflow.common.machine import host_memory
 from tempflow.common.tensors import whole
-from tempflow.models.weights.files import check_safetensors
+from tempflow.models.weights.files import check_safetensors, read_tensors
 from tempflow.models.weights.origin import Origin
 from tempflow.models.weights.parts import nonfinite
 from tempflow.settings.fields import ModelConfig
@@ -157,6 +158,18 @@ def _read(pipeline_class: type[DiffusionPipeline], source: str) -> tuple[dict[st
 def _local_files(path: Path) -> list[Path]:
     """The file, or the safetensors files of a folder; none of them may be of another kind."""
     return sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
+
+
+def read_saved(file: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The adapters in a file of `save_adapters`, by the names and in the scale of the parameters under training.
+
+    Raises:
+        BadInput: it does not load, or holds NaN or infinity.
+    """
+    origin = Origin("--checkpoint", str(file), "the LoRA")
+    weights = {name.removeprefix(PREFIX): tensor for name, tensor in read_tensors(file, origin).items()}
+    scaled = _scaled(weights, config.lora_rank / config.lora_alpha)
+    return {re.sub(r"(\.lora_[AB])\.", rf"\1.{NAME}.", name): tensor for name, tensor in scaled.items()}
 
 
 def save_adapters(

@@ -11,7 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
 from tempflow.models.weights.origin import Origin
 
@@ -86,6 +89,22 @@ def headers(folder: Path, origin: Origin) -> Iterator[tuple[Path, Shapes]]:
     """
     for file in sorted(folder.glob(f"*{SUFFIX}")):
         yield file, _shapes(file, origin)
+
+
+def read_tensors(path: Path, origin: Origin) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, or of those of a folder, in main memory.
+
+    Raises:
+        BadInput: one that does not load, or holds NaN or infinity.
+    """
+    found: dict[str, Tensor] = {}
+    for file in sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]:
+        check_safetensors(file, origin)
+        found |= load_file(file)
+    for name, tensor in found.items():
+        if not torch.isfinite(tensor).all():
+            raise origin.refusal(f"its {name} holds NaN or infinity")
+    return found
 
 
 def check_safetensors(file: Path, origin: Origin) -> None:

@@ -1,0 +1,1 @@
+"""What a run has learnt, taken up again: opened, sampled from, evaluated."""
