@@ -21,6 +21,9 @@ kernels = f"tempflow-kernels=={VERSION}" if release else f"tempflow-kernels @ {K
 REWARDS = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3.9", "httpx>=0.27", "aiohttp>=3.11"]
 """Besides torch and transformers. RapidOCR's wheel holds its models; nothing here needs torchvision."""
 
+DOCS = ["zensical>=0.0.73"]
+"""The successor of mkdocs-material, by its makers; reads mkdocs.yml."""
+
 setup(
     name="tempflow",
     version=VERSION,
@@ -62,10 +65,12 @@ setup(
             "pytest-timeout>=2.3",
             "scikit-learn>=1.5",
             "triton>=3.6; platform_system == 'Linux'",
+            *DOCS,
             *REWARDS,
         ],
         "digits": ["scikit-learn>=1.5"],
         "gpu": ["bitsandbytes>=0.49", "flash-attn>=2.8"],
+        "docs": DOCS,
         "rewards": REWARDS,
         "wandb": ["wandb"],
     },
