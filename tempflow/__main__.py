@@ -21,6 +21,7 @@ COMMANDS = {
     "study": "run methods over several seeds and compare them with intervals",
     "analyze": "measure which steps of a model a reward can tell apart, and what to fork",
     "tails": "tell what fast tails do to the rewards",
+    "export": "write what a run has learnt for diffusers, ComfyUI, kohya or the hub",
     "score": "score a folder of pictures",
     "serve": "serve scorers to trainers on other machines",
     "prompts": "write prompts in the manner of GenEval",

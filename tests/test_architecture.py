@@ -22,6 +22,7 @@ LAYERS = [
     {"forecast"},
     {"run"},
     {"trained"},
+    {"export"},
     {"studies"},
     {"train"},
     {"commands"},

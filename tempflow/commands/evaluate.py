@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tempflow.commands.ending import Parser, end
-from tempflow.commands.trained_options import add_options, split_words
+from tempflow.commands.trained_options import add_options, check_stack, read_choice, split_words
 from tempflow.common.errors import Halted
 from tempflow.common.say import is_first, say
 from tempflow.common.stopping import HALTED
@@ -60,11 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _guarded(arguments: Sequence[str]) -> int:
-    own = parser().parse_intermixed_args(arguments)  # help and wrong words are answered before torch is imported
+    given = parser().parse_intermixed_args(arguments)  # wrong words are answered before torch is imported
+    names, overrides = split_words(given.words)
+    check_stack(names, overrides)
     from tempflow.parallel import ranks as processes
 
     try:
-        return _run(own)
+        return _run(given, names, overrides)
     except Halted as error:
         say(str(error))
         return HALTED
@@ -72,14 +74,12 @@ def _guarded(arguments: Sequence[str]) -> int:
         processes.stop()
 
 
-def _run(given: argparse.Namespace) -> int:
-    from tempflow.commands.trained_options import read_choice
+def _run(given: argparse.Namespace, names: Sequence[str], overrides: Sequence[str]) -> int:
     from tempflow.rewards.parts.options import read_options
     from tempflow.trained.evaluating import Request, evaluate
     from tempflow.trained.output import output_folder
     from tempflow.trained.source import read_source
 
-    names, overrides = split_words(given.words)
     source, rewards = read_source(names, overrides), tuple(dict.fromkeys(given.reward))
     options = read_options(given.option, rewards) if rewards else {}
     request = Request(read_choice(given), rewards, options, given.prompts, given.noises, given.seed, given.rows)

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tempflow.commands.ending import Parser, end
-from tempflow.commands.trained_options import add_options, read_choice, split_names
+from tempflow.commands.trained_options import add_options, check_stack, read_choice, split_names
 from tempflow.common.errors import BadInput, Halted
 from tempflow.common.say import say
 from tempflow.common.stopping import HALTED
@@ -85,12 +85,13 @@ def _run(given: argparse.Namespace) -> int:
     prompts += read_prompts(given.prompts, "--prompts") if given.prompts is not None else []
     if not prompts:
         raise BadInput("prompt", None, "there is none; give one in quotation marks, or a file by --prompts")
-    choice = read_choice(given)
+    names = split_names(given.source)
+    check_stack(names, settings)
     from tempflow.trained.drawing import draw  # torch and diffusers: wrong words are answered before
     from tempflow.trained.output import output_folder
     from tempflow.trained.source import read_source
 
-    source = read_source(split_names(given.source), settings)
+    source, choice = read_source(names, settings), read_choice(given)
     folder = output_folder(given.output, Path("samples") / source.name, given.force)
     print(draw(source, choice, prompts, given.noises, given.seed, given.rows, folder))
     return 0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tempflow.common.errors import BadInput
-from tempflow.settings.reading import is_override
+from tempflow.settings.reading import is_override, load
 
 if TYPE_CHECKING:
     from tempflow.trained.source import Choice
@@ -41,6 +42,16 @@ def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 def split_names(word: str) -> list[str]:
     """`digits,flow_grpo` -> its parts; a path may hold commas."""
     return [word] if "/" in word else word.split(",")
+
+
+def check_stack(names: Sequence[str], overrides: Sequence[str]) -> None:
+    """Answers wrong presets and settings before anything heavy is imported; those of a run are read later.
+
+    Raises:
+        BadInput: what `load` refuses.
+    """
+    if not any("/" in name or Path(name).is_dir() for name in names):
+        load([*names, *overrides])
 
 
 def read_choice(given: argparse.Namespace) -> Choice:

@@ -39,13 +39,13 @@ def falls(history: Sequence[Scores], now: Scores, golds: Sequence[str], threshol
         if not known:
             continue
         best = max(known, key=lambda past: past[name].nanmean().nan_to_num(-math.inf).item())
-        fallen, risen = _change(best[name], now[name]), _change(best[REWARD], now[REWARD])
+        fallen, risen = paired_change(best[name], now[name]), paired_change(best[REWARD], now[REWARD])
         if -fallen[0] > threshold * fallen[1] and risen[0] > threshold * risen[1]:
             found[name] = round(-fallen[0], 6)
     return found
 
 
-def _change(before: Tensor, after: Tensor) -> tuple[float, float]:
+def paired_change(before: Tensor, after: Tensor) -> tuple[float, float]:
     """Mean difference over the prompts that both know, and its standard error; (0, 0) for fewer than two."""
     difference = (after - before).double()
     difference = difference[~difference.isnan()]

@@ -17,9 +17,9 @@ from tempflow.prompts import Prompt, read_prompts
 from tempflow.run.assembly import held_out_prompts
 from tempflow.settings.checks import longest_wait
 from tempflow.trained.output import make_folder
-from tempflow.trained.sampling import load_sampler, places_of
+from tempflow.trained.sampling import Sampler, load_sampler, places_of
 from tempflow.trained.scoring import load_jury, score
-from tempflow.trained.source import Choice, Source, check_choice, members, settle
+from tempflow.trained.source import Choice, Member, Source, check_choice, members, settle
 from tempflow.trained.summary import Scored, table, to_json
 
 WORDS = {"count": "prompts", "noises": "noises of each"}
@@ -83,8 +83,8 @@ def evaluate(source: Source, request: Request) -> Report:
     places = places_of(len(prompts), noises, source.rows(request.rows))
     sampler, ranks = load_sampler(config, ranks, prompts, places, seed)
     found, tables = [], []
-    for member in members(source, choice):
-        ranks.agree(lambda run=member.run: sampler.loaded.place(run), "--checkpoint")
+    each = members(source, choice)
+    while (member := ranks.agree(lambda: _placed(next(each, None), sampler), "--checkpoint")) is not None:
         with tqdm(total=-(-len(places.slots) // ranks.size), desc=member.label, unit="picture",
                   disable=not is_first()) as bar:  # fmt: skip
             tables.append(score(sampler, jury, ranks, bar.update))
@@ -95,6 +95,13 @@ def evaluate(source: Source, request: Request) -> Report:
              "count": len(prompts), "noises": noises, "seed": seed, "steps": config.eval.steps,
              "scorers": jury.roles}  # fmt: skip
     return Report(scored, about)
+
+
+def _placed(member: Member | None, sampler: Sampler) -> Member | None:
+    """The model whose parameters the sampler has now; None where there is no further one."""
+    if member is not None:
+        sampler.loaded.place(member.run)
+    return member
 
 
 def _prompts(source: Source, request: Request) -> Sequence[Prompt]:

@@ -75,7 +75,7 @@ class Loaded:
             BadInput: they are another model's.
         """
         own = self.policy.trainable()
-        found = self.start if run is None else _fitting(run, own, self.policy.network.module.state_dict())
+        found = self.start if run is None else fitting(run, own, self.policy.network.module.state_dict())
         for name, parameter in own.items():
             put(parameter, found[name])
         self.policy.refresh_merged()
@@ -182,15 +182,21 @@ def load_trained(
 
 
 def load_untrained(
-    config: Config, device: torch.device, keep_reference: bool = False, spread: Spread | None = None
-) -> Loaded:
-    """The policy of settings before any training, with `model.lora` if there is one."""
+    config: Config, device: torch.device, keep_reference: bool = False, spread: Spread | None = None,
+    slowest: Callable[[Tensor], Tensor] | None = None,
+) -> Loaded:  # fmt: skip
+    """The policy of settings before any training, with `model.lora` if there is one.
+
+    Args:
+        keep_reference, spread: as `load_trained`.
+        slowest: the largest of each number over all processes, by which these choose the same attention.
+    """
     model = replace(config.model, gradient_checkpointing=False)
-    policy = load_policy(model, config.sample, device, keep_reference, config.learn.rows, spread=spread)
+    policy = load_policy(model, config.sample, device, keep_reference, config.learn.rows, slowest, spread)
     return Loaded(policy, gather(policy.trainable()))
 
 
-def _fitting(run: TrainedRun, own: Mapping[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
+def fitting(run: TrainedRun, own: Mapping[str, Tensor], known: Collection[str]) -> dict[str, Tensor]:
     """A run's parameters, which are the policy's by name, shape and type.
 
     Args:

@@ -78,7 +78,7 @@ def load_sampler(
     if ranks.size == 1:
         config = replace(config, parallel=replace(config.parallel, shard="none"))
     spreading = spread_out(replace(config, tails=replace(config.tails, merged=False)), ranks)
-    loaded = ranks.agree(lambda: load_untrained(config, ranks.device, spread=spreading.shards), "model.path")
+    loaded = load_untrained(config, ranks.device, spread=spreading.shards, slowest=ranks.largest)
     loaded.policy.prepare_decoder(False)
     schedule = evaluation_schedule(config, loaded.policy)
     return Sampler(loaded, schedule, prompts, places, seed, config.reward.rows), spreading.ranks

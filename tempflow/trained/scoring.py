@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tempflow.common.errors import BadInput
+from tempflow.common.say import say
 from tempflow.credit.decoding import check_lost
 from tempflow.parallel.ranks import Ranks
 from tempflow.rewards.panel import Panel, load_panels
@@ -96,7 +97,9 @@ def score(sampler: Sampler, jury: Jury, ranks: Ranks, shown: Callable[[int], Any
         return torch.stack(tables), counts
 
     tables, counts = ranks.agree(work)
-    check_lost(ranks.gather(counts[None], 0), "of the evaluation", strict=False)
+    lost = check_lost(ranks.gather(counts[None], 0), "of the evaluation", strict=False)
+    if lost:
+        say(f"warning: {sum(lost.values())} pictures came out as NaN or infinity and have no scores")
     gathered = ranks.gather(tables, 0)
     parts = [table[:, : call.stop - call.start] for table, call in zip(gathered, calls, strict=False)]
     return torch.cat(parts, 1)

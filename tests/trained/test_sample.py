@@ -134,7 +134,8 @@ OPTIONS = {"--noises": "0", "--checkpoint": "3", "--weights": "x", "--output": "
 
 
 @pytest.mark.parametrize(("arguments", "field"), [
-    (["two threes"], "run"), (["digits"], "prompt"), (["digits", ""], "prompt"), (["digits", "  "], "prompt"),
+    ([], "arguments"), (["two threes"], "run"), (["digits"], "prompt"), (["digits", ""], "prompt"),
+    (["digits", "  "], "prompt"), (["{run}", "two threes", "eval.stpes=3"], "eval.stpes"),
     (["digits", "flow_grpo"], "prompt"), (["digits", "my.yaml"], "prompt"), (["digits", "lr=3"], "prompt"),
     (["digits", "two threes", "eval.stpes=3"], "eval.stpes"), (["digitz", "two threes"], "preset"),
     (["nowhere/run", "two threes"], "run"), (["{run}/checkpoints", "two threes"], "run"),

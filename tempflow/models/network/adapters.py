@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -172,14 +173,20 @@ def read_saved(file: Path, config: ModelConfig) -> dict[str, Tensor]:
     return {re.sub(r"(\.lora_[AB])\.", rf"\1.{NAME}.", name): tensor for name, tensor in scaled.items()}
 
 
+def saved_names(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters under training by the names that their files have."""
+    return {name.replace(f".{NAME}.", "."): tensor for name, tensor in parameters.items()}
+
+
 def save_adapters(
-    module: nn.Module, pipeline_class: type[DiffusionPipeline], folder: Path, weights: dict[str, Tensor]
-) -> None:
+    module: nn.Module, pipeline_class: type[DiffusionPipeline], folder: Path, weights: dict[str, Tensor],
+    dtype: torch.dtype = torch.float32,
+) -> None:  # fmt: skip
     """Writes `weights` of `adapter_state` as `pytorch_lora_weights.safetensors` for `load_lora_weights`, of scale 1."""
     metadata = module.peft_config[NAME].to_dict()
     weights = _scaled(weights, metadata["lora_alpha"] / metadata["r"])
     pipeline_class.save_lora_weights(
         folder,
-        transformer_lora_layers={name: tensor.to("cpu") for name, tensor in weights.items()},
+        transformer_lora_layers={name: tensor.to("cpu", dtype) for name, tensor in weights.items()},
         transformer_lora_adapter_metadata={**metadata, "lora_alpha": metadata["r"]},
     )

@@ -28,6 +28,8 @@ class Skeleton:
     """A model without weights. Equal in every figure to the policy that `load_policy` would give on a GPU."""
 
     def __init__(self, family: Family, network: TrainedNetwork, model: ModelConfig):
+        self.network = network
+        """the transformer, adapters included, without storage"""
         self.latent_shape, self.image_shape = family.latent_shape, family.image_shape
         self.network_rows = 2 if family.classifier_free else 1
         """network rows that one velocity costs"""

@@ -1,0 +1,1 @@
+"""Files that other programs read: names of layers and of tensors, and whole pipelines."""
