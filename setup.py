@@ -24,6 +24,8 @@ REWARDS = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3.9", "httpx>=0.27
 DOCS = ["zensical>=0.0.73"]
 """The successor of mkdocs-material, by its makers; reads mkdocs.yml."""
 
+WANDB = ["wandb>=0.31"]
+
 setup(
     name="tempflow",
     version=VERSION,
@@ -37,6 +39,7 @@ setup(
     package_data={
         "tempflow": [
             "settings/presets/**/*.yaml", "studies/shipped/*.yaml",
+            "records/page/assets/**/*",
             "digits/*.safetensors", "digits/prompts/*.jsonl", "digits/pipeline/**/*",
         ],
     },
@@ -52,6 +55,7 @@ setup(
         "numpy",
         "pillow",
         "matplotlib>=3.8",
+        "jinja2>=3.1",
         "scipy>=1.11",
         "tensorboard>=2.16",
         "tqdm",
@@ -60,6 +64,7 @@ setup(
         "test": [
             "bitsandbytes>=0.50",
             "hypothesis>=6.100",
+            "playwright>=1.60",
             "pytest>=8",
             "pytest-benchmark>=5",
             "pytest-timeout>=2.3",
@@ -67,12 +72,15 @@ setup(
             "triton>=3.6; platform_system == 'Linux'",
             *DOCS,
             *REWARDS,
+            *WANDB,
         ],
         "digits": ["scikit-learn>=1.5"],
         "gpu": ["bitsandbytes>=0.49", "flash-attn>=2.8"],
         "docs": DOCS,
         "rewards": REWARDS,
-        "wandb": ["wandb"],
+        "wandb": WANDB,
+        "trackio": ["trackio>=0.43"],
+        "swanlab": ["swanlab>=0.10"],
     },
     entry_points={
         "console_scripts": ["tempflow=tempflow.__main__:program", "tempflow-train=tempflow.commands.train:program"],

@@ -1,6 +1,6 @@
-"""Writes what a run has learnt for other programs: `python -m tempflow export RUN --to FORMAT`.
+"""Writes what a run has learnt for other programs: `tempflow export RUN --to FORMAT`.
 
-    python -m tempflow export runs/digits --to comfyui
+    tempflow export runs/digits --to comfyui
 
 writes exports/digits_comfyui.safetensors. At strength 1 every format is the trained change, at .5 half of it.
 """

@@ -39,14 +39,15 @@ FEATURES = (
     Feature("operators in Triton", ("triton",), "pip install triton", gpu=True),
     Feature("compiled blocks, operators in C++", (), "apt-get install g++ cmake", programs=("c++", "g++", "clang++")),
     Feature("FLUX.2-dev, its text processor", ("torchvision",), "pip install torchvision"),
-    Feature("tracker wandb", ("wandb",), "pip install 'tempflow[wandb]'"),
+    *(Feature(f"tracker {name}", (name,), f"pip install 'tempflow[{name}]'") for name in ("wandb", "trackio", "swanlab")),
+    Feature("the documents as a site", ("zensical",), "pip install 'tempflow[docs]'"),
     Feature("tempflow audit, known faults", ("pip_audit",), "pip install pip-audit"),
     Feature("making the digits anew", ("sklearn",), "pip install 'tempflow[digits]'"),
     Feature("the tests", ("pytest", "hypothesis", "pytest_timeout"), "pip install 'tempflow[test]'"),
 )
 
 NEEDED = ("torch", "tempflow_kernels", "diffusers", "transformers", "peft", "safetensors", "pydantic", "yaml", "numpy",
-          "PIL", "matplotlib", "scipy", "tensorboard", "tqdm")  # fmt: skip
+          "PIL", "matplotlib", "jinja2", "scipy", "tensorboard", "tqdm")  # fmt: skip
 """Packages without which nothing works."""
 
 

@@ -1,4 +1,4 @@
-"""Draws the report of a run again: `tempflow report runs/digits`."""
+"""Draws the report of a run again, report.png and report.html: `tempflow report runs/digits`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         example = "tempflow report runs/digits"
         parser = Parser(prog="tempflow report", description=__doc__.partition(":")[0], example=example)
         parser.add_argument("folder", nargs="?", default="runs/digits", help="of the run (default: %(default)s)")
-        folder = parser.parse_args(arguments).folder
+        folder = user_path("folder", parser.parse_args(arguments).folder)
         from tempflow.records.figures import draw_report  # heavy, and not needed for help
+        from tempflow.records.page import write_page
 
-        print(draw_report(user_path("folder", folder)))
+        print(draw_report(folder), write_page(folder), sep="\n")
         return 0
 
     return end(work)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from tempflow.common.errors import BadInput
 from tempflow.common.files import read_text, write_atomically
 from tempflow.records.shape import check_line
-from tempflow.records.trackers import TRACKERS, flat_numbers
+from tempflow.records.trackers import Trackers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,18 +148,20 @@ class MetricsWriter:
     Args:
         last_step: of an earlier part of the run, lines to this step stay; None: none do.
         length: and only those within so many bytes; None: wherever they stand.
+        trackers: what else is told each line; None: nothing.
     """
 
     def __init__(
-        self, folder: Path, trackers: Sequence[str], run_name: str, last_step: int | None, length: int | None = None
+        self, folder: Path, last_step: int | None, length: int | None = None, trackers: Trackers | None = None
     ):
         self.path = folder / "metrics.jsonl"
         kept = [row for row in _lines(self.path, length) if last_step is not None and row["step"] <= last_step]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        self.sinks = [TRACKERS[name](folder, run_name) for name in trackers]
+        self.trackers = trackers or Trackers(folder)
+        self.trackers.begin(kept)
 
     def write(self, row: Row) -> None:
-        """Appends a line, whole or not at all, and hands its numbers to the trackers."""
+        """Appends a line, whole or not at all, and tells it to the trackers."""
         values = plain_row(row)
         with self.path.open("ab", buffering=0) as file:
             before = file.tell()
@@ -168,8 +170,11 @@ class MetricsWriter:
             except OSError:
                 file.truncate(before)
                 raise
-        for sink in self.sinks:
-            sink(flat_numbers(values), row.step)
+        self.trackers.tell(values)
+
+    def close(self) -> None:
+        """Ends the trackers."""
+        self.trackers.close()
 
 
 def _write_all(file: Any, data: bytes) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,10 @@ from tempflow.forecast.cost import network_rows
 from tempflow.learn.objective import WEIGHT
 from tempflow.learn.optimizers import state_bytes
 from tempflow.records.figures import save_pictures
+from tempflow.records.gallery import Room, keep_small
 from tempflow.records.rows import EvaluationRow, IterationRow, MetricsWriter, Row, StartRow, plain_row, read_metrics
+from tempflow.records.trackers import Trackers
+from tempflow.records.versions import write_versions
 from tempflow.run.evaluation import Evaluator
 from tempflow.run.folder import forget_errors
 from tempflow.run.hacking import falls, keep_scores, read_scores
@@ -55,6 +58,7 @@ class Journal:
         """what was learnt is being saved before the end"""
         self.watch = Watch(self.config.objective.clip)
         self.remaining = Remaining(Schedule.of(self.config))
+        self.room = Room(self.config.eval.gallery, self.config.eval.gallery_mb * 1e6)
 
     def open(self, progress: Progress) -> None:
         """Begins the metrics of a new run, or goes on with those of a resumed one."""
@@ -66,8 +70,9 @@ class Journal:
             self.watch = Watch(self.config.objective.clip, earlier)
             forget_errors(self.folder)
             self.keeper.clean_up()
-            self.writer = MetricsWriter(self.folder, self.config.run.trackers, self.folder.name,
-                                        progress.iteration or None, progress.metrics_bytes)  # fmt: skip
+            write_versions(self.folder)
+            trackers = Trackers(self.folder, self.config.run.trackers, self.config.run.project, asdict(self.config))
+            self.writer = MetricsWriter(self.folder, progress.iteration or None, progress.metrics_bytes, trackers)
         if not progress.iteration:
             self._write(self._start_row())
 
@@ -209,7 +214,7 @@ class Journal:
         early = self.iteration is not None and self.iteration.step < self.config.learn.iterations
         word = "stopped, as reward.hacking_stop asks" if early and self._hacked() else "done"
         word = "stopped, as learn.max_seconds asks" if early and self.timed_out else word
-        say(f"{word}; figures and pictures in {self.folder / 'report.png'}")
+        say(f"{word}; figures and pictures in {self.folder / 'report.html'} and report.png")
 
     def _hacked(self) -> bool:
         """Whether the last evaluation found the reward hacked, and the run was asked to stop then."""
@@ -217,8 +222,10 @@ class Journal:
         return found and self.config.reward.hacking_stop
 
     def close(self) -> None:
-        """Gives the folder back."""
+        """Ends the trackers, and gives the folder back."""
         self.keeper.saver.close()
+        if self.writer is not None:
+            self.writer.close()
         if self.lock is not None:
             self.lock.release()
 
@@ -251,9 +258,11 @@ class Journal:
                                         phase_seconds=clock.read())  # fmt: skip
         if self.ranks.first:
             save_pictures(self.folder, step, result.pictures)
+            keep_small(self.folder, step, result.pictures, self.room)
             keep_scores(self.folder, step, result.scores)
         for name, fall in fallen.items():
             say(f"warning: iteration {step}: {name} is {fall:.4g} below its best while the reward rose; the model may "
                 "please the scorer only: look at the pictures")  # fmt: skip
         self._write(self.evaluation)
+        self.keeper.show()
         self.remaining.evaluated(time.perf_counter() - started)

@@ -12,6 +12,7 @@ from pathlib import Path
 from tempflow.common.errors import Halted, OneLine
 from tempflow.common.files import on_disk
 from tempflow.records.figures import draw_report
+from tempflow.records.page import write_page
 from tempflow.run import checkpoint
 from tempflow.run.folder import METRICS, note_saved, write_settings
 from tempflow.run.saver import Saver
@@ -19,10 +20,25 @@ from tempflow.run.snapshot import Progress, Snapshot, Unfit, take
 from tempflow.run.trainer import Trainer
 
 SELDOM = 200
-"""The report is drawn again after so many times as long as drawing it took."""
+"""A report is drawn again after so many times as long as drawing it took."""
 
 Export = Callable[[Path], None]
 """writes the trained weights in the format of the model's own library"""
+
+
+class Drawing:
+    """Something that is drawn again and again, and may not take much of the time."""
+
+    def __init__(self, draw: Callable[[Path], object], folder: Path):
+        self.draw, self.folder = draw, folder
+        self.began, self.took = -float("inf"), 0.0
+
+    def again(self, always: bool = False) -> None:
+        """Draws it, if `always` or that takes little of the time since it was drawn last."""
+        now = time.monotonic()
+        if always or now - self.began >= SELDOM * self.took:
+            self.draw(self.folder)
+            self.began, self.took = now, time.monotonic() - now
 
 
 class Keeper:
@@ -34,7 +50,7 @@ class Keeper:
         self.saved = 0
         """iterations that the newest checkpoint on disk holds"""
         self._steps_begun = 0
-        self._drawn, self._drawing = -float("inf"), 0.0
+        self._reports = (Drawing(draw_report, folder), Drawing(write_page, folder))
         trainer.stepper.optimizer.register_step_pre_hook(self._step_begins)
 
     def _step_begins(self, *_: object) -> None:
@@ -77,11 +93,15 @@ class Keeper:
     def finish(self, progress: Progress | None = None) -> None:
         """The last words on disk: the weights again, of a run that was over already, and the report."""
         self.wait()
-        self._drawn = -float("inf")
         export = None if progress is None else self._exported()
         if self.trainer.ranks.first:
-            self.saver.start(partial(self._publish, export))
+            self.saver.start(partial(self._publish, export, last=True))
         self.wait()
+
+    def show(self) -> None:
+        """After an evaluation: begins to write the page, if that takes little time and nothing is being written."""
+        if self.trainer.ranks.first:
+            self.saver.start_if_idle(self._reports[-1].again)
 
     def rescue(self, progress: Progress, together: bool, problem: str, error: BaseException) -> str:
         """After a failure: saves what was learnt, where that can be; says what came of it, and how to go on.
@@ -155,12 +175,9 @@ class Keeper:
             self.folder.mkdir()
             write_settings(self.trainer.config, replace(self.trainer.ranks, size=1))
 
-    def _publish(self, export: Export | None) -> None:
-        """What people look at: the trained weights (averaged), and the report, unless it would take too much time."""
+    def _publish(self, export: Export | None, last: bool = False) -> None:
+        """What people look at: the trained weights (averaged), and the reports."""
         if export is not None:
             export(self.folder)
-        now = time.monotonic()
-        if now - self._drawn >= SELDOM * self._drawing:
-            draw_report(self.folder)
-            self._drawn = time.monotonic()
-            self._drawing = self._drawn - now
+        for report in self._reports:
+            report.again(always=last)

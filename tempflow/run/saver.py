@@ -18,6 +18,11 @@ class Saver:
         self.wait()
         self._pending = self._thread.submit(work)
 
+    def start_if_idle(self, work: Callable[[], None]) -> None:
+        """Has `work` done, unless it would have to wait for the work before, or that has failed and is to be told."""
+        if self._pending is None or (self._pending.done() and self._pending.exception() is None):
+            self.start(work)
+
     def wait(self) -> None:
         """Until everything is written.
 

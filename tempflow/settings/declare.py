@@ -16,6 +16,7 @@ Seconds = Annotated[float, Field(gt=0, le=1e8)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Name = Annotated[str, Field(pattern=r"^[0-9A-Za-z_.+-]{1,64}$")]
 Precision = Literal["fp32", "bf16", "fp16"]
 
 

@@ -12,6 +12,7 @@ from pydantic import Field
 from tempflow.settings.declare import (
     Count,
     Fraction,
+    Name,
     NonNegative,
     Positive,
     Precision,
@@ -22,6 +23,7 @@ from tempflow.settings.declare import (
     section,
 )
 from tempflow.settings.spread import ParallelConfig
+from tempflow.settings.tails import TailConfig
 
 
 @section
@@ -97,36 +99,6 @@ class ExploreConfig:
     """Stochastic steps in a row that siblings take from a fork; rest goes on to the last step but one."""
     jump: Count | Annotated[list[Count], Field(min_length=1)] = 1
     """Sigmas that a fork's stochastic step spans (E-GRPO): one number, or one for each of explore.forks in order."""
-
-
-@section
-class TailConfig:
-    rows: Count | Literal["auto"] = changeable(128)
-    """Branches that travel together, in one network call a step, per process; auto measures which size is fastest."""
-    level: Literal["auto", "eager", "graph", "compile", "compiled_graph"] = changeable("auto")
-    """How tails call the network: as trunks do, captured in a CUDA graph, with compiled blocks, or both; auto takes
-    the last that works on a GPU, and eager on a CPU."""
-    merged: bool = True
-    """Tails use a second copy of the weights with the adapters merged in; evaluation never does."""
-    fp8: bool = False
-    """The copy's large linear layers in 8-bit floating point, on GPUs that have it (Hopper, Ada and newer), where
-    tails.level compiles (approximate)."""
-    solver: Literal["euler", "dpmpp_2m", "adams_2"] = "euler"
-    """Solver of the tails' ODE; the other two are of second order. Trunk and evaluation always take Euler steps."""
-    stride: Count | Annotated[list[Count], Field(min_length=1)] = 1
-    """Sigmas of the schedule that a tail's step spans; a list carries and scores every branch once for each."""
-    drop_below: Fraction = 0.0
-    """Tails take no step from a sigma below this (SD3.5's last one of ten is .0089), but end one step earlier."""
-    guidance_above: Fraction = 0.0
-    """Tails use guidance from this sigma on; below, conditional network rows alone, at half the cost (approximate)."""
-    autotune: bool = changeable(False)
-    """Compiled blocks choose among more kernels by timing them: minutes of set-up; other rounding."""
-    check: bool = changeable(False)
-    """Before the first iteration, tell what these settings change in the rewards of one iteration's branches."""
-    decoder: str | None = None
-    """Folder or hub id of a light decoder (TAESD's class), for rewards only, never evaluation or gold (approximate)."""
-    compile_vae: bool = changeable(False)
-    """Compile the image decoder, and a light one: exact but for rounding."""
 
 
 @section
@@ -251,6 +223,10 @@ class EvalConfig:
     """What the evaluation noises are a function of, apart from run.seed: runs of all seeds are judged on the same."""
     pictures: Count = 8
     """Prompts whose pictures the report shows before and after."""
+    gallery: Whole = changeable(40)
+    """Evaluations whose pictures are kept small for report.html and trackers, evenly spread; 0 keeps none."""
+    gallery_mb: Positive = changeable(8.0)
+    """Megabytes that all of these take at most; fewer evaluations are kept where they would take more."""
 
 
 @section
@@ -269,8 +245,10 @@ class RunConfig:
     """Checkpoints that stay on disk, the newest; the one with the best gold score stays, too."""
     grace: Seconds = changeable(20.0)
     """Seconds in which a run that a signal asks to end may finish its iteration; then it saves the one before."""
-    trackers: list[Literal["tensorboard", "wandb"]] = changeable(make=lambda: ["tensorboard"])
-    """Where metrics go besides metrics.jsonl."""
+    trackers: list[Literal["tensorboard", "wandb", "trackio", "swanlab"]] = changeable(make=lambda: ["tensorboard"])
+    """Where numbers and pictures go besides metrics.jsonl."""
+    project: Name = changeable("tempflow")
+    """Project in which wandb, trackio and swanlab show the run."""
     plan_only: bool = changeable(False)
     """Print the plan and its cost, then stop."""
     device: Literal["auto", "cpu", "cuda"] = changeable("auto")

@@ -1,4 +1,4 @@
-"""Pictures of one or several models of a run, or of a stack: `python -m tempflow sample`."""
+"""Pictures of one or several models of a run, or of a stack: `tempflow sample`."""
 
 from __future__ import annotations
 

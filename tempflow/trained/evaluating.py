@@ -1,4 +1,4 @@
-"""An evaluation of one or several models of a run, or of a stack: `python -m tempflow evaluate`."""
+"""An evaluation of one or several models of a run, or of a stack: `tempflow evaluate`."""
 
 from __future__ import annotations
 

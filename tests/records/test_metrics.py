@@ -1,15 +1,12 @@
-"""What a run writes down: lines that survive a crash, time by phase, numbers for the trackers."""
+"""What a run writes down: lines that survive a crash, time by phase."""
 
 import json
 import time
 
-import pytest
 import torch
 
 from tempflow.common.clock import PhaseClock
-from tempflow.common.errors import BadInput
 from tempflow.records.rows import EvaluationRow, IterationRow, MetricsWriter, StartRow, read_metrics
-from tempflow.records.trackers import check_trackers, flat_numbers
 
 
 def iteration(step: int, reward: float, **more) -> IterationRow:
@@ -26,7 +23,7 @@ def evaluation(step: int, gold: float | None, **more) -> EvaluationRow:
 def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step, "reward_mean": step / 10}) + "\n" for step in range(6)))
-    writer = MetricsWriter(tmp_path, [], "run", last_step=3)
+    writer = MetricsWriter(tmp_path, last_step=3)
     writer.write(iteration(4, 9.0))
     assert [(row["step"], row["reward_mean"]) for row in read_metrics(path)] == [
         (0, 0.0), (1, 0.1), (2, 0.2), (3, 0.3), (4, 9.0),
@@ -35,13 +32,13 @@ def test_lines_after_the_checkpoint_are_dropped_on_resume(tmp_path):
 
 def test_a_new_run_starts_with_an_empty_file(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
-    MetricsWriter(tmp_path, [], "run", last_step=None)
+    MetricsWriter(tmp_path, last_step=None)
     assert read_metrics(tmp_path / "metrics.jsonl") == []
 
 
 def test_the_lines_of_a_step_become_one_row(tmp_path):
     """Start and evaluation 0; iteration 1 with its evaluation; iteration 2 alone."""
-    writer = MetricsWriter(tmp_path, [], "run", last_step=None)
+    writer = MetricsWriter(tmp_path, last_step=None)
     writer.write(StartRow(sigmas=[1.0, 0.0], loss_weights=[1.0], picture_prompts=["a seven"], tail_rows=4))
     writer.write(evaluation(0, 0.25, phase_seconds={"evaluate": 1.5}))
     writer.write(iteration(1, 0.5, phase_seconds={"tails": 2.5}, kl=None))
@@ -64,25 +61,6 @@ def test_a_torn_last_line_is_left_out(tmp_path):
     assert read_metrics(tmp_path / "absent.jsonl") == []
 
 
-def test_trackers_get_every_number_under_one_name():
-    row = {"step": 3, "reward_mean": 0.5, "reward_std_per_step": [0.1, None, 0.3],
-           "phase_seconds": {"tails": 1.5}, "picture_prompts": ["a seven"]}  # fmt: skip
-    assert flat_numbers(row) == {
-        "step": 3, "reward_mean": 0.5, "reward_std_per_step/0": 0.1, "reward_std_per_step/2": 0.3,
-        "phase_seconds/tails": 1.5,
-    }  # fmt: skip
-
-
-def test_tensorboard_receives_the_curves(tmp_path):
-    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    writer = MetricsWriter(tmp_path, ["tensorboard"], "run", last_step=None)
-    for step in range(3):
-        writer.write(iteration(step, step / 4))
-    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(event.step, event.value) for event in events.Scalars("reward_mean")] == [(0, 0.0), (1, 0.25), (2, 0.5)]
-
-
 def test_clock_counts_the_making_of_items_and_not_their_use():
     clock = PhaseClock(torch.device("cpu"))
 
@@ -100,9 +78,3 @@ def test_clock_counts_the_making_of_items_and_not_their_use():
     assert seen == [0, 1, 2]
     assert 0.06 <= seconds["making"] < seconds["using"] and seconds["using"] >= 0.15
     assert clock.read() == {}
-
-
-def test_a_tracker_that_is_not_installed_is_refused(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(BadInput, match="pip install"):
-        check_trackers(["wandb"])

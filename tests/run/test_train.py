@@ -25,7 +25,8 @@ from tempflow.train import backward, main
 
 def test_a_run_writes_everything(finished):
     names = {path.name for path in finished.iterdir()}
-    expected = {"config.yaml", "metrics.jsonl", "report.png", "pytorch_lora_weights.safetensors", "tensorboard"}
+    expected = {"config.yaml", "metrics.jsonl", "report.png", "report.html", "pytorch_lora_weights.safetensors",
+                "tensorboard", "trackers.json", "versions.json"}  # fmt: skip
     assert expected <= names
     strip = Image.open(finished / "pictures" / "step_000004.png")
     assert strip.size == (3 * 16, 16)
@@ -34,7 +35,7 @@ def test_a_run_writes_everything(finished):
     ]
     assert [path.name for path in sorted((finished / "checkpoints").glob("step_*"))] == ["step_000002", "step_000004"]
     files = {path.suffix for path in finished.rglob("*") if path.is_file() and "tensorboard" not in path.parts}
-    assert files <= {".yaml", ".jsonl", ".json", ".png", ".safetensors", ""}, "no pickle"
+    assert files <= {".yaml", ".jsonl", ".json", ".png", ".webp", ".html", ".safetensors", ""}, "no pickle"
     assert not list(finished.rglob("*.partial")) and any((finished / "tensorboard").iterdir())
 
 
