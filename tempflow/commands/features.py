@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 REWARDS, GPU = "pip install 'tempflow[rewards]'", "pip install 'tempflow[gpu]'"
 
+TRACKERS = ("wandb", "trackio", "swanlab")
+"""Those whose packages are not always installed."""
+
 
 @dataclass(frozen=True)
 class Feature:
@@ -39,7 +42,7 @@ FEATURES = (
     Feature("operators in Triton", ("triton",), "pip install triton", gpu=True),
     Feature("compiled blocks, operators in C++", (), "apt-get install g++ cmake", programs=("c++", "g++", "clang++")),
     Feature("FLUX.2-dev, its text processor", ("torchvision",), "pip install torchvision"),
-    *(Feature(f"tracker {name}", (name,), f"pip install 'tempflow[{name}]'") for name in ("wandb", "trackio", "swanlab")),
+    *(Feature(f"tracker {name}", (name,), f"pip install 'tempflow[{name}]'") for name in TRACKERS),
     Feature("the documents as a site", ("zensical",), "pip install 'tempflow[docs]'"),
     Feature("tempflow audit, known faults", ("pip_audit",), "pip install pip-audit"),
     Feature("making the digits anew", ("sklearn",), "pip install 'tempflow[digits]'"),
