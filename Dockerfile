@@ -3,7 +3,7 @@
 #   docker build -t tempflow .
 #   docker run --rm --gpus all tempflow doctor
 #   docker run --rm --gpus all --ipc=host -v "$PWD:/work" -v "$HOME/.cache/huggingface:/root/.cache/huggingface" \
-#       tempflow train sd35_medium_24gb
+#       tempflow train sd35_medium_24gb prompts.train=train.txt prompts.test=test.txt
 #   docker run ... --entrypoint torchrun tempflow --standalone --nproc-per-node=8 -m tempflow train sd35_pickscore
 #
 # torch brings its own CUDA libraries; the compiler and Python's headers are for Triton and torch.compile.
