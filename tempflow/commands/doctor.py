@@ -57,7 +57,8 @@ def processors() -> str:
     """Cores, main memory and GPUs."""
     import torch
 
-    own = f"{len(os.sched_getaffinity(0))} CPU cores, {host_memory() / 2**30:.1f} GiB of main memory"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    own = f"{cores} CPU cores, {host_memory() / 2**30:.1f} GiB of main memory"
     if torch.cuda.is_available():
         return "; ".join([own, *map(_gpu, range(torch.cuda.device_count()))])
     built = torch.version.cuda or torch.version.hip
