@@ -87,6 +87,7 @@ def test_raw_weights_differ_from_averaged_ones(run, whole, tmp_path):
     summary, _ = evaluated(tmp_path / "raw", run, "--weights", "raw", "--no-before", "--reward", REWARD)
     raw = line(summary, REWARD, "iteration 4 (raw)")
     assert raw["score"]["mean"] != line(whole[0], REWARD, "iteration 4")["score"]["mean"]
+    assert [model["model"] for model in summary["models"]] == ["iteration 4 (raw)"]
     assert raw["difference"] is None and summary["scorers"] == {REWARD: "reward"}
 
 

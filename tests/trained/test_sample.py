@@ -64,6 +64,7 @@ def test_the_same_prompts_and_seed_have_the_same_noises(run, pictures, tmp_path)
     _, alone = sampled(tmp_path / "alone", "digits", "eval.steps=4", *TEXTS, "--noises", "2")
     _, other = sampled(tmp_path / "other", run, *TEXTS, "--noises", "1", "--no-before", "--seed", "7")
     _, moved = sampled(tmp_path / "moved", "digits", "eval.steps=4", *TEXTS[::-1], "--noises", "2")
+    assert {model for _, _, model in other} == {"iteration 4"}
     for text in TEXTS:
         for noise in (0, 1):
             assert np.array_equal(raw[text, noise, "before"], found[text, noise, "before"])
