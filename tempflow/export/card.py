@@ -99,12 +99,24 @@ def _pictures(run: Path, folder: Path, rows: Rows, iteration: int) -> list[str]:
         return []
     (folder / "pictures").mkdir()
     for word, path in zip(("before", "after"), strips, strict=True):
-        try:
-            with Image.open(path) as strip:
-                _cut(strip.convert("RGB"), len(prompts), folder / "pictures", word)
-        except (OSError, ValueError) as error:
-            raise BadInput("pictures", path, f"not readable as a picture ({error})") from error
+        _cut(_strip(path, len(prompts)), len(prompts), folder / "pictures", word)
     return prompts[:SHOWN]
+
+
+def _strip(path: Path, count: int) -> Image.Image:
+    """A strip of `count` pictures.
+
+    Raises:
+        BadInput: the file is none.
+    """
+    try:
+        with Image.open(path) as strip:
+            pixels = strip.convert("RGB")
+    except (OSError, ValueError) as error:
+        raise BadInput("pictures", path, f"not readable as a picture ({error})") from error
+    if pixels.width % count:
+        raise BadInput("pictures", path, f"{pixels.width} pixels wide, which is not a strip of {count} pictures")
+    return pixels
 
 
 def _cut(strip: Image.Image, count: int, folder: Path, word: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from run_folders import run_folder
 from safetensors.torch import load_file, save_file
 from tiny_pipelines import model_config, sample_config
@@ -159,11 +160,14 @@ def test_a_disk_that_fails_on_the_way_leaves_what_was_there(unwritten, copied, t
 def test_what_lies_in_a_runs_folder_and_is_none_of_its_own(unwritten, copied):
     (copied / "metrics.jsonl").write_text('{"step": "one"}\n')
     unwritten(["run", "--to", "hub"], "metrics")
-    rows = ['{"step": 0, "picture_prompts": ["a"]}', '{"step": 3, "gold": 1.0, "seconds": 1}']
+    rows = ['{"step": 0, "picture_prompts": ["a", "b"]}', '{"step": 3, "gold": 1.0, "seconds": 1}']
     (copied / "metrics.jsonl").write_text("\n".join(rows))
     (copied / "pictures").mkdir()
     for step in (0, 3):
         (copied / "pictures" / f"step_{step:06d}.png").write_bytes(b"garbage")
+    unwritten(["run", "--to", "hub"], "pictures")
+    for step in (0, 3):
+        Image.new("RGB", (5, 2)).save(copied / "pictures" / f"step_{step:06d}.png")
     unwritten(["run", "--to", "hub"], "pictures")
     shutil.rmtree(copied / "pictures")
     (copied / "scores").mkdir()
