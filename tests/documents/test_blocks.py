@@ -63,7 +63,8 @@ def test_every_block_that_needs_nothing_runs(workshop, monkeypatch):
         done.append(block)
     assert len({block.document for block in done}) >= 4
     left = {str(path.relative_to(workshop)) for path in workshop.rglob("*")}
-    assert {"runs/short/report.png", "samples/short/grid.png", "evaluations/short/scores.csv", "two_threes.png"} <= left
+    assert {"runs/short/report.png", "runs/short/report.html", "samples/short/grid.png", "two_threes.png",
+            "evaluations/short/scores.csv", "exports/short_comfyui.safetensors"} <= left  # fmt: skip
 
 
 @pytest.mark.parametrize("block", blocks("bash"), ids=str)
