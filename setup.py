@@ -21,6 +21,9 @@ kernels = f"tempflow-kernels=={VERSION}" if release else f"tempflow-kernels @ {K
 REWARDS = ["rapidocr>=3.10", "onnxruntime>=1.20", "rapidfuzz>=3.9", "httpx>=0.27", "aiohttp>=3.11"]
 """Besides torch and transformers. RapidOCR's wheel holds its models; nothing here needs torchvision."""
 
+DOCS = ["zensical>=0.0.73"]
+"""The successor of mkdocs-material, by its makers; reads mkdocs.yml."""
+
 WANDB = ["wandb>=0.31"]
 
 setup(
@@ -68,15 +71,19 @@ setup(
             "pytest-xdist>=3.6",
             "scikit-learn>=1.5",
             "triton>=3.6; platform_system == 'Linux'",
+            *DOCS,
             *REWARDS,
             *WANDB,
         ],
         "digits": ["scikit-learn>=1.5"],
         "gpu": ["bitsandbytes>=0.49", "flash-attn>=2.8"],
+        "docs": DOCS,
         "rewards": REWARDS,
         "wandb": WANDB,
         "trackio": ["trackio>=0.43"],
         "swanlab": ["swanlab>=0.10"],
     },
-    entry_points={"console_scripts": ["tempflow-train=tempflow.commands.train:program"]},
+    entry_points={
+        "console_scripts": ["tempflow=tempflow.__main__:program", "tempflow-train=tempflow.commands.train:program"],
+    },
 )

@@ -17,7 +17,8 @@ from __future__ import annotations
 import sys
 
 if __name__ == "__main__":  # help and wrong settings are answered before anything heavy is imported
-    from tempflow.run.entrance import enter, leave
+    from tempflow.common.stopping import leave
+    from tempflow.run.entrance import enter
 
     leave(enter())
 
@@ -45,12 +46,16 @@ from tempflow.records.rows import IterationRow
 from tempflow.run.assembly import set_up, show_plan
 from tempflow.run.failing import tell_failure
 from tempflow.run.journal import Journal
+from tempflow.run.numbered import choose_folder
 from tempflow.run.snapshot import Progress
 from tempflow.run.trainer import Trainer
 from tempflow.settings.checks import longest_wait
 from tempflow.settings.fields import Config
 from tempflow.settings.help import read_command_line
 from tempflow.studies.tails import check_tails
+
+BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
+"""tqdm's own estimate knows no evaluations; the journal's, which does, stands in the postfix"""
 
 
 def train_step(trainer: Trainer, iteration: int) -> IterationRow:
@@ -115,7 +120,8 @@ def train(trainer: Trainer, journal: Journal, progress: Progress) -> None:
         Halted: whatever failed, and what was saved of what was learnt before.
         Stopped: a signal asked for the end; the same is saved then.
     """
-    bar = tqdm(total=trainer.config.learn.iterations, initial=progress.iteration, unit="it",
+    journal.announce(progress)
+    bar = tqdm(total=trainer.config.learn.iterations, initial=progress.iteration, unit="it", bar_format=BAR,
                disable=not trainer.ranks.first, dynamic_ncols=True)  # fmt: skip
     with STOPPING.finishing(trainer.config.run.grace, journal.settled):
         try:
@@ -146,9 +152,11 @@ def run(config: Config) -> int:
     """A whole run; returns the exit code, one of those of `tempflow.common.stopping`."""
     journal = None
     try:
+        ranks = processes.start(config.run.device, longest_wait(config.reward), config.parallel.offload)
         if config.run.plan_only:
-            show_plan(config, processes.start(config.run.device, longest_wait(config.reward)), memory=True)
+            show_plan(config, ranks, memory=True)
             return DONE
+        config = choose_folder(config, ranks)
         trainer, journal, progress = set_up(config)
         if config.tails.check:
             say(check_tails(trainer).describe())

@@ -20,8 +20,8 @@ import scorer_faults
 from faults.processes import fork
 
 from tempflow.rewards.scorer import load_scorer
+from tempflow.rewards.servers.limits import Limits
 from tempflow.rewards.servers.server import serve
-from tempflow.rewards.servers.wire import Limits
 
 SCORER = "faults.scorer:Judge"
 ANSWERS = tuple(scorer_faults.FAULTS)

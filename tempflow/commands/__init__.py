@@ -1,1 +1,1 @@
-"""The doors: what `python -m tempflow.commands.NAME` runs."""
+"""The doors: what `tempflow NAME` runs, one module each."""

@@ -1,4 +1,4 @@
-"""Measures what a reward can tell apart at each step: `python -m tempflow analyze [PRESET ...] [section.field=...]`.
+"""Measures what a reward can tell apart at each step: `tempflow analyze [PRESET ...] [section.field=...]`.
 
 Takes the arguments of training, trains nothing, in one process. Writes a table, numbers, a picture and a recommendation
 that can be laid on the same stack.
@@ -25,11 +25,13 @@ MOST = 10_000
 """Iterations."""
 
 
-def _arguments(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    parser = Parser(prog="python -m tempflow analyze", description=__doc__)
+def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    example = "tempflow analyze digits --iterations 1 explore.prompts=4"
+    parser = Parser(prog="tempflow analyze", description=__doc__, example=example)
+    parser.add_argument("stack", nargs="*", metavar="PRESET, FILE.yaml or section.field=value", help="as in training")
     parser.add_argument("--folder", type=Path, help="where it is written (default: analysis/NAME of the stack)")
     parser.add_argument("--iterations", type=int, default=2, help="of explore.prompts prompts (default: %(default)s)")
-    return parser.parse_known_args(arguments)
+    return parser.parse_intermixed_args(arguments)
 
 
 def analyze(config: Config, iterations: int):
@@ -56,21 +58,21 @@ def analyze(config: Config, iterations: int):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 for wrong input."""
-    return end(lambda: _run(*_arguments(arguments)))
+    return end(lambda: _run(_arguments(arguments)))
 
 
-def _run(given: argparse.Namespace, stack: list[str]) -> int:
+def _run(given: argparse.Namespace) -> int:
     """Analyses a stack, writes and tells.
 
     Raises:
         BadInput: settings that cannot work, a reward without spread, or a folder that cannot be written.
     """
-    names = [Path(name).stem for name in stack if not is_override(name)]
+    names = [Path(name).stem for name in given.stack if not is_override(name)]
     folder = given.folder or Path("analysis") / ("_".join(names) or "digits")
     if not 1 <= given.iterations <= MOST:
         raise BadInput("--iterations", given.iterations, f"must lie in 1 .. {MOST}")
     check_makeable("--folder", folder)
-    analysis = analyze(load(stack), given.iterations)
+    analysis = analyze(load(given.stack), given.iterations)
     analysis.write(folder)
     print(analysis.describe())
     print(f"written to {folder}; lay the recommendation on the stack: {folder / 'recommended.yaml'}")

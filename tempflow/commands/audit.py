@@ -1,11 +1,10 @@
-"""Lists what is installed with its licences, and asks pip-audit for known faults in it: `python -m tempflow audit`.
+"""Lists what is installed with its licences, and asks pip-audit for known faults in it: `tempflow audit`.
 
 Exit code 0: nothing known; 1: faults, which are listed; 2: they could not be asked for, as one line says.
 """
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import subprocess
@@ -76,9 +75,7 @@ def _read(answer: dict[str, Any]) -> tuple[list[str], list[str], int]:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    parser = Parser(
-        prog="python -m tempflow audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(prog="tempflow audit", description=__doc__, example="tempflow audit --licences")
     parser.add_argument("--licences", action="store_true", help="list licences alone, ask nobody")
     parser.add_argument("--seconds", type=float, default=300.0, help="to wait for an index (default: %(default)s)")
     given = parser.parse_args(arguments)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from tempflow.common.errors import BadInput
 from tempflow.common.say import say
@@ -18,7 +18,16 @@ CUT_OFF = 141
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are one line, as those of settings are."""
+    """A command line whose mistakes are one line, as those of settings are.
+
+    Args:
+        example: a line that works, at the end of its help.
+    """
+
+    def __init__(self, *, example: str = "", epilog: str | None = None, **options: Any):
+        parts = [part for part in (epilog, example and f"example:\n  {example}") if part]
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(epilog="\n\n".join(parts) or None, **options)
 
     def error(self, message: str) -> NoReturn:
         """Raises BadInput in place of argparse's own ending."""

@@ -27,11 +27,7 @@ from tempflow.common.stopping import HALTED
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    own = Parser(
-        prog="tempflow evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    own = Parser(prog="tempflow evaluate", description=__doc__, example="tempflow evaluate digits --noises 2")
     own.add_argument(
         "words",
         nargs="+",

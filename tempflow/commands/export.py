@@ -27,7 +27,7 @@ def _parser() -> Parser:
     formats = "\n".join(f"  {name:<10} {words}" for name, words in FORMATS.items())
     parser = Parser(
         prog="tempflow export", description=__doc__, epilog=f"formats:\n{formats}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        example="tempflow export runs/digits --to comfyui",
     )  # fmt: skip
     parser.add_argument("run", help="folder of the run, such as runs/digits")
     parser.add_argument("--to", required=True, choices=list(FORMATS), metavar="FORMAT", help=", ".join(FORMATS))

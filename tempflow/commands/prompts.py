@@ -1,4 +1,4 @@
-"""Writes GenEval-style prompts, with the metadata its scorers read: `python -m tempflow.commands.prompts FOLDER`."""
+"""Writes GenEval-style prompts, with the metadata its scorers read: `tempflow prompts FOLDER`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tempflow.commands.ending import Parser, end
 from tempflow.common.errors import BadInput
 from tempflow.common.files import check_makeable
 from tempflow.prompts import read_prompts
-from tempflow.rewards.geneval.prompts import EVEN, MIXES, check_free, content, generate, identities, write
+from tempflow.rewards.geneval.mixes import EVEN, MIXES
 from tempflow.rewards.geneval.words import WORDINGS
 
 MOST = 1_000_000
@@ -24,6 +24,8 @@ def _excluded(file: str) -> set[str]:
     Raises:
         BadInput: its metadata are of another kind.
     """
+    from tempflow.rewards.geneval.prompts import identities
+
     prompts = read_prompts(file, "--exclude")
     try:
         return identities(prompts)
@@ -37,6 +39,8 @@ def make(given: argparse.Namespace) -> None:
     Raises:
         BadInput: wrong numbers, nothing to write, no prompt left, or a file that is there already.
     """
+    from tempflow.rewards.geneval.prompts import check_free, content, generate, write
+
     for name in ("count", "test"):
         if not 0 <= getattr(given, name) <= MOST:
             raise BadInput(f"--{name}", getattr(given, name), f"must lie in 0 .. {MOST:,}")
@@ -62,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: Sequence[str] | None) -> int:
-    parser = Parser(prog="python -m tempflow.commands.prompts", description=__doc__.partition("\n")[0])
+    example = "tempflow prompts prompts/geneval --count 2000 --test 60"
+    parser = Parser(prog="tempflow prompts", description=__doc__.partition("\n")[0], example=example)
     parser.add_argument("folder", type=Path, help="where train_metadata.jsonl and test_metadata.jsonl are written")
     parser.add_argument("--count", type=int, default=50000, help="training prompts (default: %(default)s; 0: none)")
     parser.add_argument("--test", type=int, default=480,

@@ -1,4 +1,4 @@
-"""Draws the report of a run again, report.png and report.html: `python -m tempflow.commands.report runs/digits`."""
+"""Draws the report of a run again, report.png and report.html: `tempflow report runs/digits`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code: 0, or 2 for wrong input."""
 
     def work() -> int:
-        parser = Parser(prog="python -m tempflow report", description=__doc__.partition(":")[0])
+        example = "tempflow report runs/digits"
+        parser = Parser(prog="tempflow report", description=__doc__.partition(":")[0], example=example)
         parser.add_argument("folder", nargs="?", default="runs/digits", help="of the run (default: %(default)s)")
         folder = user_path("folder", parser.parse_args(arguments).folder)
         from tempflow.records.figures import draw_report  # heavy, and not needed for help

@@ -38,11 +38,7 @@ HINT = "before the prompts give the folder of a run, or presets joined by commas
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    own = Parser(
-        prog="tempflow sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    own = Parser(prog="tempflow sample", description=__doc__, example="tempflow sample digits 'two threes' --noises 2")
     own.add_argument("source", metavar="RUN|STACK", help="a run's folder, or presets and files joined by commas")
     own.add_argument("words", nargs="*", metavar="PROMPT", help="prompts, and settings: section.field=value")
     own.add_argument("--prompts", metavar="FILE", help="a prompt a line, or JSONL; added to those given")

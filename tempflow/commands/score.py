@@ -1,6 +1,6 @@
 """Scores a folder of pictures into CSV, so that scorers can be tried before a long run:
 
-    python -m tempflow.commands.score --reward pickscore --reward ocr pictures/ prompts.txt
+    tempflow score --reward pickscore --reward ocr pictures/ prompts.txt
 
 Pictures are taken in the order of their names, prompts in the order of their lines (text, or JSONL with metadata);
 one prompt alone goes with every picture.
@@ -8,38 +8,33 @@ one prompt alone goes with every picture.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any
 
 from tempflow.commands.ending import Parser, end
 from tempflow.common.errors import BadInput
 from tempflow.common.files import check_makeable, user_path, write_atomically
 from tempflow.prompts import Prompt, read_prompts
-from tempflow.rewards.parts.options import read_device, read_options
-from tempflow.rewards.scorer import SCORERS, Scorer, load_scorer
+from tempflow.rewards.names import SCORERS
+
+if TYPE_CHECKING:  # help is answered before any of it is imported
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from tempflow.rewards.scorer import Scorer
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The command line."""
-    own = Parser(
-        prog="python -m tempflow.commands.score",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    example = "tempflow score --reward jpeg_compressibility runs/digits/pictures prompts.txt"
+    own = Parser(prog="tempflow score", description=__doc__, example=example)
     own.add_argument("images", help=f"folder of pictures ({', '.join(SUFFIXES)})")
     own.add_argument("prompts", help="one prompt a line, or a .jsonl file")
     own.add_argument("--reward", action="append", required=True, help=f"{', '.join(SCORERS)}, or module:attribute")
@@ -50,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="an option of the scorer, such as path=/models/pickscore; REWARD.KEY=VALUE for one of several scorers",
     )
-    own.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    own.add_argument("--device", default="auto", help="auto takes a GPU if there is one (default: %(default)s)")
     own.add_argument("--rows", type=int, default=16, help="pictures in one call, default %(default)s")
     own.add_argument("--output", help="CSV file; default: standard output")
     own.add_argument("--force", action="store_true", help="overwrite the CSV file, if it is there already")
@@ -90,12 +85,14 @@ def match_prompts(prompts: list[Prompt], count: int, source: str) -> list[Prompt
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Image.Image]:
+def opened(file: Path) -> Iterator[Image]:
     """The picture in a file.
 
     Raises:
         BadInput: it is none, or one that grows beyond what Pillow unpacks; what is said of it comes from many readers.
     """
+    from PIL import Image
+
     try:
         with Image.open(file) as image:
             yield image
@@ -105,12 +102,18 @@ def opened(file: Path) -> Iterator[Image.Image]:
 
 def read_image(file: Path) -> Tensor:
     """uint8 (3, H, W)."""
+    import numpy as np
+    import torch
+
     with opened(file) as image:
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def score(scorer: Scorer, files: Sequence[Path], prompts: Sequence[Prompt]) -> list[float]:
     """Scores of picture files, in calls of neighbours that have one size."""
+    import torch
+    from tqdm import tqdm
+
     scores: list[float] = []
     images: list[Tensor] = []
     with tqdm(total=len(files), desc=scorer.name, unit="picture", file=sys.stderr) as bar:
@@ -138,6 +141,9 @@ def run(arguments: Sequence[str]) -> None:
         BadInput: anything the user has to change.
     """
     given = parser().parse_args(arguments)
+    from tempflow.rewards.parts.options import read_device, read_options
+    from tempflow.rewards.scorer import load_scorer
+
     if given.rows < 1:
         raise BadInput("--rows", given.rows, "must be at least 1")
     check_output(given.output, given.force)

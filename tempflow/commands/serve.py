@@ -1,4 +1,4 @@
-"""Serves scorers to trainers on other machines: `python -m tempflow.commands.serve SCORER ... --port 9000`."""
+"""Serves scorers to trainers on other machines: `tempflow serve SCORER ... --port 9000`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import asyncio
 import ipaddress
 import sys
 from collections.abc import Sequence
-
-import torch
+from typing import TYPE_CHECKING
 
 from tempflow.commands.ending import Parser, end
 from tempflow.common.errors import BadInput
-from tempflow.rewards.parts.options import read_device, read_options
-from tempflow.rewards.scorer import SCORERS, load_scorer
+from tempflow.rewards.names import SCORERS
+from tempflow.rewards.servers.limits import Limits
 from tempflow.rewards.servers.secret import read_token
-from tempflow.rewards.servers.server import ScorerServer, serve
-from tempflow.rewards.servers.wire import Limits
+
+if TYPE_CHECKING:
+    from tempflow.rewards.servers.server import ScorerServer
 
 MOST = 2**20
 """Of MiB, images, characters and requests."""
@@ -24,12 +24,13 @@ MOST = 2**20
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     defaults = Limits()
-    parser = Parser(prog="python -m tempflow.commands.serve", description=__doc__.split("\n\n")[0])
+    example = "tempflow serve digits digits_gold --port 9000"
+    parser = Parser(prog="tempflow serve", description=__doc__.split("\n\n")[0], example=example)
     parser.add_argument("scorers", nargs="+", help=f"{', '.join(SCORERS)}, or module:attribute")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; any but a loopback needs a token")
     parser.add_argument("--port", type=int, default=9000, help="0 takes a free one; the first line printed names it")
     parser.add_argument("--token-file", help="file whose first line is the token (or set TEMPFLOW_SCORER_TOKEN)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the scorers")
+    parser.add_argument("--device", default="auto", help="of the scorers; auto takes a GPU if there is one")
     parser.add_argument("--option", action="append", default=[], metavar="KEY=VALUE",
                         help="an option of the scorer; SCORER.KEY=VALUE for one of several scorers")  # fmt: skip
     parser.add_argument("--requests", type=int, default=16, help="requests taken in at once; others wait")
@@ -45,6 +46,10 @@ def build(given: argparse.Namespace) -> ScorerServer:
     Raises:
         BadInput: no such scorer, wrong options, or an address open to others without a token.
     """
+    from tempflow.rewards.parts.options import read_device, read_options
+    from tempflow.rewards.scorer import load_scorer
+    from tempflow.rewards.servers.server import ScorerServer
+
     token = read_token("--token-file", given.token_file)
     if token is None and not _is_loopback(given.host):
         hint = "is open to other machines: give a token by --token-file or TEMPFLOW_SCORER_TOKEN, or use 127.0.0.1"
@@ -75,6 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> int:
         given = _arguments(arguments)
+        from tempflow.rewards.servers.server import serve  # heavy, and not needed for help
+
         server = build(given)
         try:
             asyncio.run(serve(server, given.host, given.port))

@@ -1,4 +1,4 @@
-"""Runs stacks over several seeds and compares them: `python -m tempflow study FILE.yaml`, or a shipped study's name."""
+"""Runs stacks over several seeds and compares them: `tempflow study FILE.yaml`, or a shipped study's name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tempflow.studies.compare.study import SHIPPED, read_study
 
 
 def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = Parser(prog="python -m tempflow study", description=__doc__)
+    parser = Parser(prog="tempflow study", description=__doc__, example="tempflow study fig3 --dry-run")
     names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
     parser.add_argument("study", help=f"a file, or one of {names}")
     parser.add_argument("--folder", type=Path, default=Path("studies"), help="of all studies (default: %(default)s)")

@@ -1,10 +1,11 @@
-"""Trains: the same as `torchrun tempflow/train.py`, as `python -m tempflow.commands.train` or `tempflow-train`."""
+"""Trains: the same as tempflow/train.py, as `tempflow train`, `torchrun -m tempflow train` or `tempflow-train`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tempflow.run.entrance import enter, leave
+from tempflow.common.stopping import leave
+from tempflow.run.entrance import enter
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from tempflow.common.say import is_first
 
@@ -140,3 +141,18 @@ def leave_with_parent() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the program, whatever its threads wait for."""
+    if code != DONE and _threads_wait():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _threads_wait() -> bool:
+    """Whether threads may wait for a scorer's server yet, for which a plain exit would wait, too."""
+    own = threading.current_thread()
+    return any(not thread.daemon and thread is not own for thread in threading.enumerate())

@@ -49,6 +49,18 @@ def check_attention(wanted: str) -> None:
             raise BadInput("model.attention", wanted, f"not installed ({error})") from error
 
 
+def installed() -> list[str]:
+    """Names of the backends whose packages are here; whether one serves a model and device is another matter."""
+    found = []
+    for name in AttentionBackendName:
+        try:
+            check_attention(name.value)
+        except BadInput:
+            continue
+        found.append(name.value)
+    return found
+
+
 def set_attention(
     policy: PipelinePolicy, wanted: str, rows: int = 1, slowest: Callable[[Tensor], Tensor] | None = None
 ) -> None:

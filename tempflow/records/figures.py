@@ -1,6 +1,6 @@
 """report.png: the curves of a run, its process reward against the noise weight, and the same prompts before and after.
 
-`python -m tempflow.commands.report runs/digits` draws it again from a run's folder.
+`tempflow report runs/digits` draws it again from a run's folder.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from tqdm import tqdm
 
 from tempflow.common.errors import BadInput, Halted, OneLine
 from tempflow.common.failures import as_line
@@ -26,6 +27,7 @@ from tempflow.run.folder import forget_errors
 from tempflow.run.hacking import falls, keep_scores, read_scores
 from tempflow.run.keeping import Keeper
 from tempflow.run.lock import FolderLock
+from tempflow.run.remaining import Remaining, Schedule
 from tempflow.run.snapshot import Progress
 from tempflow.run.trainer import Trainer
 from tempflow.run.watch import Watch
@@ -55,11 +57,13 @@ class Journal:
         self.ending = False
         """what was learnt is being saved before the end"""
         self.watch = Watch(self.config.objective.clip)
+        self.remaining = Remaining(Schedule.of(self.config))
         self.room = Room(self.config.eval.gallery, self.config.eval.gallery_mb * 1e6)
 
     def open(self, progress: Progress) -> None:
         """Begins the metrics of a new run, or goes on with those of a resumed one."""
         self.progress = progress
+        self.remaining.resumed(progress.iteration, progress.evaluating)
         self.keeper.mark(progress, saved=not progress.unevaluated)
         if self.ranks.first:
             earlier = [row for row in read_metrics(self.folder / "metrics.jsonl") if row["step"] <= progress.iteration]
@@ -71,6 +75,11 @@ class Journal:
             self.writer = MetricsWriter(self.folder, progress.iteration or None, progress.metrics_bytes, trackers)
         if not progress.iteration:
             self._write(self._start_row())
+
+    def announce(self, progress: Progress) -> None:
+        """Before the loop: says what there is to do yet, and where everything goes."""
+        done, last = progress.iteration, self.config.learn.iterations
+        say(f"writes to {self.folder}: iterations {done + 1} to {last}" if done < last else f"{self.folder} is done")
 
     def begin(self, progress: Progress) -> Progress:
         """Evaluates before the first iteration, or what a resumed run has not evaluated yet; time runs from here."""
@@ -126,6 +135,7 @@ class Journal:
             say(f"warning: iteration {row.step}: {words}")
         self.iteration = replace(self.iteration, warnings=sorted(found))
         self._write(self.iteration)
+        self.remaining.iterated(took)
         self.timed_out = self._past_limit(training)
         return self.progress
 
@@ -183,10 +193,12 @@ class Journal:
     def shown(self) -> dict[str, str]:
         """What the progress bar says."""
         row, scores = self.iteration, self.evaluation.scores if self.evaluation else {}
+        left = self.remaining.seconds(row.step, row.training_seconds)
         gold = scores.get("gold") if self.evaluation and self.evaluation.step == row.step else None
         known = {name: f"{value:.3f}" for name, value in (("reward", row.reward_mean), ("gold", gold))
                  if value is not None}  # fmt: skip
-        return known | {"rollouts/h": f"{row.rollouts_per_hour:,.0f}"}
+        ends = {"left": tqdm.format_interval(left)} if left is not None and not self.timed_out else {}
+        return known | {"rollouts/h": f"{row.rollouts_per_hour:,.0f}"} | ends
 
     def measured(self) -> None:
         """After the first iteration: what the plan could only estimate."""
@@ -235,7 +247,7 @@ class Journal:
         """Held-out scores of the averaged parameters, and which gold fell; keeps pictures and scores."""
         if self.evaluator is None:
             return
-        clock, step = self.trainer.clock, progress.iteration
+        clock, step, started = self.trainer.clock, progress.iteration, time.perf_counter()
         with clock("evaluate"), self.trainer.stepper.average.applied():
             result = self.evaluator.evaluate(strict=not step)
         history, threshold = read_scores(self.folder, step), self.config.reward.hacking_drop
@@ -253,3 +265,4 @@ class Journal:
                 "please the scorer only: look at the pictures")  # fmt: skip
         self._write(self.evaluation)
         self.keeper.show()
+        self.remaining.evaluated(time.perf_counter() - started)

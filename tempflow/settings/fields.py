@@ -192,7 +192,7 @@ class RewardConfig:
     options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """What scorers are made with, by name, such as {pickscore: {path: /models/pickscore, dtype: bf16}}."""
     servers: list[Annotated[str, Field(pattern=r"^https?://[^\s/]+/*$")]] = changeable(make=list)
-    """Addresses of `python -m tempflow.commands.serve`; what they serve is scored there, anything else here."""
+    """Addresses of `tempflow serve`; what they serve is scored there, anything else here."""
     rows: Count = changeable(128)
     """Images decoded and scored in one call."""
     overlap: bool = changeable(True)
@@ -233,10 +233,12 @@ class EvalConfig:
 class RunConfig:
     dir: str = changeable("runs/digits")
     """Folder of everything the run writes."""
+    if_taken: Literal["auto", "refuse", "number"] = changeable("auto")
+    """Where run.dir holds a run: refuse, or number: take run.dir-2, -3 and so on. auto refuses one that you gave."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 42
     """The one number that every random choice of training is a function of."""
     resume: bool | Literal["auto"] = changeable(False)
-    """Continue the run in run.dir from its last checkpoint; auto begins one where there is none."""
+    """Continue the run in run.dir (the newest of its numbers) from its last checkpoint; auto begins one if none is."""
     save_every: Whole = changeable(50)
     """Iterations between checkpoints; 0 saves only at the end."""
     keep_checkpoints: Count = changeable(2)

@@ -15,9 +15,17 @@ from tempflow.settings.reading import load, plain
 from tempflow.settings.stacks import KINDS, names_of, presets
 
 USAGE = """\
-usage: torchrun tempflow/train.py [PRESET or FILE.yaml ...] [section.field=value ...]
-Presets and files are laid on one another from left to right: `flux1_dev g2rpo hpsv3`. Without any
-the run is digits_even; methods alone lie on digits."""
+usage: tempflow train [PRESET or FILE.yaml ...] [section.field=value ...]
+Presets and files are laid on one another from left to right: `flux1_dev g2rpo hpsv3`. Without any the
+run is digits_even; methods alone lie on digits. `torchrun tempflow/train.py` and `torchrun -m tempflow train` take the
+same arguments.
+
+examples:
+  tempflow train                                         the preset digits_even, on any machine, in minutes
+  tempflow train digits run.plan_only=true               what a run will cost, before it starts
+  tempflow train digits flow_grpo learn.iterations=20    presets and files stack, then settings
+  tempflow train digits run.resume=true                  go on with a run
+  torchrun --nproc-per-node=8 -m tempflow train sd35_pickscore run.save_every=10"""
 
 
 def help_text() -> str:

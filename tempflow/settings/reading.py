@@ -35,9 +35,11 @@ def load(arguments: Sequence[str]) -> Config:
     arguments = list(arguments)
     count = next((place for place, argument in enumerate(arguments) if is_override(argument)), len(arguments))
     names, overrides = arguments[:count], arguments[count:]
-    values = read_stack(_with_base(names)).values
+    stack = read_stack(_with_base(names))
+    values = stack.values
     for override in overrides:
         _override(values, override)
+    _settle_if_taken(values, "run.dir" in stack.own or any(override.startswith("run.dir=") for override in overrides))
     config = validate(values)
     check_paths(config)
     return config
@@ -54,6 +56,13 @@ def _with_base(names: Sequence[str]) -> list[str]:
     known = presets()
     alone = all(name in known and kind_of(known[name]) == "methods" for name in names)
     return ["digits" if names else "digits_even", *names] if alone else list(names)
+
+
+def _settle_if_taken(values: dict[str, dict[str, Any]], chosen: bool) -> None:
+    """What `run.if_taken=auto` means: a folder that the user chose is taken as it was meant."""
+    run = values.setdefault("run", {})
+    if run.get("if_taken", "auto") == "auto":
+        run["if_taken"] = "refuse" if chosen else "number"
 
 
 def _override(values: dict[str, dict[str, Any]], argument: str) -> None:

@@ -46,6 +46,8 @@ class Layer:
     """(kind, name) of the models and methods in it, from bottom to top"""
     held: dict[str, tuple[Any, str]] = field(default_factory=dict)
     """`section.field` -> the value that a method or add-on gives it, and whose it is"""
+    own: frozenset[str] = frozenset()
+    """`section.field` that a file of the user's states, not a preset"""
 
     def flat(self) -> dict[str, Any]:
         """`section.field` -> value."""
@@ -107,7 +109,8 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Layer:
     if kind == "methods" and content.pop("on_top", False) is True:
         kind = "add-ons"
     own = Layer(_sections(content, path))
-    layer = Layer(_merged([below, own]), path.stem, kind, below.brings, below.held)
+    stated = frozenset() if kind else frozenset(own.flat())
+    layer = Layer(_merged([below, own]), path.stem, kind, below.brings, below.held, below.own | stated)
     if kind == "models":
         return replace(layer, brings=((kind, layer.name),))
     if kind in ("methods", "add-ons"):  # whatever it extends, it is one method
@@ -158,7 +161,7 @@ def _stacked(layers: Sequence[Layer]) -> Layer:
     names = " ".join(layer.name for layer in layers)
     held: dict[str, tuple[Any, str]] = {}
     brings = tuple(entry for layer in layers for entry in layer.brings)
-    stack = Layer(_merged(layers), names, "", brings, held)
+    stack = Layer(_merged(layers), names, "", brings, held, frozenset().union(*(layer.own for layer in layers)))
     for kind, hint in ONE_OF.items():
         found = stack.names(kind)
         if len(found) > 1:

@@ -1,6 +1,6 @@
 """What fast tails and a light decoder do to the rewards: one iteration's branches, exactly and as the run will.
 
-    python -m tempflow.commands.tails [PRESET or FILE.yaml] [section.field=value ...]
+    tempflow tails [PRESET or FILE.yaml] [section.field=value ...]
 
 takes the arguments of `train.py`, trains nothing and leaves no files; with `tails.check=true` a run does the same
 before its first iteration. Adapters that have learnt nothing yet hide what merging them changes: give `model.lora`.

@@ -155,6 +155,7 @@ def test_what_only_has_a_pictures_name(refused, folder, kind):
     (["report", "a", "b"], "arguments"),
     (["report", "~nosuchuser/run"], "folder"),
     (["report", "nowhere"], "run.dir"),
+    *((["doctor", "--seconds", seconds], "--seconds") for seconds in ("0", "-1", "nan", "1e9", "soon")),
     (["prompts", "out", "--count", "1000000000"], "--count"),
     (["prompts", "out", "--seed", "9" * 60], "--seed"),
     (["prompts", "one.txt"], "folder"),

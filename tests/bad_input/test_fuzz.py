@@ -14,7 +14,8 @@ from tempflow.prompts import read_prompts
 from tempflow.records.rows import read_metrics
 from tempflow.records.shape import check_drawable
 from tempflow.rewards.parts.options import read_options
-from tempflow.rewards.servers.wire import Limits, Malformed, unpack_request
+from tempflow.rewards.servers.limits import Limits
+from tempflow.rewards.servers.wire import Malformed, unpack_request
 from tempflow.settings.fields import Config
 from tempflow.settings.names import field_names
 from tempflow.settings.reading import load

@@ -16,8 +16,9 @@ from tempflow.rewards.scorer import Scorer
 from tempflow.rewards.servers import door
 from tempflow.rewards.servers import server as serving
 from tempflow.rewards.servers.fleet import Fault, Fleet, Server, Terms
+from tempflow.rewards.servers.limits import Limits
 from tempflow.rewards.servers.server import ScorerServer, serve
-from tempflow.rewards.servers.wire import Limits, Malformed, Request, pack_request
+from tempflow.rewards.servers.wire import Malformed, Request, pack_request
 from tempflow.settings.checks import longest_wait
 from tempflow.settings.fields import RewardConfig
 

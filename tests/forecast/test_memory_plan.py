@@ -144,7 +144,7 @@ def test_adapters_of_sd35_medium_fit_24_gb(tmp_path):
     explore = config.explore
     assert (config.model.lora_rank, explore.noises, explore.siblings, config.sample.height) == (32, 4, 6, 512)
     plan = published(tmp_path, "sd35_medium", "sd35_medium_24gb")
-    assert plan.total / GIB == pytest.approx(19.2, abs=0.05), "as in the README"
+    assert plan.total / GIB == pytest.approx(19.2, abs=0.05), "as in docs/models.md"
     assert plan.stays["weights"] == pytest.approx(2 * 2.243e9 + 4 * 18.8e6, rel=0.01)
     assert plan.stays["captured tails"] > 2 * GIB and plan.phases["tails"]["tail chunk"] == 0, "graphs keep it"
     assert plan.phases["encoding"]["text encoders"] == pytest.approx(2 * (4.762e9 + 0.695e9 + 0.123e9), rel=0.01)
@@ -154,14 +154,14 @@ def test_adapters_of_sd35_medium_fit_24_gb(tmp_path):
 def test_sd35_medium_without_guidance_fits_24_gb(tmp_path):
     """A velocity costs one network row."""
     plan = published(tmp_path, "sd35_medium", "sd35_medium_no_guidance_24gb")
-    assert plan.total / GIB == pytest.approx(19.2, abs=0.05), "as in the README"
+    assert plan.total / GIB == pytest.approx(19.2, abs=0.05), "as in docs/models.md"
     config = load(["sd35_medium_no_guidance_24gb", f"model.path={tmp_path / 'sd35_medium'}"])
     assert load_skeleton(config.model, config.sample).network_rows == 1
 
 
 def test_all_of_sd35_medium_fits_48_gb_with_8_bit_adamw(tmp_path):
     plan = published(tmp_path, "sd35_medium", "sd35_medium_full_48gb")
-    assert plan.total / GIB == pytest.approx(40.4, abs=0.05), "as in the README"
+    assert plan.total / GIB == pytest.approx(40.4, abs=0.05), "as in docs/models.md"
     assert plan.stays["optimizer state"] == pytest.approx((2 + 8 / 256) * 2.243e9, rel=0.01)
     assert plan.stays["moving average"] == plan.phases["learning"]["gradients"] == plan.stays["weights"]
     assert plan.stays["captured tails"] == 0 < plan.phases["tails"]["tail chunk"], "graphs would keep it"

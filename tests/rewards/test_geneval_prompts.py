@@ -9,7 +9,8 @@ import pytest
 from tempflow.commands.prompts import main
 from tempflow.common.errors import BadInput
 from tempflow.prompts import read_prompts
-from tempflow.rewards.geneval.prompts import MIXES, TASKS, choices, content
+from tempflow.rewards.geneval.mixes import MIXES
+from tempflow.rewards.geneval.prompts import TASKS, choices, content
 from tempflow.rewards.geneval.words import CLASSES, english, genevals
 
 

@@ -149,9 +149,12 @@ def test_a_run_ends_when_its_time_is_up(journal, monkeypatch):
 
     monkeypatch.setattr(tempflow.train, "train_step", tick(step, 10))
     it.evaluator.evaluate = tick(evaluate, 100)
+    told, shown = [], it.shown
+    it.shown = lambda: told.append(shown()) or told[-1]
     it.open(Progress())
     train(it.trainer, it, Progress())
     assert steps_of(it, "gold") == [0, 2, 3] and checkpoints(it) == [3]
+    assert [words.get("left") for words in told] == ["03:40", "01:50", None], "2 x (10 s + 100 s), then one, then none"
     seconds = [(line["seconds"], line["training_seconds"]) for line in lines(it) if "grad_norm" in line]
     assert seconds == [(10, 10), (20, 20), (130, 30)]
     saved = json.loads((it.folder / "checkpoints" / "step_000003" / "state.json").read_text())["progress"]

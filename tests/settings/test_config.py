@@ -10,8 +10,8 @@ from tempflow.settings.help import help_text
 from tempflow.settings.reading import changeable_fields, field_names, load, presets, to_yaml
 
 MAY_CHANGE_ON_RESUME = {
-    "run.resume", "run.dir", "run.save_every", "run.keep_checkpoints", "run.trackers", "run.plan_only", "run.device",
-    "run.grace", "run.project", "eval.gallery", "eval.gallery_mb",
+    "run.resume", "run.dir", "run.if_taken", "run.save_every", "run.keep_checkpoints", "run.trackers", "run.project",
+    "eval.gallery", "eval.gallery_mb", "run.plan_only", "run.device", "run.grace",
     "learn.iterations", "learn.max_seconds", "learn.compile", "eval.every", "tails.rows", "tails.level", "tails.check",
     "tails.autotune", "tails.compile_vae",
     "reward.rows", "reward.overlap", "reward.hacking_drop", "reward.hacking_stop", "reward.servers", "reward.batch",

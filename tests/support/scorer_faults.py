@@ -25,8 +25,8 @@ from aiohttp import web
 from tempflow.prompts import Prompt
 from tempflow.rewards.scorer import Scorer
 from tempflow.rewards.servers.fleet import Fleet, Terms
+from tempflow.rewards.servers.limits import Limits
 from tempflow.rewards.servers.server import ScorerServer, serve
-from tempflow.rewards.servers.wire import Limits
 
 ROOT = Path(__file__).resolve().parents[2]
 calls, meeting = {"scored": 0, "seen": 0, "elsewhere": 0}, {"there": 0}

@@ -1,6 +1,6 @@
 """Prompts in the manner of GenEval (arXiv 2310.11513), with the metadata its scorers read.
 
-    python -m tempflow.commands.prompts FOLDER --count 50000 --test 480 --exclude evaluation_metadata.jsonl
+    tempflow prompts FOLDER --count 50000 --test 480 --exclude evaluation_metadata.jsonl
 
 writes `train_metadata.jsonl` and `test_metadata.jsonl` into the folder, which can be given as `prompts.train` and
 `prompts.test`. The same arguments give the same files. No prompt of the test file or of an excluded file is in the
@@ -29,11 +29,6 @@ from tempflow.common.errors import BadInput
 from tempflow.common.files import write_atomically
 from tempflow.prompts import Prompt
 from tempflow.rewards.geneval.words import CLASSES, COLOURS, OPPOSITES, Phrase, genevals
-
-FLOW_GRPO = {"position": 7, "counting": 5, "color_attr": 3, "colors": 1, "two_object": 1, "single_object": 0}
-"""Proportions of Flow-GRPO's training prompts (arXiv 2505.05470): more of what the model before training fails at."""
-EVEN = dict.fromkeys(FLOW_GRPO, 1)
-MIXES = {"flow_grpo": FLOW_GRPO, "even": EVEN}
 
 
 def single_object(name: str, phrase: Phrase = genevals) -> dict[str, Any]:

@@ -29,12 +29,13 @@ def read_options(arguments: Sequence[str], rewards: Sequence[str]) -> dict[str, 
 
 
 def read_device(name: str) -> torch.device:
-    """The device called so.
+    """The device called so; `auto` is a GPU if there is one.
 
     Raises:
         BadInput: torch knows none of this name.
     """
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         return torch.device(name)
     except RuntimeError as error:
-        raise BadInput("--device", name, "is no device of torch, such as cpu, cuda or cuda:1") from error
+        raise BadInput("--device", name, "is no device of torch, such as cpu, cuda or cuda:1, nor auto") from error

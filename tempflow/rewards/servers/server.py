@@ -1,6 +1,6 @@
 """Scorers as a server, so that a big one runs on another machine or GPU than the trainer.
 
-    python -m tempflow.commands.serve digits my_module:my_scorer --port 9000
+    tempflow serve digits my_module:my_scorer --port 9000
 
 and, for the trainer, `reward.servers=[http://127.0.0.1:9000]`. A request is scored in one call of the scorer, and each
 scorer takes one request at a time while the next ones arrive. A request that is sent again (its answer was lost) gets
@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from tempflow.common.errors import BadInput
 from tempflow.rewards.scorer import Scorer, ScorerFailed
 from tempflow.rewards.servers.door import IDLE_SECONDS, Counted, admit, most_connections
-from tempflow.rewards.servers.wire import Limits, Malformed, Request, pack_answer, pack_refusal, unpack_request
+from tempflow.rewards.servers.limits import Limits
+from tempflow.rewards.servers.wire import Malformed, Request, pack_answer, pack_refusal, unpack_request
 
 try:
     from aiohttp import web

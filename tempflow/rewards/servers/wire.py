@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tempflow.prompts import Prompt
+from tempflow.rewards.servers.limits import Limits
 
 HEADER_BYTES = 16 * 2**20
 """Longest header of a request, which holds its prompts and their metadata."""
@@ -31,20 +32,6 @@ SCORE_BYTES = 32
 
 class Malformed(ValueError):
     """Bytes that are no request, or no answer to the request that was sent."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a server takes at most."""
-
-    body: int = 256 * 2**20
-    """bytes of a request"""
-    images: int = 512
-    """images of a request"""
-    side: int = 8192
-    """pixels of an image's side"""
-    prompt: int = 20_000
-    """characters of a prompt"""
 
 
 @dataclass(frozen=True)

@@ -80,5 +80,5 @@ def _results(study: Study, summaries: Sequence[Summary]) -> str:
 
 def _stacks(study: Study) -> str:
     rows = [[escape(run), f"<code>{escape(' '.join(study.arguments(run)))}</code>"] for run in study.runs]
-    table = _table(["run", "python -m tempflow train ..."], rows).replace(' class="number"', "")
+    table = _table(["run", "tempflow train ..."], rows).replace(' class="number"', "")
     return f'{table}<p class="note">Seeds: {", ".join(map(str, study.seeds))}.</p>'

@@ -13,8 +13,9 @@ from scorer_faults import work
 
 from tempflow.rewards.scorer import Scorer
 from tempflow.rewards.servers import server as serve
+from tempflow.rewards.servers.limits import Limits
 from tempflow.rewards.servers.server import ScorerServer
-from tempflow.rewards.servers.wire import Limits, Request, pack_request
+from tempflow.rewards.servers.wire import Request, pack_request
 
 IMAGES, PROMPTS, _ = work(2)
 
