@@ -1,6 +1,6 @@
 """TempFlow-GRPO and its kin: explore, credit, learn.
 
-    torchrun tempflow/train.py                                        the preset `digits`, on any machine
+    torchrun tempflow/train.py                                        the preset `digits_even`, on any machine
     torchrun tempflow/train.py digits flow_grpo learn.iterations=20   presets and YAML files stack, then overrides
     torchrun tempflow/train.py --help                                 every field
 
