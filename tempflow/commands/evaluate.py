@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tempflow.commands.ending import Parser, end
 from tempflow.commands.trained_options import add_options, check_stack, read_choice, split_words
-from tempflow.common.errors import Halted
+from tempflow.common.errors import BadInput, Halted
 from tempflow.common.say import is_first, say
 from tempflow.common.stopping import HALTED
 
@@ -81,6 +81,8 @@ def _run(given: argparse.Namespace, names: Sequence[str], overrides: Sequence[st
     from tempflow.trained.source import read_source
 
     source, rewards = read_source(names, overrides), tuple(dict.fromkeys(given.reward))
+    if given.option and not rewards:
+        raise BadInput("--option", given.option[0], "is an option of a scorer: name it by --reward, too")
     options = read_options(given.option, rewards) if rewards else {}
     request = Request(read_choice(given), rewards, options, given.prompts, given.noises, given.seed, given.rows)
     folder = output_folder(given.output, Path("evaluations") / source.name, given.force)

@@ -72,6 +72,28 @@ def _called(field: str, option: str) -> Iterator[None]:
         raise BadInput(option, error.value, error.hint) from error
 
 
+class Patient:
+    """A jury whose failure is told at the end: until then the other processes may wait for this one's network calls."""
+
+    def __init__(self, jury: Jury):
+        self.jury = jury
+        self.failure: Exception | None = None
+
+    def __call__(self, images: Tensor, prompts: Sequence[Any]) -> Tensor:
+        """As the jury; NaN once it has failed."""
+        if self.failure is None:
+            try:
+                return self.jury(images, prompts)
+            except Exception as failure:
+                self.failure = failure
+        return torch.full((len(self.jury.roles), len(images)), torch.nan)
+
+    def settle(self) -> None:
+        """Raises what the jury raised."""
+        if self.failure is not None:
+            raise self.failure
+
+
 def score(sampler: Sampler, jury: Jury, ranks: Ranks, shown: Callable[[int], Any]) -> Tensor:
     """(rows of `jury.roles`, P) scores of all pictures, the same on all processes; NaN where there is no opinion.
 
@@ -83,17 +105,21 @@ def score(sampler: Sampler, jury: Jury, ranks: Ranks, shown: Callable[[int], Any
     """
     calls = sampler.places.calls
     padded = -(-len(calls) // ranks.size) * ranks.size  # all make as many, where a network call is one of all
-    own = [calls[min(place, len(calls) - 1)] for place in ranks.share(padded)]
     most = max(call.stop - call.start for call in calls)
+    judge = jury if ranks.size == 1 else Patient(jury)
 
     def work() -> tuple[Tensor, Tensor]:
         tables, counts = [], torch.zeros(3, dtype=torch.int64)
-        for call in own:
+        for place in ranks.share(padded):
+            call = calls[min(place, len(calls) - 1)]
             decoded = sampler(call)
-            table = jury(decoded.images, sampler.prompts_of(call)).masked_fill(decoded.lost, torch.nan)
+            table = judge(decoded.images, sampler.prompts_of(call)).masked_fill(decoded.lost, torch.nan)
             tables.append(torch.nn.functional.pad(table, (0, most - table.shape[1]), value=torch.nan))
-            counts += decoded.counts()
+            if place < len(calls):
+                counts += decoded.counts()
             shown(table.shape[1])
+        if isinstance(judge, Patient):
+            judge.settle()
         return torch.stack(tables), counts
 
     tables, counts = ranks.agree(work)

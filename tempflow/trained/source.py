@@ -126,14 +126,21 @@ def settle(source: Source, choice: Choice, ranks: Ranks) -> Choice:
     """The checkpoints that the first of several processes finds: a run may be going on, and each would find its own."""
     if ranks.size == 1 or source.folder is None:
         return choice
-    asked = choice.checkpoints or (LAST,)
-    found = [0 if name == FINAL else iteration_of(find_checkpoint(source.folder, name)) for name in asked]
-    chosen = ranks.gather(torch.tensor([found]), 0)[0].tolist()
+    asked, folder = choice.checkpoints or (LAST,), source.folder
+
+    def find() -> list[int]:
+        found = [ranks.first and name != FINAL and iteration_of(find_checkpoint(folder, name)) for name in asked]
+        return [int(number) for number in found]
+
+    chosen = ranks.gather(torch.tensor([ranks.agree(find)]), 0)[0].tolist()
     return replace(choice, checkpoints=tuple(str(number) if number else FINAL for number in chosen))
 
 
 def members(source: Source, choice: Choice) -> Iterator[Member]:
-    """The models, each read when it is due: the one before training first, then each checkpoint once.
+    """The models: the one before training first, then each checkpoint once.
+
+    Adapters are read at once, since a run that is going on may drop a checkpoint meanwhile; whole transformers when
+    they are due.
 
     Raises:
         BadInput: as `open_run`.
@@ -141,11 +148,13 @@ def members(source: Source, choice: Choice) -> Iterator[Member]:
     if source.folder is None:
         yield Member(source.name)
         return
+    asked, weights, seen = choice.checkpoints or (LAST,), choice.weights or "averaged", set()
+    runs = (open_run(source.folder, checkpoint, weights) for checkpoint in asked)
+    if source.config.model.train == "lora":
+        runs = iter(list(runs))
     if choice.before:
         yield Member(BEFORE)
-    seen = set()
-    for checkpoint in choice.checkpoints or (LAST,):
-        run = open_run(source.folder, checkpoint, choice.weights or "averaged")
+    for run in runs:
         label = (f"iteration {run.iteration}" if run.iteration else FINAL) + (" (raw)" if run.weights == "raw" else "")
         if label not in seen:
             yield Member(label, replace(run, config=source.config))

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tempflow.credit.advantage import known_mean
 from tempflow.prompts import Prompt
+from tempflow.trained.scoring import TOTAL
 from tempflow.trained.source import Member
 
 ALL = "all"
@@ -92,10 +93,10 @@ class Scored:
         """By scorer, kind and model; all prompts first."""
         kinds = [kind_of(prompt) for prompt in self.prompts]
         named = list(dict.fromkeys(filter(None, kinds)))
-        groups = {ALL: torch.ones(len(kinds), dtype=torch.bool)}
-        groups |= {kind: torch.tensor([each == kind for each in kinds]) for kind in named}
+        groups = [(ALL, torch.ones(len(kinds), dtype=torch.bool))]
+        groups += [(kind, torch.tensor([each == kind for each in kinds])) for kind in named]
         return [self._line(scorer, group, where, member) for scorer in range(len(self.names))
-                for group, where in groups.items() for member in range(len(self.members))]  # fmt: skip
+                for group, where in groups for member in range(len(self.members))]  # fmt: skip
 
     def _line(self, scorer: int, kind: str, where: Tensor, member: int) -> Line:
         own, difference = self.scores(member, scorer)[where], None
@@ -105,8 +106,9 @@ class Scored:
         return Line(self.names[scorer], kind, self.members[member].label, estimate(own.nanmean(1)), difference)
 
     def missing(self) -> int:
-        """How many opinions are missing."""
-        return sum(int(table.isnan().sum()) for table in self.tables)
+        """How many opinions of scorers are missing."""
+        rows = [place for place, name in enumerate(self.names) if name != TOTAL]
+        return sum(int(table[rows].isnan().sum()) for table in self.tables)
 
     def to_csv(self) -> str:
         """A row per model, prompt, noise and scorer."""

@@ -15,9 +15,11 @@ import torch
 from scipy import stats
 
 from tempflow.__main__ import main
+from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
 from tempflow.records.rows import read_metrics
 from tempflow.run.hacking import read_scores
+from tempflow.trained.scoring import Patient
 from tempflow.trained.source import Member
 from tempflow.trained.summary import Scored, kind_of, table, to_json
 
@@ -131,6 +133,25 @@ def test_several_rewards_are_summed_as_in_training(run, tmp_path):
     assert means[0] == pytest.approx(0.75 * means[1] + 0.25 * means[2], rel=1e-5)
 
 
+def test_a_kind_may_be_called_all():
+    prompts = [Prompt("a", {"kind": "all"}), Prompt("b", {"kind": "two"})]
+    scored = Scored([Member("it")], ("level",), prompts, [torch.tensor([[1.0, 3.0]])], None)
+    assert [(item.kind, item.score.prompts) for item in scored.lines()] == [("all", 2), ("all", 1), ("two", 1)]
+
+
+def test_a_jury_that_breaks_is_told_when_all_network_calls_are_made():
+    """Else the other processes of a network in shares would wait for this one's."""
+    def breaks(images, prompts):
+        raise BadInput("reward.name", "level", "broke")
+
+    breaks.roles = {"level": "reward", "other": "reward"}
+    jury = Patient(breaks)
+    images = torch.zeros(3, 3, 2, 2, dtype=torch.uint8)
+    assert all(jury(images, []).shape == (2, 3) and jury(images, []).isnan().all() for _ in range(2))
+    with pytest.raises(BadInput, match="broke"):
+        jury.settle()
+
+
 TWO = """
 import json, os, sys
 from multiprocessing import get_context
@@ -201,6 +222,8 @@ def test_missing_opinions_and_single_prompts():
     assert lines["after", "all"].difference.mean == 1.0 and lines["after", "all"].difference.prompts == 2
     assert lines["after", "one"].score.mean == 3.0 and math.isnan(lines["after", "one"].score.error)
     assert lines["before", "three"].score.prompts == 0 and scored.missing() == 4
+    of_two = Scored(members, ("reward", "level"), prompts, [torch.cat((table, table)) for table in tables], 0)
+    assert of_two.missing() == 4, "the sum of the rewards is nobody's opinion"
     content = json.loads(to_json(scored, {}), parse_constant=pytest.fail)
     assert content["missing"] == 4 and content["lines"][0]["score"]["mean"] == 1.0
     assert "no opinion" in table(scored.lines())
@@ -212,6 +235,7 @@ def test_missing_opinions_and_single_prompts():
     (["{run}", "--checkpoint", "7"], "--checkpoint"), (["{run}", "--checkpoint", "2,,4"], "--checkpoint"),
     (["{run}", "--weights", "ema"], "--weights"), (["{run}", "--reward", "nosuch"], "--reward"),
     (["{run}", "--reward", "digits", "--option", "digits.colour=red"], "reward.options.digits.colour"),
+    (["{run}", "--option", "digits.colour=red"], "--option"),
     (["{run}", "--prompts", "nowhere.txt"], "--prompts"), (["{run}", "--noises", "0"], "--noises"),
     (["{run}", "--seed", "-1"], "--seed"), (["{run}", "--rows", "many"], "--rows"),
     (["{run}", "--output", "{run}"], "--output"), (["{run}", "eval.stpes=4"], "eval.stpes"),
