@@ -2,5 +2,5 @@
 
 import logging
 
-# diffusers imports bitsandbytes, which on some processors warns at every start of a 4-bit kernel that nothing here uses.
+# diffusers imports bitsandbytes, which on some processors warns at each start of a 4-bit kernel that nothing here uses.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
