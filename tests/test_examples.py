@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from command_lines import understand
 from doc_lines import command_lines
+from torch.distributed.run import get_args_parser
 
+from tempflow.common.stopping import LAST, SIGNALS
 from tempflow.settings.checks import check_consistency
 from tempflow.settings.reading import load
 from tempflow.train import main
@@ -40,6 +42,23 @@ def test_every_kind_of_machine_has_one():
     counts = {processes for path in SCRIPTS for _, processes in trained(path)}
     assert counts == {1, 8, 16}
     assert {path.suffix for path in SCRIPTS} == {".sh", ".sbatch"}
+
+
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.suffix == ".sbatch"], ids=lambda path: path.name)
+def test_the_signal_of_the_scheduler_is_handed_on_and_its_time_kept(path):
+    """torchrun hands on what it is told to, and kills its processes after a time of its own."""
+    text = path.read_text()
+    number, seconds = re.search(r"^#SBATCH .*--signal=(\w+)@(\d+)", text, re.MULTILINE).groups()
+    assert f"SIG{number}" in {each.name for each in SIGNALS}
+    room = int(seconds)
+    if "torchrun" in text:
+        given = re.search(r"torchrun (.*?) -m tempflow", re.sub(r"\\\n\s*", " ", text))[1].split()
+        launch = get_args_parser().parse_args([*given, "-m", "tempflow"])
+        assert {f"SIG{number}", "SIGTERM"} <= set(launch.signals_to_handle.split(","))
+        waits = int(re.search(r"^export .*TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", text, re.MULTILINE)[1])
+        assert waits < room
+        room = waits
+    assert all(load(arguments).run.grace + LAST < room for arguments, _ in trained(path))
 
 
 @pytest.mark.parametrize("name", ["laptop.sh", "own_scorer.sh"])
