@@ -92,3 +92,18 @@ def test_the_image_is_made_of_what_is_there():
     commented = "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#   "))
     for line in command_lines(commented):
         understand(line.arguments)
+
+
+def test_what_git_ignores_stays_out_of_the_image_too():
+    """Environments, runs and pictures of a clone are no part of an image, however large they are."""
+    there = set((ROOT / ".dockerignore").read_text().split())
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    patterns = {each[1:] if each.startswith("/") else f"**/{each}" for each in ignored if "results/" not in each}
+    assert patterns | {".git", "benchmarks/results"} <= there
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "docs/first_run.md"])
+def test_a_container_that_trains_keeps_what_it_downloads(name):
+    text = re.sub(r"\\\n[# ]*", " ", (ROOT / name).read_text())
+    lines = [line for line in text.splitlines() if re.search(r"docker run --rm .* tempflow train ", line)]
+    assert lines and all(' -v "$HOME/.cache/huggingface:/root/.cache/huggingface" ' in line for line in lines)
