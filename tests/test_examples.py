@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from command_lines import understand
 from doc_lines import command_lines
+from torch.distributed.run import get_args_parser
 
+from tempflow.common.stopping import LAST, SIGNALS
 from tempflow.settings.checks import check_consistency
 from tempflow.settings.reading import load
 from tempflow.train import main
@@ -42,6 +44,23 @@ def test_every_kind_of_machine_has_one():
     assert {path.suffix for path in SCRIPTS} == {".sh", ".sbatch"}
 
 
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.suffix == ".sbatch"], ids=lambda path: path.name)
+def test_the_signal_of_the_scheduler_is_handed_on_and_its_time_kept(path):
+    """torchrun hands on what it is told to, and kills its processes after a time of its own."""
+    text = path.read_text()
+    number, seconds = re.search(r"^#SBATCH .*--signal=(\w+)@(\d+)", text, re.MULTILINE).groups()
+    assert f"SIG{number}" in {each.name for each in SIGNALS}
+    room = int(seconds)
+    if "torchrun" in text:
+        given = re.search(r"torchrun (.*?) -m tempflow", re.sub(r"\\\n\s*", " ", text))[1].split()
+        launch = get_args_parser().parse_args([*given, "-m", "tempflow"])
+        assert {f"SIG{number}", "SIGTERM"} <= set(launch.signals_to_handle.split(","))
+        waits = int(re.search(r"^export .*TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)", text, re.MULTILINE)[1])
+        assert waits < room
+        room = waits
+    assert all(load(arguments).run.grace + LAST < room for arguments, _ in trained(path))
+
+
 @pytest.mark.parametrize("name", ["laptop.sh", "own_scorer.sh"])
 def test_what_needs_no_weights_can_be_planned(name, tmp_path, monkeypatch, capsys):
     shutil.copy(FOLDER / "own_scorer.py", tmp_path)
@@ -73,3 +92,18 @@ def test_the_image_is_made_of_what_is_there():
     commented = "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#   "))
     for line in command_lines(commented):
         understand(line.arguments)
+
+
+def test_what_git_ignores_stays_out_of_the_image_too():
+    """Environments, runs and pictures of a clone are no part of an image, however large they are."""
+    there = set((ROOT / ".dockerignore").read_text().split())
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    patterns = {each[1:] if each.startswith("/") else f"**/{each}" for each in ignored if "results/" not in each}
+    assert patterns | {".git", "benchmarks/results"} <= there
+
+
+@pytest.mark.parametrize("name", ["Dockerfile", "docs/first_run.md"])
+def test_a_container_that_trains_keeps_what_it_downloads(name):
+    text = re.sub(r"\\\n[# ]*", " ", (ROOT / name).read_text())
+    lines = [line for line in text.splitlines() if re.search(r"docker run --rm .* tempflow train ", line)]
+    assert lines and all(' -v "$HOME/.cache/huggingface:/root/.cache/huggingface" ' in line for line in lines)

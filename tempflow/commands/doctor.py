@@ -15,6 +15,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
+from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from tempflow.common.machine import host_memory
 SHOWN = ("torch", "diffusers", "transformers", "peft", "safetensors", "triton", "bitsandbytes", "flash-attn")
 MOST = 60.0
 """Seconds to wait for the hub."""
+DAMAGED = (ImportError, OSError, RuntimeError, AttributeError, ValueError)
+"""What importing or calling a package raises that is damaged, or that a variable of the environment misleads."""
 
 
 class Broken(Exception):
@@ -141,7 +144,7 @@ def reach(address: str, seconds: float) -> str:
                 pass
         except urllib.error.HTTPError as error:
             found.append(f"answers with an error ({error.code})")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, HTTPException) as error:
             found.append(f"is out of reach ({getattr(error, 'reason', error)}); folders and the cache serve")
         else:
             found.append(f"answers in {time.monotonic() - began:.1f} s")
@@ -162,9 +165,12 @@ def missing() -> list[str]:
 
 
 def _has_gpu() -> bool:
-    import torch
+    try:
+        import torch
 
-    return torch.cuda.is_available()
+        return torch.cuda.is_available()
+    except DAMAGED:  # another line has said so
+        return False
 
 
 def _run(arguments: Sequence[str] | None) -> int:
@@ -191,7 +197,7 @@ def _tell(name: str, look: Callable[[], str]) -> bool:
     except Broken as problem:
         print(f"{name:<9} broken: {problem}")
         return False
-    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # of a package that is damaged
+    except DAMAGED as error:
         print(f"{name:<9} broken: {type(error).__name__} {error}")
         return False
     return True

@@ -1,7 +1,8 @@
 """The folder of a run whose user chose none: the first command can be given twice.
 
 Where `runs/digits` holds a run, the next one goes to `runs/digits-2`, then `runs/digits-3`. `run.resume` goes on with
-the newest of them.
+the newest of them. A number has three digits at most: `runs/digits-20261124` and `runs/digits-2026` are names that
+somebody chose, beside which numbers go on as if they were not there.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from tempflow.common.say import say
 from tempflow.parallel.ranks import Ranks
 from tempflow.run.folder import is_free
 from tempflow.settings.fields import Config
+
+NUMBER = re.compile(r"-([1-9]\d{0,2})")
+"""What follows the name of the first folder; longer ones are dates and years."""
 
 
 def choose_folder(config: Config, ranks: Ranks) -> Config:
@@ -42,7 +46,7 @@ def choose_folder(config: Config, ranks: Ranks) -> Config:
 def _newest(base: Path, given: str) -> int:
     """The highest number of a folder in use, the one without a number being 1; 0 where there is none."""
     try:
-        others = {path: re.fullmatch(r"-([1-9]\d{0,8})", path.name.removeprefix(base.name)) for path in _beside(base)}
+        others = {path: NUMBER.fullmatch(path.name.removeprefix(base.name)) for path in _beside(base)}
         numbers = {path: int(found[1]) for path, found in others.items() if found} | {base: 1}
         return max((number for path, number in numbers.items() if path.exists() and not is_free(path)), default=0)
     except OSError as error:

@@ -1,13 +1,16 @@
 """The doctor: what is there, what is missing for which feature, and what the hub says."""
 
+import os
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from socketserver import BaseRequestHandler, TCPServer
 
 import pytest
 from huggingface_hub import constants
@@ -16,7 +19,8 @@ from tempflow.__main__ import main
 from tempflow.commands.doctor import reach
 from tempflow.commands.features import FEATURES, NEEDED
 
-SETUP = (Path(__file__).resolve().parents[2] / "setup.py").read_text()
+ROOT = Path(__file__).resolve().parents[2]
+SETUP = (ROOT / "setup.py").read_text()
 
 
 @pytest.fixture
@@ -50,6 +54,31 @@ def test_what_training_needs_and_lacks_is_broken(capsys, offline, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", None)
     code, told = examined(capsys)
     assert code == 1 and "scipy" in told["versions"] and "versions" in told["broken"]
+
+
+def of_its_own(folder: Path, **environment: str) -> tuple[int, dict[str, str], str]:
+    """The same of a process, that finds the packages of a folder first, and what it wrote to stderr."""
+    paths = os.pathsep.join([str(folder), *sys.path[1:], str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "tempflow", "doctor", "--seconds", "1"], capture_output=True, text=True, timeout=120,
+        cwd=folder, env={**os.environ, "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1", **environment},
+    )  # fmt: skip
+    return done.returncode, {line.partition(" ")[0].rstrip(":"): line for line in done.stdout.splitlines()}, done.stderr
+
+
+@pytest.mark.parametrize("fault", ["raise ImportError('libcudart.so.12')", "raise OSError('libc10.so')", ""])
+def test_a_damaged_torch_is_broken_and_what_else_is_missing_is_told(tmp_path, fault):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(fault)
+    code, told, errors = of_its_own(tmp_path)
+    assert code == 1 and "Traceback" not in errors
+    assert {"machine", "operators"} <= set(re.findall(r"\w+", told["broken"])) and "missing" in told
+
+
+def test_an_endpoint_that_is_no_address_is_broken(tmp_path):
+    code, told, errors = of_its_own(tmp_path, HF_ENDPOINT="http://hub:abc", HF_HUB_OFFLINE="0")
+    assert code == 1 and "Traceback" not in errors
+    assert "abc" in told["hub"] and "hub" in told["broken"]
 
 
 def test_operators_that_draw_something_else_are_broken(capsys, offline, monkeypatch):
@@ -96,6 +125,18 @@ def server():
 
 def test_a_hub_that_answers(server):
     assert reach(server(200), 20).startswith("answers in ") and "(503)" in reach(server(503), 20)
+
+
+def test_an_endpoint_that_speaks_no_http_is_out_of_reach():
+    class Other(BaseRequestHandler):
+        def handle(self):
+            self.request.sendall(b"220 mail\r\n")
+
+    with TCPServer(("127.0.0.1", 0), Other) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        answer = reach(f"http://127.0.0.1:{server.server_address[1]}", 20)
+        server.shutdown()
+    assert "out of reach" in answer and "220 mail" in answer
 
 
 def test_a_hub_that_is_away_or_hangs_is_waited_for_no_longer_than_asked():

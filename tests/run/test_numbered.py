@@ -74,6 +74,8 @@ def test_the_traceback_of_a_failure_is_in_the_folder_that_was_taken(here):
     (["digits-4"], "runs/digits-5", "runs/digits-4"),
     (["digits", "digits-02", "digits-x", "digits-1x", "digits-old-3", "other-7"], "runs/digits-2", "runs/digits"),
     (["digits", "digits-9", "digits-10"], "runs/digits-11", "runs/digits-10"),
+    (["digits", "digits-998"], "runs/digits-999", "runs/digits-998"),
+    (["digits", "digits-20261124", "digits-2026", "digits-1124"], "runs/digits-2", "runs/digits"),
 ])  # fmt: skip
 def test_numbers_go_up_and_resume_takes_the_highest(taken, fresh, resumed):
     begun(*taken)
