@@ -48,7 +48,7 @@ def check_apart(output: Path, kept: Mapping[str, Path]) -> None:
     for name, folder in kept.items():
         held = folder.resolve()
         if held.exists() and (place.is_relative_to(held) or held.is_relative_to(place)):
-            raise BadInput(FIELD, output, f"in or around {folder}, the {name}'s own folder; give another place")
+            raise BadInput(FIELD, output, f"is in or around {folder}, the {name}'s own folder; give another place")
 
 
 def check_room(output: Path, needed: int) -> None:

@@ -37,8 +37,8 @@ def card_folder(run, tmp_path_factory) -> Path:
 OPTIONS = {
     "vlm_judge": {"model": "m", "url": "http://alice:hunter2@10.1.2.3:8000/v1", "key": "OWN_KEY", "max_tokens": 64},
     "own:server": {
-        "place": "HTTPS://alice:hunter2@judge", "base_url": "10.1.2.4", "judge_host": "10.1.2.5", "access_token": "hunter2",
-        "more": ["redis://:hunter2@10.1.2.6", {"n": 2, "password": "hunter2"}],
+        "place": "HTTPS://alice:hunter2@judge", "base_url": "10.1.2.4", "judge_host": "10.1.2.5",
+        "access_token": "hunter2", "more": ["redis://:hunter2@10.1.2.6", {"n": 2, "password": "hunter2"}],
     },
 }  # fmt: skip
 """Of scorers, with addresses and passwords in it"""
@@ -113,7 +113,7 @@ def test_what_concerns_one_machine_alone_stays_there(run, tmp_path, monkeypatch)
     folder = export(copy, "--base-model", "someone/base")
     written = (folder / "README.md").read_text() + (folder / "config.yaml").read_text()
     assert "my base" not in written and "10.0.0.1" not in written and "/t\n" not in written
-    assert not [secret for secret in ("10.1.2", "judge", "alice", "hunter2") if secret in written.replace("vlm_judge", "")]
+    assert not [secret for secret in ("10.1.2", "@judge", "alice", "hunter2") if secret in written]
     kept = load([str(folder / "config.yaml")]).reward.options
     assert kept == {"vlm_judge": {"model": "m", "key": "OWN_KEY", "max_tokens": 64}, "own:server": {"more": [{"n": 2}]}}
     assert ModelCard.load(folder / "README.md").data.base_model == "someone/base"
