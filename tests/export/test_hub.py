@@ -123,6 +123,7 @@ def test_what_concerns_one_machine_alone_stays_there(run, tmp_path, monkeypatch)
 def test_settings_are_whole_where_home_is_the_root_of_all(run, monkeypatch):
     monkeypatch.setenv("HOME", "/")
     assert load([str(export(run) / "config.yaml")]).model.path == "tempflow:digits/pipeline"
+    assert without_home("train: //shared/p.txt\n") == "train: //shared/p.txt\n"
 
 
 def test_paths_at_home_do_not_tell_whose_it_is(monkeypatch):
