@@ -77,13 +77,15 @@ def _export(given: argparse.Namespace, output: Path, options: HubOptions) -> lis
     Raises:
         BadInput: as `_run`.
     """
-    from tempflow.export.place import check_place, check_room, placed
+    from tempflow.common.files import resolve
+    from tempflow.export.place import check_apart, check_place, check_room, placed
 
     check_place(output, given.to in FILES, given.force)
     from tempflow.export.subject import open_subject  # torch and diffusers: seconds, which a wrong place need not take
     from tempflow.export.writers import WRITERS
 
     subject, writer = open_subject(Path(given.run), given.checkpoint, given.weights, given.dtype), WRITERS[given.to]
+    check_apart(output, {"run": subject.run.folder, "base": resolve(subject.model.path, "model.path")})
     check_room(output, writer.needed(subject, options))
     with placed(output) as made:
         writer.write(subject, made, options)

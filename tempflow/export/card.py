@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from PIL import Image
 
 from tempflow.common.errors import BadInput
 from tempflow.export.base import Base, find_base
+from tempflow.export.public import public, without_home
 from tempflow.export.subject import Subject
 from tempflow.export.tables import duration, load_code, one_line, plan, row_after, scores, settings
 from tempflow.export.upload import HubOptions
@@ -37,8 +37,8 @@ def write_card(subject: Subject, folder: Path, options: HubOptions) -> None:
                          *((file.name, file) for file in base.files)):  # fmt: skip
         if source.is_file():
             shutil.copyfile(source, folder / name)
-    config = _public(run.config, subject.name, base)
-    (folder / "config.yaml").write_text(to_yaml(config).replace(str(Path.home()), "~"), encoding="utf-8")
+    config = public(run.config, subject.name, base)
+    (folder / "config.yaml").write_text(without_home(to_yaml(config)), encoding="utf-8")
     prompts = _pictures(run.folder, folder, rows, run.iteration)
     parts = [
         _front(subject, base),
@@ -148,10 +148,3 @@ def _licence(base: Base) -> str:
     shown = f"[{name}]({link})" if link else name
     words = f"The base's licence, as its files tell it, is {shown}." if name else "The base's files tell no licence."
     return f"## Licence\n\n{words} These weights are a change of that model, and what it allows goes for them, too."
-
-
-def _public(config: Config, name: str, base: Base) -> Config:
-    """The settings without what concerns this machine alone."""
-    model = replace(config.model, path=base.shown, text_cache=None)
-    reward = replace(config.reward, servers=[], token_file=None)
-    return replace(config, model=model, reward=reward, run=replace(config.run, dir=f"runs/{name}"))

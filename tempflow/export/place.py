@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -34,6 +34,21 @@ def check_place(output: Path, file: bool, force: bool) -> None:
         raise BadInput(FIELD, output, f"is a {'folder' if file else 'file'} already; give another place")
     if not (force or (output.is_dir() and not any(output.iterdir()))):
         raise BadInput(FIELD, output, "exists already; --force replaces its files, or give another place")
+
+
+def check_apart(output: Path, kept: Mapping[str, Path]) -> None:
+    """Refuses a place in or around a folder that an export reads: it would replace what it was made of.
+
+    Args:
+        kept: what a folder is of -> the folder.
+    Raises:
+        BadInput: naming the folder.
+    """
+    place = output.resolve()
+    for name, folder in kept.items():
+        held = folder.resolve()
+        if held.exists() and (place.is_relative_to(held) or held.is_relative_to(place)):
+            raise BadInput(FIELD, output, f"is in or around {folder}, the {name}'s own folder; give another place")
 
 
 def check_room(output: Path, needed: int) -> None:
@@ -88,22 +103,25 @@ def _open_to_readers(made: Path) -> None:
 
 
 def _move(made: Path, output: Path, workshop: Path) -> None:
+    """Puts what was made into its place; all of it, or where that fails or is interrupted, none."""
     if made.is_file() or not output.exists():
         os.replace(made, output)
         return
     before = workshop / "before"
     before.mkdir()
-    for entry in sorted(made.iterdir()):
-        _exchange(entry, output / entry.name, before / entry.name)
+    with ExitStack() as back:
+        for entry in sorted(made.iterdir()):
+            place, aside = output / entry.name, before / entry.name
+            back.callback(_put_back, entry, place, aside)
+            if os.path.lexists(place):
+                place.rename(aside)
+            entry.rename(place)
+        back.pop_all()  # all are in their places
 
 
-def _exchange(fresh: Path, place: Path, aside: Path) -> None:
-    """Puts a file or folder into its place; what was there goes aside, and comes back where that fails."""
-    if place.exists():
-        place.rename(aside)
-    try:
-        fresh.rename(place)
-    except OSError:
-        if aside.exists():
-            aside.rename(place)
-        raise
+def _put_back(entry: Path, place: Path, aside: Path) -> None:
+    """Undoes the exchange of a file or folder, however far it came; links may lead nowhere while they lie aside."""
+    if not os.path.lexists(entry):
+        place.rename(entry)
+    if os.path.lexists(aside):
+        aside.rename(place)

@@ -20,6 +20,7 @@ from tiny_pipelines import model_config, sample_config
 
 from tempflow.__main__ import main
 from tempflow.common.files import PACKAGE
+from tempflow.export.public import without_home
 from tempflow.records.rows import read_metrics
 from tempflow.settings.reading import load
 
@@ -32,6 +33,15 @@ def card_folder(run, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "folder"
     assert main(["export", str(run), "--to", "hub", "--output", str(folder)]) == 0
     return folder
+
+OPTIONS = {
+    "vlm_judge": {"model": "m", "url": "http://alice:hunter2@10.1.2.3:8000/v1", "key": "OWN_KEY", "max_tokens": 64},
+    "own:server": {
+        "place": "HTTPS://alice:hunter2@judge", "base_url": "10.1.2.4", "judge_host": "10.1.2.5",
+        "access_token": "hunter2", "more": ["redis://:hunter2@10.1.2.6", {"n": 2, "password": "hunter2"}],
+    },
+}  # fmt: skip
+"""Of scorers, with addresses and passwords in it"""
 
 
 def export(run, *options) -> Path:
@@ -97,13 +107,35 @@ def test_what_concerns_one_machine_alone_stays_there(run, tmp_path, monkeypatch)
     text = (copy / "config.yaml").read_text()
     text = text.replace("servers: []", "servers: ['http://10.0.0.1:9000']")
     text = text.replace("token_file: null", "token_file: /t")
+    text = text.replace("  options: {}", f"  options: {OPTIONS}")
     (copy / "config.yaml").write_text(text)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # or the hub is asked for its licence, for half a minute
     folder = export(copy, "--base-model", "someone/base")
     written = (folder / "README.md").read_text() + (folder / "config.yaml").read_text()
     assert "my base" not in written and "10.0.0.1" not in written and "/t\n" not in written
+    assert not [secret for secret in ("10.1.2", "@judge", "alice", "hunter2") if secret in written]
+    kept = load([str(folder / "config.yaml")]).reward.options
+    assert kept == {"vlm_judge": {"model": "m", "key": "OWN_KEY", "max_tokens": 64}, "own:server": {"more": [{"n": 2}]}}
     assert ModelCard.load(folder / "README.md").data.base_model == "someone/base"
     assert "BASE = 'someone/base'" in blocks(folder)[0]
+
+
+def test_settings_are_whole_where_home_is_the_root_of_all(run, monkeypatch):
+    monkeypatch.setenv("HOME", "/")
+    assert load([str(export(run) / "config.yaml")]).model.path == "tempflow:digits/pipeline"
+    assert without_home("train: //shared/p.txt\n") == "train: //shared/p.txt\n"
+
+
+def test_paths_at_home_do_not_tell_whose_it_is(monkeypatch):
+    text = "train: {}/p.txt\ntest: '{}/a b'\ndir: [{}/x]\nfiles: /rootfs /data/root/x ../root/x /root\n"
+    monkeypatch.setenv("HOME", "/root")
+    assert without_home(text.format(*["/root"] * 3)) == text.format(*"~~~")
+
+
+def test_a_user_without_a_folder_has_settings_all_the_same(monkeypatch):
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    assert without_home("train: ~/p.txt /root/x\n") == "train: ~/p.txt /root/x\n"
 
 
 @pytest.mark.parametrize(("files", "licence"), [

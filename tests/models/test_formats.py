@@ -208,12 +208,21 @@ def test_alpha_is_the_rank_in_any_precision():
 
 @pytest.mark.parametrize(("to", "kind", "layer"), [
     ("kohya", "Flux2Pipeline", "double_stream_modulation_img.linear"), ("kohya", "QwenImagePipeline", "img_in"),
-    ("comfyui", "ZImagePipeline", "cap_embedder.1"),
+    ("comfyui", "ZImagePipeline", "cap_embedder.1"), ("kohya", "FluxPipeline", "proj_out"),
+    ("kohya", "FluxPipeline", "norm_out.linear"),
 ])  # fmt: skip
 def test_layers_that_a_reader_does_not_look_for_are_refused(to, kind, layer):
     changes = {layer: Change(torch.ones(1, 2), torch.ones(6, 1))}
     with pytest.raises(BadInput, match=f"model.lora_targets={layer}.*--to diffusers"):
         lora_tensors(changes, nn.Module(), FORMATS[to][kind], torch.float32)
+
+
+def test_of_flux_sd_scripts_looks_for_all_layers_but_the_last_two():
+    module = AUTHORS["flux"][2]()
+    changes = random_changes(module)
+    read = {name: change for name, change in changes.items() if name not in ("proj_out", "norm_out.linear")}
+    tensors = lora_tensors(read, module, FORMATS["kohya"]["FluxPipeline"], torch.float32)
+    assert len(read) == len(changes) - 2 and not any("final_layer" in name for name in tensors)
 
 
 def test_families_without_a_rule_are_told_of_the_formats_that_work():

@@ -50,6 +50,8 @@ COMFYUI_AB = Naming("diffusion_model.", ".", "lora_A", "lora_B", alpha=False)
 KOHYA = Naming("lora_unet_", "_", "lora_down", "lora_up", alpha=True)
 
 FLUX_BLOCKS = ("double_blocks.", "single_blocks.")
+FLUX_INPUTS = ("img_in", "txt_in", "time_in.", "vector_in.", "guidance_in.")
+"""what sd-scripts looks for besides the blocks; of its scripts some pass over any other layer, and some fail at it"""
 Z_IMAGE_BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")
 
 FORMATS: dict[str, dict[str, LoraFormat]] = {
@@ -63,7 +65,7 @@ FORMATS: dict[str, dict[str, LoraFormat]] = {
     },
     "kohya": {
         "StableDiffusion3Pipeline": LoraFormat(SD3, KOHYA),
-        "FluxPipeline": LoraFormat(FLUX, KOHYA),
+        "FluxPipeline": LoraFormat(FLUX, KOHYA, FLUX_BLOCKS + FLUX_INPUTS),
         "Flux2Pipeline": LoraFormat(FLUX2, KOHYA, FLUX_BLOCKS),
         "Flux2KleinPipeline": LoraFormat(FLUX2, KOHYA, FLUX_BLOCKS),
         "QwenImagePipeline": LoraFormat(SAME, KOHYA, ("transformer_blocks.",)),
