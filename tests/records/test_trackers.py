@@ -137,8 +137,8 @@ def test_a_tracker_at_a_terminal_asks_nothing(name, tmp_path):
     ours, theirs = pty.openpty()
     own = {key: value for key, value in environment(tmp_path).items() if not key.endswith(("_MODE", "_API_KEY"))}
     with open(ours, "rb", buffering=0) as screen, subprocess.Popen(
-        [python, script, str(tmp_path / "run"), name], env=own, cwd=tmp_path, stdin=theirs, stdout=theirs, stderr=theirs,
-        start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        [python, script, str(tmp_path / "run"), name], env=own, cwd=tmp_path, stdin=theirs, stdout=theirs,
+        stderr=theirs, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     ) as run:  # fmt: skip
         os.close(theirs)
         try:
