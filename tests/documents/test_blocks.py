@@ -29,9 +29,13 @@ def inline() -> list[str]:
     """Everything between backticks in the documents' text, each once."""
     found = []
     for path in documents():
-        text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-        found += [" ".join(words.split()) for words in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+        found += [" ".join(words.split()) for words in re.findall(r"(?<!`)`([^`]+)`(?!`)", outside(path))]
     return list(dict.fromkeys(found))
+
+
+def outside(path: Path) -> str:
+    """The text of a document without its blocks."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,10 @@ def test_what_a_block_needs_is_one_of_few_words():
     assert not [str(block) for block in blocks("sh", "shell", "console", "py")], "say bash or python"
     bare = [block for block in blocks("") if "$ " in block.text or "pip install" in block.text]
     assert not [str(block) for block in bare], "a block of commands says that it is bash"
+    for path in documents():
+        indented = re.findall(r"^(?: {4,}|\t)(?:python|tempflow|pip|uv|docker|torchrun) .*", outside(path), re.M)
+        assert not indented, f"{path.name}: commands stand between fences"
+        assert "```" not in outside(path), f"{path.name}: fences stand at the beginning of lines"
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)
