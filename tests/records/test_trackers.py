@@ -120,12 +120,13 @@ def test_a_tracker_that_fails_is_told_later_what_it_lacks(tmp_path, capsys, told
 
 def test_a_run_outlives_a_tracker_that_cannot_begin(tmp_path, capsys, monkeypatch):
     def begin(run):
-        raise SystemExit("no account")
+        raise SystemExit("it could ask" if sys.stdin is before else "no account")
 
+    before = sys.stdin
     monkeypatch.setitem(TRACKERS, "wandb", Tracker("json", begin, "log in"))
     assert train(tmp_path / "run", "run.trackers=[wandb,tensorboard]", "learn.iterations=1", "eval.prompts=2") == 0
     told = capsys.readouterr().err
-    assert "run.trackers=wandb: no account; log in" in told
+    assert "run.trackers=wandb: no account; log in" in told and sys.stdin is before
     assert any((tmp_path / "run" / "tensorboard").iterdir())
 
 
