@@ -1,5 +1,7 @@
 """Builds the documents as a site: `python docs/site.py` writes build/site; nothing in it needs a network.
 
+Its pages can be opened from the disk, but for the search, which needs a server: `--serve`.
+
 The documents link to code, tables and pictures elsewhere in the repository. What they link to is copied beside them,
 pictures as they are and everything else as text; a link to a folder becomes its words alone.
 """

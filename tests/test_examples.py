@@ -90,7 +90,9 @@ def test_the_image_is_made_of_what_is_there():
     assert set(re.findall(r"'\.\[([\w,]+)\]'", text)) <= extras and "constraints.txt" in text
     assert (ROOT / "constraints.txt").is_file() and re.search(r'^ENTRYPOINT \["tempflow"\]$', text, re.MULTILINE)
     commented = "\n".join(line.lstrip("# ") for line in text.splitlines() if line.startswith("#   "))
-    for line in command_lines(commented):
+    lines = command_lines(commented)
+    assert len(lines) == commented.count("docker run")
+    for line in lines:
         understand(line.arguments)
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Container
 from io import BytesIO
 from itertools import cycle
 from pathlib import Path
@@ -49,7 +50,8 @@ def draw_report(folder: Path) -> Path:
     if not rows:
         raise BadInput("run.dir", folder, "holds no metrics.jsonl with a line in it; give the folder of a run")
     check_drawable(rows, folder / "metrics.jsonl")
-    strips = _strips(folder / "pictures", max(1, len(rows[0].get("picture_prompts", []))))
+    evaluated = {row["step"] for row in rows if "scores_missing" in row}
+    strips = _strips(folder / "pictures", evaluated, max(1, len(rows[0].get("picture_prompts", []))))
     figure = pyplot.figure(figsize=(13, 8.6), constrained_layout=True)
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.0, 0.95))
     by_step, by_time, by_fork = top.subplots(1, 3)
@@ -68,9 +70,13 @@ def draw_report(folder: Path) -> Path:
     return folder / "report.png"
 
 
-def _strips(folder: Path, count: int) -> list[tuple[int, np.ndarray]]:
-    """The first and the last strip of `count` pictures in a folder, each with its iteration."""
-    found = [(int(path.stem[5:]), path) for path in folder.glob("step_*.png") if path.stem[5:].isdecimal()]
+def _strips(folder: Path, steps: Container[int], count: int) -> list[tuple[int, np.ndarray]]:
+    """The first and the last strip of `count` pictures, each with its iteration.
+
+    Only of these steps: a run that goes on from a checkpoint has pictures of iterations that are yet to come.
+    """
+    named = [(int(path.stem[5:]), path) for path in folder.glob("step_*.png") if path.stem[5:].isdecimal()]
+    found = [(step, path) for step, path in named if step in steps]
     chosen = [min(found), max(found)] if len(found) > 1 else found
     return [(step, _strip(path, count)) for step, path in chosen]
 

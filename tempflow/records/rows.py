@@ -127,6 +127,8 @@ class EvaluationRow:
     """Seconds by phase."""
 
 
+ADDED = ("nonfinite_latents", "nonfinite_images")
+"""Fields that are added up where an iteration is evaluated, too."""
 LARGEST = 2**32
 """Bytes of a metrics.jsonl that is read."""
 
@@ -188,9 +190,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     for line in _lines(path):
         row = rows.setdefault(line["step"], {})
         phases = row.get("phase_seconds", {}) | line.get("phase_seconds", {})
-        row.update(line)
+        counts = {name: _count(row.get(name)) + _count(line[name]) for name in ADDED if name in line}
+        row.update(line, **counts)
         row["phase_seconds"] = phases
     return list(rows.values())
+
+
+def _count(value: Any) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def _lines(path: Path, length: int | None = None) -> list[Mapping[str, Any]]:

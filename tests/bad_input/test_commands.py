@@ -228,7 +228,8 @@ def test_reports_of_foreign_rows(refused, folder, name):
 def test_reports_of_foreign_pictures(refused, folder, capsys):
     pictures = folder / "run" / "pictures"
     pictures.mkdir(parents=True)
-    (folder / "run" / "metrics.jsonl").write_text(json.dumps(START | {"picture_prompts": ["$x", "b"]}) + "\n")
+    rows = START | {"picture_prompts": ["$x", "b"], "scores_missing": 0}
+    (folder / "run" / "metrics.jsonl").write_text(json.dumps(rows) + "\n")
     (pictures / "step_000000.png").write_bytes(b"garbage")
     refused(main, ["report", "run"], "pictures")
     Image.new("RGB", (3, 2)).save(pictures / "step_000000.png")

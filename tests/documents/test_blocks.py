@@ -13,7 +13,7 @@ import pytest
 import yaml
 from command_lines import understand
 from doc_blocks import NEEDS, ROOT, blocks, documents
-from doc_lines import command_lines
+from doc_lines import Line, command_lines
 
 from tempflow.__main__ import COMMANDS
 from tempflow.settings.checks import check_consistency
@@ -29,9 +29,13 @@ def inline() -> list[str]:
     """Everything between backticks in the documents' text, each once."""
     found = []
     for path in documents():
-        text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
-        found += [" ".join(words.split()) for words in re.findall(r"(?<!`)`([^`]+)`(?!`)", text)]
+        found += [" ".join(words.split()) for words in re.findall(r"(?<!`)`([^`]+)`(?!`)", outside(path))]
     return list(dict.fromkeys(found))
+
+
+def outside(path: Path) -> str:
+    """The text of a document without its blocks."""
+    return re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(scope="module")
@@ -74,10 +78,29 @@ def test_shell_and_its_command_lines_are_understood(block, tmp_path, monkeypatch
     for name, text in re.findall(r"cat > (\S+) <<'END'\n(.*?)^END$", block.text, re.MULTILINE | re.DOTALL):
         (tmp_path / name).write_text(text)
     shell = re.sub(r"<<'END'\n.*?^END$", "", block.text, flags=re.MULTILINE | re.DOTALL)
+    mentioned = re.findall(rf"\btempflow (?:{'|'.join(COMMANDS)})\b", re.sub(r"(?m)(^|\s)#.*$", "", shell))
+    assert len(command_lines(shell)) >= len(mentioned), "a command line is not read"
     for line in command_lines(shell):
         understand(line.arguments)
         if line.arguments[0] == "train":
             check_consistency(load(line.arguments[1:]), line.processes)
+
+
+@pytest.mark.parametrize("shell", [
+    "tempflow train digits", "tempflow-train digits", "python tempflow/train.py digits",
+    ".venv/bin/tempflow train digits", "docker run --entrypoint torchrun tempflow --nnodes=1 -m tempflow train digits",
+    "A=1 B='2 3' tempflow train digits", "cd /x/tempflow && time tempflow train digits > a.log 2>&1",
+    "if test -d a; then tempflow train digits; fi", "for a in 1 2; do\n tempflow train \\\n  digits\ndone",
+    "docker run --rm -v \"$PWD:/data\" tempflow train digits | tee b", "(exec srun -n 1 tempflow train digits) &",
+    "torchrun --nproc-per-node=1 -m tempflow train digits  # tempflow train",
+])  # fmt: skip
+def test_a_command_line_is_found_wherever_it_stands(shell):
+    assert command_lines(shell) == [Line(("train", "digits"))]
+
+
+def test_what_only_names_the_project_is_no_command_line():
+    shell = "docker build -t tempflow .\ncd tempflow\n# tempflow train\nls > tempflow; ls ./tempflow 2> tempflow"
+    assert command_lines(shell) == []
 
 
 def test_what_a_block_needs_is_one_of_few_words():
@@ -85,6 +108,10 @@ def test_what_a_block_needs_is_one_of_few_words():
     assert not [str(block) for block in blocks("sh", "shell", "console", "py")], "say bash or python"
     bare = [block for block in blocks("") if "$ " in block.text or "pip install" in block.text]
     assert not [str(block) for block in bare], "a block of commands says that it is bash"
+    for path in documents():
+        indented = re.findall(r"^(?: {4,}|\t)(?:python|tempflow|pip|uv|docker|torchrun) .*", outside(path), re.M)
+        assert not indented, f"{path.name}: commands stand between fences"
+        assert "```" not in outside(path), f"{path.name}: fences stand at the beginning of lines"
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=str)

@@ -11,15 +11,16 @@ from tempflow.records import figures
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """The figure of a run of six iterations; two prompts, pictures of plain grey."""
+    """The figure of a run of six iterations; two prompts, pictures of plain grey, one of a later iteration."""
     rows = [{"step": 0, "seconds": 0.0, "loss_weights": [1.5, 0.0, 0.5], "picture_prompts": ["one", "two"]},
-            {"step": 0, "seconds": 0.0, "reward_test": 0.1, "gold": 0.9}]  # fmt: skip
+            {"step": 0, "seconds": 0.0, "reward_test": 0.1, "gold": 0.9, "scores_missing": 0}]  # fmt: skip
     for step in range(1, 7):
         rows.append({"step": step, "seconds": 100.0 * step, "reward_mean": step / 10,
                      "reward_std_per_step": [float(step), None, 10.0 * step]})  # fmt: skip
-    rows.append({"step": 6, "seconds": 650.0, "reward_test": 0.7, "gold": 0.3, "gold_fall": {"gold": 0.6}})
+    rows.append({"step": 6, "seconds": 650.0, "reward_test": 0.7, "gold": 0.3, "gold_fall": {"gold": 0.6},
+                 "scores_missing": 0})  # fmt: skip
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for step, grey in ((0, 40), (3, 80), (6, 120)):
+    for step, grey in ((0, 40), (3, 80), (6, 120), (9, 160)):
         pictures = torch.full((2, 3, 4, 5), grey, dtype=torch.uint8)
         pictures[1] += 1
         figures.save_pictures(tmp_path, step, pictures)

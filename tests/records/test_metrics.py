@@ -6,6 +6,7 @@ import time
 import torch
 
 from tempflow.common.clock import PhaseClock
+from tempflow.records.page.gather import gather
 from tempflow.records.rows import EvaluationRow, IterationRow, MetricsWriter, StartRow, read_metrics
 
 
@@ -52,6 +53,18 @@ def test_the_lines_of_a_step_become_one_row(tmp_path):
     assert first["reward_mean"] == 0.5 and first["gold"] is None and first["gold_fall"] == {"gold": 0.5}
     assert first["phase_seconds"] == {"tails": 2.5, "evaluate": 3.5} and "kl" not in first
     assert second["reward_mean"] == 0.75 and "gold" not in second
+
+
+def test_what_is_not_finite_is_counted_of_an_iteration_and_of_its_evaluation(tmp_path):
+    """The sums stand in the row, and report.html says them."""
+    writer = MetricsWriter(tmp_path, last_step=None)
+    writer.write(iteration(1, 0.5, nonfinite_latents=5, nonfinite_images=1))
+    writer.write(evaluation(1, 0.25, nonfinite_latents=2, nonfinite_images=3))
+    writer.write(iteration(2, 0.5, nonfinite_images=1))
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert (first["nonfinite_latents"], first["nonfinite_images"]) == (7, 4)
+    assert (second["nonfinite_latents"], second["nonfinite_images"]) == (0, 1)
+    assert [worry.words.split()[0] for worry in gather(tmp_path).worries] == ["7", "5"]
 
 
 def test_a_torn_last_line_is_left_out(tmp_path):

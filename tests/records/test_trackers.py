@@ -1,10 +1,13 @@
 """Trackers by use: what their own packages have stored of a resumed run, and what becomes of one that fails."""
 
+import fcntl
 import importlib.util
 import json
 import os
+import pty
 import subprocess
 import sys
+import termios
 from pathlib import Path
 from typing import get_args, get_type_hints
 
@@ -117,13 +120,36 @@ def test_a_tracker_that_fails_is_told_later_what_it_lacks(tmp_path, capsys, told
 
 def test_a_run_outlives_a_tracker_that_cannot_begin(tmp_path, capsys, monkeypatch):
     def begin(run):
-        raise SystemExit("no account")
+        raise SystemExit("it could ask" if sys.stdin is before else "no account")
 
+    before = sys.stdin
     monkeypatch.setitem(TRACKERS, "wandb", Tracker("json", begin, "log in"))
     assert train(tmp_path / "run", "run.trackers=[wandb,tensorboard]", "learn.iterations=1", "eval.prompts=2") == 0
     told = capsys.readouterr().err
-    assert "run.trackers=wandb: no account; log in" in told
+    assert "run.trackers=wandb: no account; log in" in told and sys.stdin is before
     assert any((tmp_path / "run" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("name", ["wandb", "swanlab"])
+def test_a_tracker_at_a_terminal_asks_nothing(name, tmp_path):
+    """There these would ask for an account, and wait for the answer without an end."""
+    python, script = python_with(name), str(ROOT / "tests" / "support" / "tracked_runs.py")
+    (tmp_path / "run").mkdir()
+    ours, theirs = pty.openpty()
+    own = {key: value for key, value in environment(tmp_path).items() if not key.endswith(("_MODE", "_API_KEY"))}
+    with open(ours, "rb", buffering=0) as screen, subprocess.Popen(
+        [python, script, str(tmp_path / "run"), name], env=own, cwd=tmp_path, stdin=theirs, stdout=theirs,
+        stderr=theirs, start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    ) as run:  # fmt: skip
+        os.close(theirs)
+        try:
+            run.wait(timeout=60)
+        finally:
+            run.kill()
+        said = screen.read(2**16).decode()
+    assert run.returncode == 0, said
+    assert said.count(f"run.trackers={name}: ") == 1 and TRACKERS[name].hint in said
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 8
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tmp_path, capsys, monkeypatch):

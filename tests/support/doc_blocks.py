@@ -9,8 +9,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 NEEDS = {"gpu", "weights", "docker", "slurm", "time", "network"}
 """What `<!-- needs: ... -->` on the line before a block may name: then it is read here, and not run."""
-LONG = {"docs/evidence.md": frozenset({"time"})}
-"""Documents whose every block takes hours."""
 BLOCK = re.compile(r"(?:^<!-- needs: ([^>]*) -->\n)?^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -42,8 +40,7 @@ def blocks(*languages: str) -> list[Block]:
 def blocks_of(path: Path) -> list[Block]:
     """The blocks of one document."""
     text, name = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
-    always = LONG.get(name, frozenset())
     return [
-        Block(name, text[: found.start(3)].count("\n") + 1, found[2], found[3], always | set((found[1] or "").split()))
+        Block(name, text[: found.start(3)].count("\n") + 1, found[2], found[3], frozenset((found[1] or "").split()))
         for found in BLOCK.finditer(text)
     ]

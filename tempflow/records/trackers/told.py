@@ -8,8 +8,10 @@ failed, it is told when the run goes on.
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -72,7 +74,7 @@ class Trackers:
         self.at_work = {}
 
     def _begin(self, name: str, run: TrackedRun) -> None:
-        with _own_signals():
+        with _own_signals(), _nobody_to_ask():
             try:
                 self.at_work[name] = TRACKERS[name].begin(run)
             except (Exception, SystemExit) as error:
@@ -145,6 +147,17 @@ def _own_signals() -> Iterator[None]:
         for number, handler in before.items():
             if handler is not None and threading.current_thread() is threading.main_thread():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def _nobody_to_ask() -> Iterator[None]:
+    """Ends questions at once, where wandb and swanlab without an account would wait for one."""
+    before = sys.stdin
+    with open(os.devnull) as sys.stdin:
+        try:
+            yield
+        finally:
+            sys.stdin = before
 
 
 def _warn(name: str, error: BaseException, hint: str) -> None:
