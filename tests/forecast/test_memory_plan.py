@@ -151,6 +151,7 @@ def test_adapters_of_sd35_medium_fit_24_gb(tmp_path):
     assert plan.compared["a learning batch with gradient checkpointing"] < plan.phases["learning"]["batch"] / 5
 
 
+@pytest.mark.long
 def test_sd35_medium_without_guidance_fits_24_gb(tmp_path):
     """A velocity costs one network row."""
     plan = published(tmp_path, "sd35_medium", "sd35_medium_no_guidance_24gb")
@@ -159,6 +160,7 @@ def test_sd35_medium_without_guidance_fits_24_gb(tmp_path):
     assert load_skeleton(config.model, config.sample).network_rows == 1
 
 
+@pytest.mark.long
 def test_all_of_sd35_medium_fits_48_gb_with_8_bit_adamw(tmp_path):
     plan = published(tmp_path, "sd35_medium", "sd35_medium_full_48gb")
     assert plan.total / GIB == pytest.approx(40.4, abs=0.05), "as in docs/models.md"

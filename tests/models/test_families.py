@@ -260,7 +260,7 @@ def test_a_whole_run(tiny, tmp_path, monkeypatch, name, guidance):
     (tmp_path / "scorers.py").write_text(SCORER)
     (tmp_path / "prompts.txt").write_text("\n".join(TEXTS))
     monkeypatch.syspath_prepend(str(tmp_path))
-    settings = [f"model.path={tiny(name)}", f"model.text_tokens={TEXT_TOKENS[name]}", "model.lora_rank=4",
+    settings = ["digits", f"model.path={tiny(name)}", f"model.text_tokens={TEXT_TOKENS[name]}", "model.lora_rank=4",
                 f"model.text_cache={tmp_path / 'texts'}", "sample.height=16", "sample.width=24", "sample.steps=4",
                 f"sample.guidance={guidance}", "explore.prompts=2", "explore.noises=2", "explore.siblings=3",
                 "learn.rows=2", "learn.updates=2", "objective.kl=0.01", "learn.iterations=2", "learn.lr=1e-2",

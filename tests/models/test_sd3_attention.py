@@ -123,7 +123,7 @@ def test_a_named_backend_is_the_only_one_with_and_without_gradient(load_tiny, na
     assert all(allowed == [SDPBackend.MATH] for allowed in watch.allowed)
 
 
-@pytest.mark.parametrize("backend", ["native", "_native_math"])
+@pytest.mark.parametrize("backend", ["native", pytest.param("_native_math", marks=pytest.mark.long)])
 def test_compiled_blocks_compute_the_same(load_tiny, disturb, backend):
     policy = load_tiny("sd3", 2.0, attention=backend)
     disturb(policy.trainable(), 0.1)

@@ -44,6 +44,7 @@ def evaluation(step: int) -> EvaluationRow:
 
 def write(folder: Path, tracker: str, done: int | None, last: int) -> None:
     """Iterations from `done` to `last`, evaluated at every second one."""
+    interrupts = signal.getsignal(signal.SIGINT)
     trackers = Trackers(folder, [tracker], "tempflow-tests", SETTINGS)
     writer = MetricsWriter(folder, done, trackers=trackers)
     if done is None:
@@ -53,7 +54,7 @@ def write(folder: Path, tracker: str, done: int | None, last: int) -> None:
         writer.write(iteration(step))
         if step % 2 == 0:
             writer.write(evaluation(step))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "Ctrl-C belongs to the run"
+    assert signal.getsignal(signal.SIGINT) is interrupts, "Ctrl-C belongs to the run"
     writer.close()
 
 
