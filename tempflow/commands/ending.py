@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
         """Raises BadInput in place of argparse's own ending."""
         found = re.match(r"argument ([^:]+): (.*)", message, re.DOTALL)
         name, hint = (found[1], found[2]) if found else ("arguments", message)
-        value = re.search(r"'(.*)'", hint) or re.search(r": (.*)", hint)
+        value = re.search(r"'(.*?)'", hint) or re.search(r": (.*)", hint)
         raise BadInput(name, value[1] if value else "", f"{hint}; --help tells more")
 
 

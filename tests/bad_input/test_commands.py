@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 from tempflow.__main__ import main
+from tempflow.commands.ending import Parser
+from tempflow.common.errors import BadInput
 
 SCORERS = """
 import sys
@@ -191,6 +193,14 @@ def test_arguments(refused, folder, arguments, field):
     (folder / "foreign.jsonl").write_text('{"prompt": "x", "include": ["cube"]}\n')
     refused(main, arguments, field)
     assert not (folder / "out").exists()
+
+
+def test_of_a_wrong_choice_the_value_alone_is_named():
+    parser = Parser(prog="any")
+    parser.add_argument("--to", choices=["one", "two"])
+    with pytest.raises(BadInput) as told:
+        parser.parse_args(["--to", "three"])
+    assert (told.value.field, told.value.value) == ("--to", "three") and "'two'" in told.value.hint
 
 
 @pytest.mark.parametrize("command", ["tails", "analyze"])
