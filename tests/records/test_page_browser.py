@@ -62,7 +62,8 @@ def test_a_long_run_opens_in_time(started, long):
         assert tab.page.locator("#charts .chart canvas").count() == 9
         assert tab.page.locator("#pairs img").count() == 64
         tab.page.locator(".film").last.scroll_into_view_if_needed()
-        tab.page.wait_for_function("document.querySelectorAll('.film')[31].children.length == 41")
+        tab.page.locator(".film").last.locator(":scope > *").nth(40).wait_for(state="attached")
+        assert tab.page.locator(".film").last.locator(":scope > *").count() == 41
         assert tab.page.locator("img").evaluate_all("all => all.every(each => each.alt)")
         assert tab.page.evaluate(
             "Array.from(document.images).every(each => !each.complete || each.naturalWidth == 256)"
