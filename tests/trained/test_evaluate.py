@@ -20,7 +20,7 @@ from tempflow.prompts import Prompt
 from tempflow.records.rows import read_metrics
 from tempflow.run.hacking import read_scores
 from tempflow.trained.scoring import Patient
-from tempflow.trained.source import Member
+from tempflow.trained.source import Choice, Member, members, read_source
 from tempflow.trained.summary import Scored, kind_of, table, to_json
 
 GOLD, REWARD = "digits_gold", "digits"
@@ -131,6 +131,15 @@ def test_several_rewards_are_summed_as_in_training(run, tmp_path):
     assert list(summary["scorers"]) == ["reward", REWARD, "jpeg_compressibility", GOLD]
     means = [line(summary, name, "iteration 4")["score"]["mean"] for name in summary["scorers"]]
     assert means[0] == pytest.approx(0.75 * means[1] + 0.25 * means[2], rel=1e-5)
+
+
+def test_a_checkpoint_that_its_run_drops_meanwhile_is_compared_all_the_same(run, tmp_path):
+    """Adapters are read before the first model is evaluated."""
+    copied = shutil.copytree(run, tmp_path / "copied")
+    compared = members(read_source([str(copied)], []), Choice(("2", "4")))
+    assert next(compared).label == "before"
+    shutil.rmtree(copied / "checkpoints")
+    assert [member.label for member in compared] == ["iteration 2", "iteration 4"]
 
 
 def test_a_kind_may_be_called_all():
