@@ -84,6 +84,17 @@ def test_presets_of_the_paper(name):
     assert config.model.vae_dtype == "bf16", "fp16 overflows, fp32 takes twice the time"
 
 
+def test_the_default_run_takes_half_the_rows_of_digits():
+    """As many trunks an iteration, of twice as many prompts; all else but weights and iterations is the same."""
+    plain, even = load(["digits"]), load([])
+    assert (even.explore.prompts, even.explore.noises) == (2 * plain.explore.prompts, plain.explore.noises // 2)
+    assert even.explore.noises == 1 and plain.learn.iterations - 2 < 2 * even.learn.iterations <= plain.learn.iterations
+    weights = even.objective.weighting
+    assert len(weights) == even.sample.steps - 1 and sum(weights) == pytest.approx(len(weights), rel=0.01)
+    assert sorted(weights, reverse=True) == weights and plain.objective.weighting == "noise"
+    assert all(getattr(plain, section) == getattr(even, section) for section in ("model", "sample", "credit", "reward"))
+
+
 def test_runs_for_one_gpu_name_its_memory_and_cover_every_model():
     assert len({load([name]).model.path for name in SINGLE}) == len(names_of("models")) - 1 == 7, "all but tiny_sd3"
     for name in SINGLE:

@@ -16,10 +16,11 @@ from scipy import stats
 
 from tempflow.__main__ import main
 from tempflow.common.errors import BadInput
+from tempflow.credit.decoding import Decoded
 from tempflow.prompts import Prompt
 from tempflow.records.rows import read_metrics
 from tempflow.run.hacking import read_scores
-from tempflow.trained.scoring import Patient
+from tempflow.trained.scoring import Patient, score
 from tempflow.trained.source import Choice, Member, members, read_source
 from tempflow.trained.summary import Scored, kind_of, table, to_json
 
@@ -140,6 +141,28 @@ def test_a_checkpoint_that_its_run_drops_meanwhile_is_compared_all_the_same(run,
     assert next(compared).label == "before"
     shutil.rmtree(copied / "checkpoints")
     assert [member.label for member in compared] == ["iteration 2", "iteration 4"]
+
+
+def test_pictures_that_are_made_to_keep_step_are_not_counted():
+    """One call for two processes: the second makes it, too, and counts none of its pictures."""
+    lost = torch.ones(2, dtype=torch.bool)
+    decoded = Decoded(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), lost, ~lost)
+    counted = []
+
+    class Sampler:
+        places, prompts_of = SimpleNamespace(calls=[slice(0, 2)]), staticmethod(lambda call: [])
+        __call__ = staticmethod(lambda call: decoded)
+
+    class Second:
+        size, share, agree = 2, staticmethod(lambda count: range(1, 2)), staticmethod(lambda work: work())
+
+        def gather(self, tensor, dimension):
+            counted.append(tensor)
+            return torch.tensor([[0, 0, 2]]) if tensor.dtype == torch.int64 else tensor
+
+    jury = lambda images, prompts: torch.zeros(1, 2)  # noqa: E731
+    assert score(Sampler(), jury, Second(), counted.append).isnan().all()
+    assert counted[0] == 2 and counted[1].tolist() == [[0, 0, 0]]
 
 
 def test_a_kind_may_be_called_all():
