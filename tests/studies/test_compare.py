@@ -15,10 +15,10 @@ from tempflow.__main__ import main as front_door
 from tempflow.common.errors import BadInput
 from tempflow.settings.reading import load
 from tempflow.studies.compare import jobs as jobs_module
+from tempflow.studies.compare import make
 from tempflow.studies.compare.jobs import Job, Machine, make_jobs
-from tempflow.studies.compare.make import write_report
 from tempflow.studies.compare.pool import run_jobs
-from tempflow.studies.compare.results import Point, curve, summarise
+from tempflow.studies.compare.results import Point, contrast, curve, read_points, summarise
 from tempflow.studies.compare.statistics import interval, paired
 from tempflow.studies.compare.study import SHIPPED, Study, open_folder, read_study
 
@@ -92,7 +92,8 @@ def test_a_run_under_way_is_in_curves_but_not_in_finals(tmp_path):
     ({"runs": {"all": ["tempflwo"]}}, "runs.all"), ({"runs": {"all": ["learn.rate=1"]}}, "runs.all"),
     ({"runs": {"all": ["run.seed=3"]}}, "runs.all"), ({"seeds": [1, 1]}, "seeds"), ({"seeds": []}, "seeds"),
     ({"runs": {"all": [], "b": ["eval.seed=7"]}}, "runs.b"), ({"budget": {"seconds": 5}}, "runs.all"),
-    ({"base": ["prompts.test=null"]}, "runs.all"),
+    ({"base": ["prompts.test=null"]}, "runs.all"), ({"contrasts": [["first", "al"]]}, "contrasts"),
+    ({"contrasts": [["first"]]}, "contrasts.0"),
 ])  # fmt: skip
 def test_wrong_studies_are_one_line(tmp_path, capsys, change, field):
     assert front_door(["study", written(tmp_path, **change), "--folder", str(tmp_path)]) == 2
@@ -109,6 +110,31 @@ def test_only_runs_and_seeds_may_be_added(tmp_path):
         with pytest.raises(BadInput) as found:
             open_folder(Study(**FILE | more | change), tmp_path / "s")
         assert found.value.field == field
+
+
+def test_contrasts_are_told_beside_the_baseline_and_may_be_added_later(tmp_path, monkeypatch):
+    """Seed 3 has finished in one of the two only."""
+    drawn, real = [], make.draw_differences
+    monkeypatch.setattr(make, "draw_differences", lambda study, found, form: drawn.extend(found) or real(study, found))
+    runs = {"one": [], "two": [], "three": []}
+    study = Study(**FILE | {"runs": runs, "seeds": [1, 2, 3], "baseline": "one", "target": None,
+                            "contrasts": [("three", "two"), ("two", "three")]})  # fmt: skip
+    open_folder(Study(**FILE | {"runs": runs, "seeds": [1, 2, 3], "baseline": "one", "target": None}), tmp_path)
+    open_folder(study, tmp_path)
+    golds = {("one", 1): 0.5, ("one", 2): 0.5, ("two", 1): 0.25, ("two", 2): 0.5, ("three", 1): 0.5, ("three", 2): 1.0,
+             ("three", 3): 9.0}  # fmt: skip
+    jobs = [finished(tmp_path, run, seed) for run, seed in golds]
+    for job in jobs:
+        row = {"step": 2, "gold": golds[job.run, job.seed]}
+        (job.folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    words, page = make.write_report(study, tmp_path, jobs, []), (tmp_path / "study.html").read_text()
+    line = next(line.split() for line in words.splitlines() if line.startswith("three  two"))
+    assert line[2:] == ["+0.375", "±", f"{12.706204736 * 0.125:.3f}"]
+    assert "Differences" in page and f"+0.375 ± {12.706204736 * 0.125:.3f}" in page
+    expected = [("two", "one", -0.125), ("three", "one", 0.25), ("three", "two", 0.375), ("two", "three", -0.375)]
+    assert [(found.run, found.other, found.difference.mean) for found in drawn] == expected
+    alone = contrast(read_points(jobs), jobs[:4], "gold", [("two", "one"), ("one", "two")])
+    assert [found.difference.mean for found in alone] == [-0.125, 0.125]
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))
@@ -152,7 +178,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, stand_in):
     failures = run_jobs(jobs, Machine(()), 2, pause=0.05)
     assert [(f.job.run, f.code, f.line) for f in failures] == [
         ("breaks", 2, "tempflow: learn.lr=1: is too high")] * 2  # fmt: skip
-    words = write_report(study, tmp_path, jobs, failures)
+    words = make.write_report(study, tmp_path, jobs, failures)
     assert "run breaks, seed 1, failed (exit code 2): tempflow: learn.lr=1: is too high" in words
     assert "is too high" in (tmp_path / "study.html").read_text()
     assert run_jobs(jobs, Machine(()), 2, pause=0.05) == [], "the same again: what was broken off goes on"

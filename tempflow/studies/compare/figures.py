@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 
-from tempflow.studies.compare.results import AXES, Curve, Point, Summary, curve
+from tempflow.studies.compare.results import AXES, Contrast, Curve, Point, curve
 from tempflow.studies.compare.study import Study
 
 matplotlib.use("Agg")
@@ -51,20 +51,20 @@ def _line(axes: Any, found: Curve, color: str, style: str, run: str) -> None:
     axes.fill_between(found.x, mean - half, mean + half, color=color, alpha=0.13, lw=0)
 
 
-def draw_differences(study: Study, summaries: Sequence[Summary], form: str = "png") -> bytes | None:
-    """The final metric's differences to the baseline, with their intervals; None where there are none."""
-    known = [summary for summary in summaries if summary.difference is not None]
+def draw_differences(study: Study, contrasts: Sequence[Contrast], form: str = "png") -> bytes | None:
+    """The final metric's differences, with their intervals; None where there are none."""
+    known = [contrast for contrast in contrasts if contrast.difference is not None]
     if not known:
         return None
-    figure, axes = pyplot.subplots(figsize=(7.5, 0.9 + 0.42 * len(known)), constrained_layout=True)
+    figure, axes = pyplot.subplots(figsize=(9, 0.9 + 0.42 * len(known)), constrained_layout=True)
     colors = dict(styles(study))
-    for place, summary in enumerate(reversed(known)):
-        difference, color = summary.difference, colors[summary.run]
+    for place, contrast in enumerate(reversed(known)):
+        difference, color = contrast.difference, colors[contrast.run]
         half = np.nan_to_num(difference.half)
         axes.errorbar([difference.mean], [place], xerr=[half], fmt="o", color=color, capsize=3)
-    axes.set_yticks(range(len(known)), [summary.run for summary in reversed(known)])
+    axes.set_yticks(range(len(known)), [f"{contrast.run} less {contrast.other}" for contrast in reversed(known)])
     axes.axvline(0, color="#9ca3af", lw=0.8)
-    axes.set_xlabel(f"{study.metric} less that of {study.baseline}, pairs of one seed, 95 % intervals")
+    axes.set_xlabel(f"difference of final {study.metric}, pairs of one seed, 95 % intervals")
     axes.grid(alpha=0.25, axis="x")
     axes.margins(y=0.3 / len(known) + 0.1)
     return _written(figure, form)

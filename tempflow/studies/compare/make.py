@@ -14,9 +14,9 @@ from tempflow.records.rows import read_metrics
 from tempflow.studies.compare.figures import draw_curves, draw_differences
 from tempflow.studies.compare.jobs import Job, Machine, make_jobs
 from tempflow.studies.compare.known import Known, known_results
-from tempflow.studies.compare.page import result_rows, write_page
+from tempflow.studies.compare.page import contrast_rows, result_rows, write_page
 from tempflow.studies.compare.pool import Failure, run_jobs
-from tempflow.studies.compare.results import RESULTS, read_points, summarise, write_csv
+from tempflow.studies.compare.results import RESULTS, Contrast, contrast, read_points, summarise, write_csv
 from tempflow.studies.compare.study import Study, configuration, open_folder
 
 TRIAL = ("prompts.test=null", "learn.iterations=3", "eval.every=0", "run.save_every=0")
@@ -60,13 +60,21 @@ def write_report(study: Study, folder: Path, jobs: Sequence[Job], failures: Sequ
         notes.append(f"metric={study.metric}: no run has this score; there are {', '.join(points[-1].scores)}")
     write_csv(points, folder / RESULTS)
     write_atomically(folder / "study.png", draw_curves(study, points))
-    pictures = [draw_curves(study, points, "svg"), draw_differences(study, summaries, "svg")]
-    page = write_page(study, summaries, jobs, notes, [picture for picture in pictures if picture])
+    contrasts = contrast(points, jobs, study.metric, study.contrasts)
+    against = [Contrast(summary.run, study.baseline, summary.difference)
+               for summary in summaries if study.baseline not in (None, summary.run)]  # fmt: skip
+    pictures = [draw_curves(study, points, "svg"), draw_differences(study, [*against, *contrasts], "svg")]
+    page = write_page(study, summaries, contrasts, jobs, notes, [picture for picture in pictures if picture])
     write_atomically(folder / "study.html", page.encode())
-    head, rows = result_rows(study, summaries)
+    tables = [*_aligned(*result_rows(study, summaries))]
+    tables += _aligned(*contrast_rows(study, contrasts)) if contrasts else []
+    return "\n".join([*tables, *notes, f"report: {folder / 'study.html'}"])
+
+
+def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
-    return "\n".join([*table, *notes, f"report: {folder / 'study.html'}"])
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
 
 
 def describe(study: Study, folder: Path, processes: int | None = None) -> str:

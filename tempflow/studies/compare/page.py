@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from tempflow.studies.compare.jobs import Job
-from tempflow.studies.compare.results import Summary
+from tempflow.studies.compare.results import Contrast, Summary
 from tempflow.studies.compare.study import Study
 
 STYLE = """
@@ -27,8 +27,8 @@ METHOD = (
 )
 
 
-def write_page(study: Study, summaries: Sequence[Summary], jobs: Sequence[Job], notes: Sequence[str],
-               pictures: Sequence[bytes]) -> str:  # fmt: skip
+def write_page(study: Study, summaries: Sequence[Summary], contrasts: Sequence[Contrast], jobs: Sequence[Job],
+               notes: Sequence[str], pictures: Sequence[bytes]) -> str:  # fmt: skip
     """The page.
 
     Args:
@@ -43,7 +43,7 @@ def write_page(study: Study, summaries: Sequence[Summary], jobs: Sequence[Job], 
         f"<style>{STYLE}</style></head><body><h1>{escape(study.name)}</h1><p>{escape(study.about)}</p>"
         f'<p class="note">{len(study.runs)} runs, {len(study.seeds)} seeds each ({finished} of {len(jobs)} finished), '
         f"{escape(study.budget.describe())} each.</p>{wrong}"
-        f"<h2>Results</h2>{_results(study, summaries)}{images}"
+        f"<h2>Results</h2>{_results(study, summaries)}{_contrasts(study, contrasts)}{images}"
         f'<p class="note">{METHOD}</p><h2>Runs</h2>{_stacks(study)}</body></html>\n'
     )
 
@@ -76,6 +76,19 @@ def result_rows(study: Study, summaries: Sequence[Summary]) -> tuple[list[str], 
 def _results(study: Study, summaries: Sequence[Summary]) -> str:
     head, rows = result_rows(study, summaries)
     return _table(head, [[escape(cell) for cell in row] for row in rows])
+
+
+def contrast_rows(study: Study, contrasts: Sequence[Contrast]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the table of further differences, plain words."""
+    rows = [[found.run, found.other, found.describe()] for found in contrasts]
+    return ["run", "less", f"difference of final {study.metric}"], rows
+
+
+def _contrasts(study: Study, contrasts: Sequence[Contrast]) -> str:
+    if not contrasts:
+        return ""
+    head, rows = contrast_rows(study, contrasts)
+    return f"<h2>Differences</h2>{_table(head, [[escape(cell) for cell in row] for row in rows])}"
 
 
 def _stacks(study: Study) -> str:

@@ -121,15 +121,47 @@ class Summary:
         return value.describe(",.0f") + few
 
 
+@dataclass(frozen=True)
+class Contrast:
+    """How one run ends against another, in pairs of one seed."""
+
+    run: str
+    other: str
+    difference: Interval | None
+    """None where no seed has finished in both"""
+
+    def describe(self) -> str:
+        return self.difference.describe(sign="+") if self.difference else "no seed has finished in both"
+
+
+def contrast(points: Sequence[Point], jobs: Sequence[Job], metric: str,
+             pairs: Sequence[tuple[str, str]]) -> list[Contrast]:  # fmt: skip
+    """The differences of `pairs`, each (run, other)."""
+    finals = _finals(_finished(points, jobs, metric), jobs, metric)
+    return [Contrast(run, other, paired(finals[run], finals[other])) for run, other in pairs]
+
+
+def _finished(points: Sequence[Point], jobs: Sequence[Job], metric: str) -> list[Point]:
+    """Evaluations by the metric, of finished runs."""
+    finished = {(job.run, job.seed) for job in jobs if job.is_finished()}
+    return [point for point in points if (point.run, point.seed) in finished and metric in point.scores]
+
+
+def _finals(points: Sequence[Point], jobs: Sequence[Job], metric: str) -> dict[str, dict[int, float]]:
+    """Run -> seed -> its last score."""
+    finals: dict[str, dict[int, float]] = {job.run: {} for job in jobs}
+    for point in points:
+        finals[point.run][point.seed] = point.scores[metric]
+    return finals
+
+
 def summarise(points: Sequence[Point], jobs: Sequence[Job], metric: str, target: float | None,
               baseline: str | None) -> list[Summary]:  # fmt: skip
     """A summary of each run, of finished runs alone."""
-    finished = {(job.run, job.seed) for job in jobs if job.is_finished()}
-    known = [point for point in points if (point.run, point.seed) in finished and metric in point.scores]
-    finals: dict[str, dict[int, float]] = {job.run: {} for job in jobs}
+    known = _finished(points, jobs, metric)
+    finals = _finals(known, jobs, metric)
     hits: dict[str, dict[int, Point]] = {job.run: {} for job in jobs}
     for point in known:
-        finals[point.run][point.seed] = point.scores[metric]
         if target is not None and point.scores[metric] >= target:
             hits[point.run].setdefault(point.seed, point)
     found = []

@@ -35,8 +35,11 @@ SHARED = ("model.path", "model.lora", "prompts.train", "prompts.test", "reward.n
 DEFAULTS = ("run.trackers=[]",)
 GROWING = ("runs", "seeds")
 """What may be added to a study that has begun."""
-FREE = ("processes", "about")
+FREE = ("processes", "about", "contrasts")
 """What changes nothing of its results."""
+
+TEXTS = ("name", "about", "base", "runs", "baseline", "contrasts", "metric")
+"""Fields of words alone."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -76,6 +79,8 @@ class Study(BaseModel):
     """The value of the metric whose cost is told."""
     baseline: str | None = None
     """The run that the others are compared with, seed by seed."""
+    contrasts: list[tuple[Name, Name]] = []
+    """More differences to be told, each [run, the one it is compared with]."""
     metric: str = "gold"
     """A held-out score of metrics.jsonl: gold, gold_NAME, reward_test, ..."""
     processes: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -129,7 +134,7 @@ def _content(path: Path) -> Any:
 
 def _is_text(place: tuple[Any, ...]) -> bool:
     """Names and command lines are words, whatever they look like: `runs: {one: [run.seed=1, 007]}`."""
-    return place[:1] in (("name",), ("about",), ("base",), ("runs",), ("baseline",), ("metric",))
+    return bool(place) and place[0] in TEXTS
 
 
 def _check(study: Study) -> None:
@@ -141,6 +146,9 @@ def _check(study: Study) -> None:
         raise BadInput("seeds", study.seeds, "give each seed once")
     if study.baseline is not None and study.baseline not in study.runs:
         raise BadInput("baseline", study.baseline, f"no such run; nearest: {nearest(study.baseline, study.runs)}")
+    for run in (run for pair in study.contrasts for run in pair):
+        if run not in study.runs:
+            raise BadInput("contrasts", run, f"no such run; nearest: {nearest(run, study.runs)}")
     configs = {run: configuration(study, run) for run in study.runs}
     first, *others = configs.items()
     for name in SHARED:
