@@ -24,6 +24,8 @@ LARGEST = 2**30
 """Bytes of a file of prompts."""
 LONGEST = 100_000
 """Characters of a prompt."""
+KINDS = ("kind", "tag")
+"""Where metadata say of what kind a prompt is, in a word: those of digits, and those of GenEval."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,12 @@ class Prompt:
 
     text: str
     metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """What kind of prompt it is, if its metadata say."""
+        named = (self.metadata.get(name) for name in KINDS)
+        return next((value for value in named if isinstance(value, str) and value), "")
 
 
 def read_prompts(path: str, setting: str) -> list[Prompt]:

@@ -123,6 +123,8 @@ class EvaluationRow:
     """As of an iteration."""
     gold_fall: dict[str, float] | None = None
     """Gold scores that have fallen while the reward rose, and by how much."""
+    kinds: dict[str, float] | None = None
+    """Means of held-out scores by kind of prompt, where metadata name several kinds: gold/counting, ..."""
     phase_seconds: dict[str, float] = field(default_factory=dict)
     """Seconds by phase."""
 

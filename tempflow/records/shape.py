@@ -42,6 +42,7 @@ DRAWN: dict[str, Callable[[Any], bool]] = {
     "loss_weights": _numbers,
     "picture_prompts": _words,
     "phase_seconds": _phases,
+    "kinds": _phases,
 }
 """Field -> whether a value can be drawn. Fields that begin with `gold` are scores, but for `gold_fall`."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,8 @@ from tempflow.prompts import Prompt
 from tempflow.rewards.panel import Panel
 from tempflow.settings.fields import Config
 
+MOST_KINDS = 24
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -33,6 +35,8 @@ class Evaluation:
     """(n, 3, H, W) uint8, the same prompts and noises every time"""
     lost: dict[str, int] = field(default_factory=dict)
     """how many images were NaN, by the part to blame; they have no scores"""
+    kinds: dict[str, float] = field(default_factory=dict)
+    """as `means_by_kind`"""
 
     def means(self) -> dict[str, float | None]:
         """scorer -> mean over the prompts it has an opinion of, if any."""
@@ -92,7 +96,8 @@ class Evaluator:
         table = table.masked_fill(decoded.lost, torch.nan)
         table = self.ranks.gather(table, 1)[:, : len(self.prompts) * self.noises]
         scores = {name: row.view(-1, self.noises).nanmean(1) for name, row in self._named(table).items()}
-        return Evaluation(scores, int(table.isnan().sum()), self._pictures(images[:: self.noises], slots), lost)
+        return Evaluation(scores, int(table.isnan().sum()), self._pictures(images[:: self.noises], slots), lost,
+                          means_by_kind(scores, self.prompts))  # fmt: skip
 
     def _named(self, table: Tensor) -> dict[str, Tensor]:
         """The rows of scores (rewards and golds, n N) under their names in the metrics; first the rewards' sum."""
@@ -117,6 +122,23 @@ class Evaluator:
         draw = Draw.grid(self.seed, EVALUATION, slots, self.noises)
         latents = sample_latents(self.policy, self.engine, self.schedule, draw, prompts)
         return decode_branches(self.decoder, latents, self.decode_rows)
+
+
+def means_by_kind(scores: Mapping[str, Tensor], prompts: Sequence[Prompt]) -> dict[str, float]:
+    """`NAME/KIND` -> mean of a score over the prompts of a kind; nothing where prompts are not of several kinds, or of
+    more than MOST_KINDS, which are no kinds.
+
+    Args:
+        scores: name -> (n,) by prompt, NaN where there is no opinion.
+    """
+    kinds = [prompt.kind for prompt in prompts]
+    named = dict.fromkeys(filter(None, kinds))
+    if not 1 < len(named) <= MOST_KINDS:
+        return {}
+    places = {kind: [place for place, own in enumerate(kinds) if own == kind] for kind in named}
+    means = {f"{name}/{kind}": known_mean(values[where]) for name, values in scores.items()
+             for kind, where in places.items()}  # fmt: skip
+    return {name: mean for name, mean in means.items() if mean is not None}
 
 
 @torch.no_grad()

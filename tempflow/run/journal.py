@@ -255,6 +255,7 @@ class Journal:
         seconds = round(time.perf_counter() - self.began, 3) if step else 0.0
         self.evaluation = EvaluationRow(step=step, seconds=seconds, scores=result.means(),
                                         scores_missing=result.missing, **result.lost, gold_fall=fallen or None,
+                                        kinds=result.kinds or None,
                                         phase_seconds=clock.read())  # fmt: skip
         if self.ranks.first:
             save_pictures(self.folder, step, result.pictures)

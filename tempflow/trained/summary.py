@@ -26,8 +26,6 @@ from tempflow.trained.scoring import TOTAL
 from tempflow.trained.source import Member
 
 ALL = "all"
-KINDS = ("kind", "tag")
-"""What prompts call their kind in their metadata, the digits' and GenEval's."""
 LEVEL = 0.95
 
 
@@ -54,11 +52,6 @@ class Line:
     score: Estimate
     difference: Estimate | None
     """to the model before training, in pairs; None of that model itself, and where it was left out"""
-
-
-def kind_of(prompt: Prompt) -> str:
-    """What kind of prompt it is, if its metadata say."""
-    return next((str(prompt.metadata[name]) for name in KINDS if name in prompt.metadata), "")
 
 
 def estimate(by_prompt: Tensor) -> Estimate:
@@ -91,7 +84,7 @@ class Scored:
 
     def lines(self) -> list[Line]:
         """By scorer, kind and model; all prompts first."""
-        kinds = [kind_of(prompt) for prompt in self.prompts]
+        kinds = [prompt.kind for prompt in self.prompts]
         named = list(dict.fromkeys(filter(None, kinds)))
         groups = [(ALL, torch.ones(len(kinds), dtype=torch.bool))]
         groups += [(kind, torch.tensor([each == kind for each in kinds])) for kind in named]
@@ -122,7 +115,7 @@ class Scored:
             for slot, prompt in enumerate(self.prompts):
                 for noise in range(len(tables[0][slot])):
                     values = [table[slot][noise] for table in tables]
-                    writer.writerows([*head, slot, prompt.text, kind_of(prompt), noise, name,
+                    writer.writerows([*head, slot, prompt.text, prompt.kind, noise, name,
                                       "" if math.isnan(value) else value]
                                      for name, value in zip(self.names, values, strict=True))  # fmt: skip
         return buffer.getvalue()

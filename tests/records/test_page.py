@@ -105,6 +105,21 @@ def test_settings_that_differ_stand_first(tmp_path):
     assert "config.yaml" in write_page(folder).read_text(), "a page without settings says why"
 
 
+def test_evaluations_are_told_by_kind_of_prompt(tmp_path):
+    """A kind of which a scorer had no opinion at one evaluation is missing there."""
+    rows = [{"step": step, "seconds": 1.0, "reward_test": 0.5, "gold": 0.25, "scores_missing": 0, "kinds": kinds}
+            for step, kinds in enumerate([{"gold/<b>": 0.125}, {"gold/<b>": 0.375, "gold/two": 0.5}])]  # fmt: skip
+    page = Parts(write_page(bare(tmp_path / "run", *rows)))
+    heads = [text for _, text in page.all("th")]
+    place = heads.index("reward_test")
+    assert heads[place : place + 4] == ["reward_test", "gold", "gold/<b>", "gold/two"] and not page.all("b")
+    cells = [text for _, text in page.all("td")]
+    assert cells[:6] == ["0", "1", "0.5", "0.25", "0.125", ""]
+    assert cells[6:12] == ["1", "1", "0.5", "0.25", "0.375", "0.5"]
+    with pytest.raises(BadInput, match="kinds"):
+        write_page(bare(tmp_path / "wrong", rows[0] | {"kinds": ["gold"]}))
+
+
 @pytest.mark.parametrize("kind", ["only a start", "one evaluation", "iterations alone", "not finite"])
 def test_runs_that_have_little_to_show(tmp_path, kind):
     evaluation = {"step": 0, "seconds": 1.0, "reward_test": 0.5, "scores_missing": 0}

@@ -79,9 +79,11 @@ def test_numbers_of_a_step_have_names_of_their_own():
         "seconds": 1.0, "reward_mean": 0.5, "reward_std_per_step/0": 0.1, "reward_std_per_step/2": 0.3,
         "reward_means/one": 0.5, "phase_seconds/tails": 1.5,
     }  # fmt: skip
-    row = {"step": 3, "seconds": 2.0, "gold": 0.5, "gold_fall": {"gold": 0.1}, "phase_seconds": {"evaluate": 1.5}}
+    row = {"step": 3, "seconds": 2.0, "gold": 0.5, "gold_fall": {"gold": 0.1}, "phase_seconds": {"evaluate": 1.5},
+           "kinds": {"gold/counts": 0.25}}  # fmt: skip
     assert numbers_of(row, "evaluation") == {
         "evaluation/seconds": 2.0, "gold": 0.5, "gold_fall/gold": 0.1, "evaluation/phase_seconds/evaluate": 1.5,
+        "gold/counts": 0.25,
     }  # fmt: skip
     assert flat_numbers({"a": "words", "b": None, "c": [None, 1]}) == {"c/1": 1}
 

@@ -11,7 +11,7 @@ from tempflow.parallel.ranks import Ranks
 from tempflow.prompts import Prompt
 from tempflow.rewards.panel import Panel
 from tempflow.run import assembly
-from tempflow.run.evaluation import Evaluator
+from tempflow.run.evaluation import MOST_KINDS, Evaluator, means_by_kind
 from tempflow.settings.fields import Config, EvalConfig, PromptConfig
 from tempflow.train import main
 
@@ -59,6 +59,27 @@ class OneOf(Ranks):
 
 
 SENT: dict[int, list] = {}
+
+
+def test_golds_are_told_by_kind_of_prompt(toy, schedule):
+    """GenEval's metadata say `tag`; a prompt of no kind counts in the whole only, like one without an opinion."""
+    kinds = ({"kind": "counts"}, {"tag": "pairs"}, {}, {"kind": "counts"}, {"tag": "none known"})
+    prompts = [Prompt(text, metadata) for text, metadata in zip(TEXTS, kinds, strict=True)]
+    result = replace(evaluator(toy, schedule, Ranks(0, 1, CPU)), prompts=prompts).evaluate()
+    gold, reward = result.scores["gold"], result.scores["reward_test"]
+    assert {name: value for name, value in result.kinds.items() if name.startswith("gold")} == {
+        "gold/counts": gold[[0, 3]].mean().item(), "gold/pairs": gold[1].item(), "gold/none known": gold[4].item()
+    }  # fmt: skip
+    assert result.kinds["reward_test/counts"] == reward[[0, 3]].mean().item() and len(result.kinds) == 6
+    gold[4] = torch.nan
+    assert set(means_by_kind({"gold": gold}, prompts)) == {"gold/counts", "gold/pairs"}
+    alone = [Prompt("a", {"kind": "counts"})] * 4
+    for alike in ([Prompt("a")] * 5, [*alone, alone[0]], [*alone, Prompt("a")], [*alone, Prompt("a", {"kind": 3})]):
+        assert means_by_kind({"gold": gold}, alike) == {}
+    numbered = [Prompt("a", {"tag": str(number)}) for number in range(MOST_KINDS + 1)]
+    assert means_by_kind({"gold": torch.ones(MOST_KINDS + 1)}, numbered) == {}
+    assert len(means_by_kind({"gold": torch.ones(MOST_KINDS)}, numbered[1:])) == MOST_KINDS
+    assert Prompt("a", {"kind": "", "tag": "two"}).kind == "two"
 
 
 def test_each_prompt_has_its_own_noise_that_is_no_noise_of_training(toy, schedule):

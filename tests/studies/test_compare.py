@@ -18,7 +18,7 @@ from tempflow.studies.compare import jobs as jobs_module
 from tempflow.studies.compare import make
 from tempflow.studies.compare.jobs import Job, Machine, make_jobs
 from tempflow.studies.compare.pool import run_jobs
-from tempflow.studies.compare.results import Point, contrast, curve, read_points, summarise
+from tempflow.studies.compare.results import Point, by_kind, contrast, curve, read_points, summarise
 from tempflow.studies.compare.statistics import interval, paired
 from tempflow.studies.compare.study import SHIPPED, Study, open_folder, read_study
 
@@ -135,6 +135,35 @@ def test_contrasts_are_told_beside_the_baseline_and_may_be_added_later(tmp_path,
     assert [(found.run, found.other, found.difference.mean) for found in drawn] == expected
     alone = contrast(read_points(jobs), jobs[:4], "gold", [("two", "one"), ("one", "two")])
     assert [found.difference.mean for found in alone] == [-0.125, 0.125]
+
+
+def test_finals_by_kind_of_prompt_are_told_of_finished_runs(tmp_path):
+    """A run from before there were kinds has none; the other's second seed has not finished."""
+    study = Study(**FILE | {"runs": {"one": [], "two": []}, "seeds": [1, 2], "baseline": None, "target": None})
+    open_folder(study, tmp_path)
+    jobs = [finished(tmp_path, run, seed) for run, seed in (("one", 1), ("one", 2), ("two", 1))]
+    for job, kinds in zip(jobs, [{"gold/counts": 0.25, "gold/pairs": 1.0}, {"gold/counts": 0.5, "gold/pairs": 1.0},
+                                 None], strict=True):  # fmt: skip
+        first = {"step": 0, "gold": 0.0} | ({"kinds": dict.fromkeys(kinds, 0.0)} if kinds else {})
+        last = {"step": 2, "gold": 0.5} | ({"kinds": kinds} if kinds else {})
+        (job.folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (first, last)))
+    words, page = make.write_report(study, tmp_path, jobs, []), (tmp_path / "study.html").read_text()
+    assert "Final gold by kind of prompt" in page and page.count("0.375 ± 1.588") == 1
+    title, head, one, two = words.splitlines()[4:8]
+    assert title == "Final gold by kind of prompt:"
+    assert head.split() == ["run", "counts", "pairs"] and two.split() == ["two"]
+    assert one.split() == ["one", "0.375", "±", "1.588", "1.000", "±", "0.000"]
+    kept = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [row["gold/counts"] for row in kept] == ["0.0", "0.25", "0.0", "0.5", "", ""]
+    (jobs[1].folder / "finished.json").unlink()
+    assert by_kind(read_points(jobs), jobs, "gold")["counts"]["one"].mean == 0.25
+    last = {"step": 3, "gold": 0.5, "kinds": {"gold/counts": None, "gold/pairs": 0.75, "golden/counts": 1.0}}
+    with (jobs[0].folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(last) + "\n")
+    found = by_kind(read_points(jobs), jobs, "gold")
+    assert not found["counts"] and found["pairs"]["one"].mean == 0.75, "no opinion at the last evaluation"
+    by_metric = summarise(read_points(jobs), jobs, "gold/pairs", 0.75, None)
+    assert by_metric[0].final.mean == 0.75 and by_metric[0].reached == 1 and by_metric[1].final is None
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.yaml")))

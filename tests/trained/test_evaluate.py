@@ -22,7 +22,7 @@ from tempflow.records.rows import read_metrics
 from tempflow.run.hacking import read_scores
 from tempflow.trained.scoring import Patient, score
 from tempflow.trained.source import Choice, Member, members, read_source
-from tempflow.trained.summary import Scored, kind_of, table, to_json
+from tempflow.trained.summary import Scored, table, to_json
 
 GOLD, REWARD = "digits_gold", "digits"
 
@@ -83,7 +83,7 @@ def test_kinds_of_prompts(whole):
         own = [float(r["score"]) for r in rows if r["kind"] == kind and (r["model"], r["scorer"]) == ("before", GOLD)]
         score = line(summary, GOLD, "before", kind)["score"]
         assert score["mean"] == pytest.approx(sum(own) / len(own)) and score["prompts"] == len(own) / 2
-    assert kind_of(Prompt("a", {"tag": "counting"})) == "counting" and kind_of(Prompt("a")) == ""
+    assert Prompt("a", {"tag": "counting"}).kind == "counting" and Prompt("a").kind == ""
 
 
 def test_raw_weights_differ_from_averaged_ones(run, whole, tmp_path):

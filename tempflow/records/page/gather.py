@@ -57,6 +57,11 @@ class Page:
         names = {name for row in self.rows for name, value in row.items() if _is_score(name, value)}
         return sorted(names, key=lambda name: (not name.startswith("reward"), name))
 
+    @property
+    def kind_names(self) -> list[str]:
+        """reward_test/counting, gold/counting, ...: scores by kind of prompt."""
+        return list(dict.fromkeys(name for row in self.evaluations for name in row.get("kinds", {})))
+
     def for_scripts(self) -> dict[str, Any]:
         """What the page's scripts draw, as JSON values, but for the pictures themselves."""
         first = next(iter(self.pictures.values()), ())

@@ -113,7 +113,7 @@ def numbers_of(line: Mapping[str, Any], kind: str) -> dict[str, float]:
     """
     scores = ("reward_test", "gold")
     named = {name if kind == "iteration" or name.startswith(scores) else f"evaluation/{name}": value
-             for name, value in line.items() if name != "step"}  # fmt: skip
+             for name, value in (line | line.get("kinds", {})).items() if name not in ("step", "kinds")}  # fmt: skip
     return flat_numbers(named)
 
 

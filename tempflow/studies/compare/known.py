@@ -32,7 +32,7 @@ class Known:
 
 def known_results(study: Study, jobs: Sequence[Job], folder: Path) -> dict[tuple[str, int], Known]:
     """(run, seed) -> its results, of the jobs that have not finished here but did elsewhere, with the same settings
-    and to the same end.
+    and to the same end, judged by the study's metric.
 
     Raises:
         BadInput: a results.csv or a study.yaml in a folder beside this one cannot be read.
@@ -43,7 +43,8 @@ def known_results(study: Study, jobs: Sequence[Job], folder: Path) -> dict[tuple
     found = {key: known for place in _places(folder) for key, known in _results(place).items()}
     named = {run: _settings(study, run) for run in study.runs}
     pairs = ((job, found.get((named[job.run], job.seed))) for job in left)
-    return {(job.run, job.seed): _as(job, known) for job, known in pairs if known and _complete(job, known)}
+    return {(job.run, job.seed): _as(job, known) for job, known in pairs
+            if known and study.metric in known.points[-1].scores and _complete(job, known)}  # fmt: skip
 
 
 def _places(folder: Path) -> Iterable[Path]:

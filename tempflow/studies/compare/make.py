@@ -14,9 +14,9 @@ from tempflow.records.rows import read_metrics
 from tempflow.studies.compare.figures import draw_curves, draw_differences
 from tempflow.studies.compare.jobs import Job, Machine, make_jobs
 from tempflow.studies.compare.known import Known, known_results
-from tempflow.studies.compare.page import contrast_rows, result_rows, write_page
+from tempflow.studies.compare.page import contrasts_table, kinds_table, results_table, write_page
 from tempflow.studies.compare.pool import Failure, run_jobs
-from tempflow.studies.compare.results import RESULTS, Contrast, contrast, read_points, summarise, write_csv
+from tempflow.studies.compare.results import RESULTS, Contrast, by_kind, contrast, read_points, summarise, write_csv
 from tempflow.studies.compare.study import Study, configuration, open_folder
 
 TRIAL = ("prompts.test=null", "learn.iterations=3", "eval.every=0", "run.save_every=0")
@@ -64,17 +64,12 @@ def write_report(study: Study, folder: Path, jobs: Sequence[Job], failures: Sequ
     against = [Contrast(summary.run, study.baseline, summary.difference)
                for summary in summaries if study.baseline not in (None, summary.run)]  # fmt: skip
     pictures = [draw_curves(study, points, "svg"), draw_differences(study, [*against, *contrasts], "svg")]
-    page = write_page(study, summaries, contrasts, jobs, notes, [picture for picture in pictures if picture])
+    tables = [results_table(study, summaries), kinds_table(study, by_kind(points, jobs, study.metric)),
+              contrasts_table(study, contrasts)]  # fmt: skip
+    page = write_page(study, tables, jobs, notes, [picture for picture in pictures if picture])
     write_atomically(folder / "study.html", page.encode())
-    tables = [*_aligned(*result_rows(study, summaries))]
-    tables += _aligned(*contrast_rows(study, contrasts)) if contrasts else []
-    return "\n".join([*tables, *notes, f"report: {folder / 'study.html'}"])
-
-
-def _aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """The lines of a table."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *rows)]
+    words = [line for table in tables for line in table.lines()]
+    return "\n".join([*words, *notes, f"report: {folder / 'study.html'}"])
 
 
 def describe(study: Study, folder: Path, processes: int | None = None) -> str:

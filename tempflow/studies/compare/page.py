@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 
 from tempflow.studies.compare.jobs import Job
 from tempflow.studies.compare.results import Contrast, Summary
+from tempflow.studies.compare.statistics import Interval
 from tempflow.studies.compare.study import Study
 
 STYLE = """
@@ -27,8 +29,29 @@ METHOD = (
 )
 
 
-def write_page(study: Study, summaries: Sequence[Summary], contrasts: Sequence[Contrast], jobs: Sequence[Job],
-               notes: Sequence[str], pictures: Sequence[bytes]) -> str:  # fmt: skip
+@dataclass(frozen=True)
+class Table:
+    """A table in plain words."""
+
+    title: str
+    head: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+    def html(self) -> str:
+        """Heading and table; nothing where it has no row."""
+        rows = [[escape(cell) for cell in row] for row in self.rows]
+        return f"<h2>{escape(self.title)}</h2>{_table(self.head, rows)}" if rows else ""
+
+    def lines(self) -> list[str]:
+        """The same in columns of text, under its title; nothing where it has no row."""
+        widths = [max(map(len, column)) for column in zip(self.head, *self.rows, strict=True)]
+        lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+                 for row in (self.head, *self.rows))  # fmt: skip
+        return [f"{self.title}:", *lines] if self.rows else []
+
+
+def write_page(study: Study, tables: Sequence[Table], jobs: Sequence[Job], notes: Sequence[str],
+               pictures: Sequence[bytes]) -> str:  # fmt: skip
     """The page.
 
     Args:
@@ -43,7 +66,7 @@ def write_page(study: Study, summaries: Sequence[Summary], contrasts: Sequence[C
         f"<style>{STYLE}</style></head><body><h1>{escape(study.name)}</h1><p>{escape(study.about)}</p>"
         f'<p class="note">{len(study.runs)} runs, {len(study.seeds)} seeds each ({finished} of {len(jobs)} finished), '
         f"{escape(study.budget.describe())} each.</p>{wrong}"
-        f"<h2>Results</h2>{_results(study, summaries)}{_contrasts(study, contrasts)}{images}"
+        f"{''.join(table.html() for table in tables)}{images}"
         f'<p class="note">{METHOD}</p><h2>Runs</h2>{_stacks(study)}</body></html>\n'
     )
 
@@ -56,8 +79,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def result_rows(study: Study, summaries: Sequence[Summary]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of results, plain words."""
+def results_table(study: Study, summaries: Sequence[Summary]) -> Table:
+    """A row per run."""
     head, rows = ["run", "seeds", f"final {study.metric}"], []
     if study.baseline:
         head.append(f"less {study.baseline}")
@@ -70,25 +93,19 @@ def result_rows(study: Study, summaries: Sequence[Summary]) -> tuple[list[str], 
         if study.target is not None:
             row += [summary.at_target(value, study.target) for value in (summary.rows, summary.seconds)]
         rows.append(row)
-    return head, rows
+    return Table("Results", head, rows)
 
 
-def _results(study: Study, summaries: Sequence[Summary]) -> str:
-    head, rows = result_rows(study, summaries)
-    return _table(head, [[escape(cell) for cell in row] for row in rows])
+def kinds_table(study: Study, kinds: Mapping[str, Mapping[str, Interval]]) -> Table:
+    """A row per run, a column per kind of prompt. Kinds: kind -> run -> final metric."""
+    rows = [[run, *(found[run].describe() if run in found else "" for found in kinds.values())] for run in study.runs]
+    return Table(f"Final {study.metric} by kind of prompt", ["run", *kinds], rows if kinds else [])
 
 
-def contrast_rows(study: Study, contrasts: Sequence[Contrast]) -> tuple[list[str], list[list[str]]]:
-    """Head and rows of the table of further differences, plain words."""
+def contrasts_table(study: Study, contrasts: Sequence[Contrast]) -> Table:
+    """A row per further difference."""
     rows = [[found.run, found.other, found.describe()] for found in contrasts]
-    return ["run", "less", f"difference of final {study.metric}"], rows
-
-
-def _contrasts(study: Study, contrasts: Sequence[Contrast]) -> str:
-    if not contrasts:
-        return ""
-    head, rows = contrast_rows(study, contrasts)
-    return f"<h2>Differences</h2>{_table(head, [[escape(cell) for cell in row] for row in rows])}"
+    return Table("Differences", ["run", "less", f"difference of final {study.metric}"], rows)
 
 
 def _stacks(study: Study) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ class Point:
     seconds: float
     """of training, without evaluations"""
     scores: dict[str, float]
-    """held-out scores; `reward` is the mean over the branches of that iteration of training"""
+    """held-out scores, `gold/KIND` those of one kind of prompt; `reward` is of training, the mean over the branches of
+    that iteration"""
 
 
 def read_points(jobs: Sequence[Job], known: Mapping[tuple[str, int], Sequence[Point]] | None = None) -> list[Point]:
@@ -48,7 +50,8 @@ def _points(job: Job) -> list[Point]:
     found = []
     for row in read_metrics(job.folder / "metrics.jsonl"):
         held_out = (name for name in row if name.startswith(("gold", "reward_test")) and name != "gold_fall")
-        scores = {name: row[name] for name in held_out if row[name] is not None}
+        told = {name: row[name] for name in held_out} | row.get("kinds", {})
+        scores = {name: value for name, value in told.items() if value is not None and math.isfinite(value)}
         if scores:
             trained = {"reward": row["reward_mean"]} if row.get("reward_mean") is not None else {}
             found.append(Point(job.run, job.seed, row["step"], row.get("network_rows", 0),
@@ -137,32 +140,43 @@ class Contrast:
 def contrast(points: Sequence[Point], jobs: Sequence[Job], metric: str,
              pairs: Sequence[tuple[str, str]]) -> list[Contrast]:  # fmt: skip
     """The differences of `pairs`, each (run, other)."""
-    finals = _finals(_finished(points, jobs, metric), jobs, metric)
+    finals = _finals(_finished(points, jobs), jobs, metric)
     return [Contrast(run, other, paired(finals[run], finals[other])) for run, other in pairs]
 
 
-def _finished(points: Sequence[Point], jobs: Sequence[Job], metric: str) -> list[Point]:
-    """Evaluations by the metric, of finished runs."""
+def _finished(points: Sequence[Point], jobs: Sequence[Job]) -> list[Point]:
+    """Held-out evaluations of finished runs."""
     finished = {(job.run, job.seed) for job in jobs if job.is_finished()}
-    return [point for point in points if (point.run, point.seed) in finished and metric in point.scores]
+    return [point for point in points if (point.run, point.seed) in finished]
 
 
 def _finals(points: Sequence[Point], jobs: Sequence[Job], metric: str) -> dict[str, dict[int, float]]:
-    """Run -> seed -> its last score."""
+    """Run -> seed -> its score at the last evaluation, if that has one."""
+    lasts = {(point.run, point.seed): point for point in points}
     finals: dict[str, dict[int, float]] = {job.run: {} for job in jobs}
-    for point in points:
-        finals[point.run][point.seed] = point.scores[metric]
+    for (run, seed), point in lasts.items():
+        if metric in point.scores:
+            finals[run][seed] = point.scores[metric]
     return finals
+
+
+def by_kind(points: Sequence[Point], jobs: Sequence[Job], metric: str) -> dict[str, dict[str, Interval]]:
+    """Kind of prompt -> run -> the metric at the last evaluation, of those prompts alone; of finished runs."""
+    known = _finished(points, jobs)
+    names = dict.fromkeys(name for point in known for name in point.scores if name.partition("/")[0] == metric != name)
+    found = {name.partition("/")[2]: _finals(known, jobs, name) for name in names}
+    return {kind: {run: mean for run, values in finals.items() if (mean := interval(list(values.values())))}
+            for kind, finals in found.items()}  # fmt: skip
 
 
 def summarise(points: Sequence[Point], jobs: Sequence[Job], metric: str, target: float | None,
               baseline: str | None) -> list[Summary]:  # fmt: skip
     """A summary of each run, of finished runs alone."""
-    known = _finished(points, jobs, metric)
+    known = _finished(points, jobs)
     finals = _finals(known, jobs, metric)
     hits: dict[str, dict[int, Point]] = {job.run: {} for job in jobs}
     for point in known:
-        if target is not None and point.scores[metric] >= target:
+        if target is not None and point.scores.get(metric, -math.inf) >= target:
             hits[point.run].setdefault(point.seed, point)
     found = []
     for run, values in finals.items():

@@ -82,7 +82,7 @@ class Study(BaseModel):
     contrasts: list[tuple[Name, Name]] = []
     """More differences to be told, each [run, the one it is compared with]."""
     metric: str = "gold"
-    """A held-out score of metrics.jsonl: gold, gold_NAME, reward_test, ..."""
+    """A held-out score of metrics.jsonl: gold, gold_NAME, reward_test, or one of these by kind of prompt, gold/KIND."""
     processes: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Runs at a time; auto takes as many as there are cores, or GPUs."""
 
