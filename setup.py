@@ -41,6 +41,7 @@ setup(
             "settings/presets/**/*.yaml", "studies/shipped/*.yaml",
             "records/page/assets/**/*",
             "digits/*.safetensors", "digits/prompts/*.jsonl", "digits/pipeline/**/*",
+            "scenes/*.safetensors", "scenes/prompts/*.jsonl", "scenes/pipeline/**/*",
         ],
     },
     install_requires=[

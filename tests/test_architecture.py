@@ -16,7 +16,7 @@ LAYERS = [
     {"common"},
     {"settings", "policy", "prompts", "parallel"},
     {"models", "rewards", "digits", "records", "explore"},
-    {"credit"},
+    {"credit", "scenes"},
     {"learn"},
     {"method"},
     {"forecast"},

@@ -105,5 +105,9 @@ class Renderer:
 
     def __call__(self, classes: Tensor, generator: torch.Generator) -> Tensor:
         """Render class numbers int64 (B, 4) as canvases uint8 (B, 3, 16, 16)."""
+        return compose(self.cells(classes, generator))
+
+    def cells(self, classes: Tensor, generator: torch.Generator) -> Tensor:
+        """Pictures uint8 (..., 8, 8) of class numbers int64 (...,)."""
         pick = torch.rand(classes.shape, generator=generator) * self.counts[classes]
-        return compose(self.pictures[self.starts[classes] + pick.long()])
+        return self.pictures[self.starts[classes] + pick.long()]

@@ -3,6 +3,8 @@
 SCORERS = {
     "digits": "tempflow.digits.scorers:DigitsReward",
     "digits_gold": "tempflow.digits.scorers:DigitsGold",
+    "scenes": "tempflow.scenes.scorers:ScenesReward",
+    "scenes_gold": "tempflow.scenes.scorers:ScenesGold",
     "pickscore": "tempflow.rewards.scorers.pickscore:PickScore",
     "clipscore": "tempflow.rewards.scorers.clipscore:ClipScore",
     "hpsv2": "tempflow.rewards.scorers.hpsv2:HpsV2",

@@ -17,7 +17,13 @@ from tempflow.digits.canvas import BLANK, POSITIONS, Renderer, cells_of, classes
 from tempflow.digits.captions import KINDS, NAMES, PLURALS, Caption
 from tempflow.digits.classifiers import load_classifier
 from tempflow.digits.making import figures
-from tempflow.digits.making.generator import encode_pictures, flow_loss, random_classes, train_autoencoder
+from tempflow.digits.making.generator import (
+    encode_pictures,
+    flow_loss,
+    random_canvases,
+    random_classes,
+    train_autoencoder,
+)
 from tempflow.digits.making.make import make_prompts
 from tempflow.digits.scorers import DigitsGold, DigitsReward
 
@@ -70,7 +76,7 @@ def test_prompts_are_made_as_shipped(tmp_path):
 def test_a_fresh_autoencoder_has_latents_of_mean_0_and_deviation_1(splits):
     """However little it was trained: the transformer learns on what the scaling and shift make of them."""
     draw = Renderer(splits["pipeline"].images, splits["pipeline"].labels)
-    autoencoder = train_autoencoder(draw, 5, seed=0)
+    autoencoder = train_autoencoder(random_canvases(draw), 16, 5, seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         latents = encode_pictures(autoencoder, draw(random_classes(256, generator), generator))

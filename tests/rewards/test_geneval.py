@@ -8,8 +8,8 @@ from transformers import Mask2FormerConfig, Mask2FormerForUniversalSegmentation,
 from tempflow.common.errors import BadInput
 from tempflow.prompts import Prompt
 from tempflow.rewards.geneval import detection
-from tempflow.rewards.geneval.detection import CLASSES, COLOURS, Detection, Detector, box_of, cut_out
-from tempflow.rewards.geneval.scorer import benchmark, check_metadata, graded, kept, relations, strict
+from tempflow.rewards.geneval.detection import CLASSES, COLOURS, Detector, box_of, cut_out
+from tempflow.rewards.geneval.rules import Detection, benchmark, check_metadata, graded, kept, relations, strict
 from tempflow.rewards.scorer import load_scorer
 
 CENTRE = (40, 40, 60, 60)

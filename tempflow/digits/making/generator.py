@@ -1,10 +1,10 @@
-"""A tiny text-to-image pipeline for the digits benchmark, trained from nothing by flow matching."""
+"""A tiny text-to-image pipeline for an embedded benchmark, trained from nothing by flow matching."""
 
 from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL, StableDiffusion3Pipeline
 from torch import Tensor, nn
 from tqdm import trange
 
-from tempflow.digits.canvas import BLANK, CELLS, Grid, Renderer, classes_of
+from tempflow.digits.canvas import BLANK, CANVAS_SIDE, CELLS, Grid, Renderer, classes_of
 from tempflow.digits.captions import KINDS, Caption
 from tempflow.digits.making.networks import DEFAULT_T5_TOKENS, PROMPT_TOKENS, add_silent_t5, assemble, build_autoencoder
 
@@ -34,6 +34,13 @@ NOISE_MEAN = 0.8  # of the logit of sigma: what is drawn where is decided at hig
 RATE = 1.5e-3
 NOISY_RATE = 4e-4
 KIND_WEIGHTS = {"single": 1, "pair": 2, "count": 1, "relation": 2, "blank": 1}  # harder kinds more often
+
+Canvases = Callable[[int, torch.Generator], Tensor]
+"""(how many) -> random canvases uint8 (B, 3, H, W)"""
+Draw = Callable[[Tensor, torch.Generator], Tensor]
+"""class numbers of cells int64 (B, cells) -> canvases that show them"""
+Sampler = Callable[[int], tuple[list[str], Tensor]]
+"""(how many) -> texts, and PICTURES_PER_CAPTION as many rows of class numbers to draw for them"""
 
 
 @dataclass(frozen=True)
@@ -57,15 +64,20 @@ def random_classes(count: int, generator: torch.Generator) -> Tensor:
     return digits.masked_fill(blank, BLANK)
 
 
-def train_autoencoder(draw: Renderer, steps: int, seed: int) -> AutoencoderKL:
+def random_canvases(draw: Renderer) -> Canvases:
+    """Canvases of `random_classes`."""
+    return lambda count, generator: draw(random_classes(count, generator), generator)
+
+
+def train_autoencoder(canvases: Canvases, side: int, steps: int, seed: int) -> AutoencoderKL:
     """Train on random canvases, then set scaling and shift so that latents have mean 0 and deviation 1."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    autoencoder = build_autoencoder().train()
+    autoencoder = build_autoencoder(side).train()
     optimizer = torch.optim.AdamW(autoencoder.parameters(), lr=2e-3, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for _ in trange(steps, desc="autoencoder", mininterval=2):
-        pictures = to_signed(draw(random_classes(64, generator), generator))
+        pictures = to_signed(canvases(64, generator))
         posterior = autoencoder.encode(pictures).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator)
         restored = autoencoder.decode(posterior.mean + posterior.std * noise).sample
@@ -76,13 +88,13 @@ def train_autoencoder(draw: Renderer, steps: int, seed: int) -> AutoencoderKL:
         optimizer.step()
         schedule.step()
     autoencoder.eval().requires_grad_(False)
-    latents = autoencoder.encode(to_signed(draw(random_classes(2048, generator), generator))).latent_dist.mean
+    latents = autoencoder.encode(to_signed(canvases(2048, generator))).latent_dist.mean
     autoencoder.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
     return autoencoder
 
 
 def encode_pictures(autoencoder: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Canvases uint8 (B, 3, 16, 16) as normalised latents float32 (B, 4, 8, 8)."""
+    """Canvases uint8 (B, 3, H, W) as normalised latents float32 (B, 4, H / 2, W / 2)."""
     latents = autoencoder.encode(to_signed(pictures)).latent_dist.mean
     return (latents - autoencoder.config.shift_factor) * autoencoder.config.scaling_factor
 
@@ -160,18 +172,27 @@ def flow_loss(pipeline: StableDiffusion3Pipeline, texts: list[str], latents: Ten
 
 def train_pipeline(draw: Renderer, captions: Sequence[Caption], budget: Budget, seed: int) -> StableDiffusion3Pipeline:
     """Train the autoencoder, then text encoders and transformer: first on true, then on noisy captions."""
-    autoencoder = train_autoencoder(draw, budget.autoencoder_steps, seed)
+    autoencoder = train_autoencoder(random_canvases(draw), CANVAS_SIDE, budget.autoencoder_steps, seed)
+    true, noisy = CaptionSampler(captions, 0.0, seed), CaptionSampler(captions, WRONG_SHARE, seed + 1)
+    return train_to_draw(autoencoder, draw, [caption.text for caption in captions], (true, noisy), budget, seed)
+
+
+def train_to_draw(autoencoder: AutoencoderKL, draw: Draw, texts: Sequence[str], samplers: tuple[Sampler, Sampler],
+                  budget: Budget, seed: int) -> StableDiffusion3Pipeline:  # fmt: skip
+    """Train text encoders and transformer around an autoencoder: first on true, then on noisy captions.
+
+    Args:
+        texts: every caption there may be.
+    """
     torch.manual_seed(seed)
-    pipeline = assemble(autoencoder, captions)
-    true = CaptionSampler(captions, 0.0, seed)
+    pipeline, (true, noisy) = assemble(autoencoder, texts), samplers
     train_flow(pipeline, draw, true, budget.true_steps, RATE, NO_NULL_TOKENS, seed)
-    noisy = CaptionSampler(captions, WRONG_SHARE, seed + 1)
     train_flow(pipeline, draw, noisy, budget.noisy_steps, NOISY_RATE, SOME_NULL_TOKENS, seed + 1)
-    add_silent_t5(pipeline, captions)
+    add_silent_t5(pipeline, texts)
     return pipeline
 
 
-def train_flow(pipeline: StableDiffusion3Pipeline, draw: Renderer, sample: CaptionSampler, steps: int, rate: float,
+def train_flow(pipeline: StableDiffusion3Pipeline, draw: Draw, sample: Sampler, steps: int, rate: float,
                null_tokens: Sequence[int], seed: int) -> None:  # fmt: skip
     """Train text encoders and transformer in place; at the end they hold averaged weights.
 

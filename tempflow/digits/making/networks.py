@@ -1,4 +1,4 @@
-"""The untrained parts of the digits pipeline: a StableDiffusion3Pipeline of two million weights."""
+"""The untrained parts of an embedded pipeline: a StableDiffusion3Pipeline of two million weights."""
 
 from __future__ import annotations
 
@@ -18,17 +18,13 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from tempflow.digits.canvas import CANVAS_SIDE
-from tempflow.digits.captions import Caption
-
 PROMPT_TOKENS = 16  # the longest prompt has 13 words; two more tokens mark start and end
 DEFAULT_T5_TOKENS = 256  # what diffusers takes unless told otherwise
 TEXT_WIDTH = 64
 LATENT_CHANNELS = 4
-LATENT_SIDE = CANVAS_SIDE // 2
 
 
-def build_tokenizer(captions: Sequence[Caption]) -> CLIPTokenizer:
+def build_tokenizer(texts: Sequence[str]) -> CLIPTokenizer:
     """CLIP tokenizer whose vocabulary is learnt from the captions; every word becomes one token."""
     tokenizer = CLIPTokenizer()
     special = [tokenizer.bos_token, tokenizer.eos_token]
@@ -41,7 +37,7 @@ def build_tokenizer(captions: Sequence[Caption]) -> CLIPTokenizer:
         show_progress=False,
     )
     backend = tokenizer.backend_tokenizer
-    backend.train_from_iterator([caption.text for caption in captions], trainer)
+    backend.train_from_iterator(texts, trainer)
     model = json.loads(backend.to_str())["model"]
     merges = [tuple(merge) for merge in model["merges"]]
     # The trainer numbers the letters at word ends in an order that changes from run to run.
@@ -69,10 +65,10 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
     )
 
 
-def build_transformer() -> SD3Transformer2DModel:
-    """Flow transformer in the manner of SD3.5 over 4x4 image tokens."""
+def build_transformer(latent_side: int) -> SD3Transformer2DModel:
+    """Flow transformer in the manner of SD3.5; an image token is 2x2 latents."""
     return SD3Transformer2DModel(
-        sample_size=LATENT_SIDE,
+        sample_size=latent_side,
         patch_size=2,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
@@ -82,13 +78,13 @@ def build_transformer() -> SD3Transformer2DModel:
         joint_attention_dim=2 * TEXT_WIDTH,
         caption_projection_dim=96,
         pooled_projection_dim=2 * TEXT_WIDTH,
-        pos_embed_max_size=LATENT_SIDE // 2,
+        pos_embed_max_size=latent_side // 2,
         qk_norm="rms_norm",
     )
 
 
-def build_autoencoder() -> AutoencoderKL:
-    """Autoencoder from 16x16 pixels to 8x8 latents of 4 channels."""
+def build_autoencoder(canvas_side: int) -> AutoencoderKL:
+    """Autoencoder from pixels to latents of 4 channels and half the side."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
@@ -96,16 +92,16 @@ def build_autoencoder() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
-        sample_size=CANVAS_SIDE,
+        sample_size=canvas_side,
         mid_block_add_attention=False,
     )
 
 
-def assemble(autoencoder: AutoencoderKL, captions: Sequence[Caption]) -> StableDiffusion3Pipeline:
+def assemble(autoencoder: AutoencoderKL, texts: Sequence[str]) -> StableDiffusion3Pipeline:
     """A pipeline around the trained autoencoder; its other networks are untrained, the third text encoder absent."""
-    tokenizer = build_tokenizer(captions)
+    tokenizer = build_tokenizer(texts)
     return StableDiffusion3Pipeline(
-        transformer=build_transformer(),
+        transformer=build_transformer(autoencoder.config.sample_size // 2),
         scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
         vae=autoencoder,
         text_encoder=build_text_encoder(tokenizer),
@@ -117,12 +113,12 @@ def assemble(autoencoder: AutoencoderKL, captions: Sequence[Caption]) -> StableD
     )
 
 
-def add_silent_t5(pipeline: StableDiffusion3Pipeline, captions: Sequence[Caption]) -> None:
+def add_silent_t5(pipeline: StableDiffusion3Pipeline, texts: Sequence[str]) -> None:
     """Put in a third text encoder whose output is always 0, just as diffusers replaces an absent one.
 
     Plain `from_pretrained` refuses a folder without it.
     """
-    words = sorted({word for caption in captions for word in caption.text.split()})
+    words = sorted({word for text in texts for word in text.split()})
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     vocabulary = special + [(f"▁{word}", -1.0) for word in words]
     tokenizer = T5TokenizerFast(vocab=vocabulary, extra_ids=0, model_max_length=DEFAULT_T5_TOKENS)

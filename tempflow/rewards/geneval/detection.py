@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import Mask2FormerForUniversalSegmentation
 
 from tempflow.common.tensors import chunks
+from tempflow.rewards.geneval.rules import Detection
 from tempflow.rewards.geneval.words import CLASSES, COLOURS
 from tempflow.rewards.parts.clip_model import load_clip, unit
 from tempflow.rewards.parts.pixels import IMAGENET_MEAN, IMAGENET_STD, clip_pixels, grey_out, normalise, resize
@@ -27,18 +27,6 @@ FLOOR = 0.1
 """confidence below which nothing is kept; GenEval asks for 0.3 at least"""
 
 PHRASES = ("a photo of a {colour} {name}", "a photo of a {colour}-colored {name}", "a photo of a {colour} object")
-
-
-@dataclass(frozen=True)
-class Detection:
-    """One object in a picture."""
-
-    name: str
-    confidence: float
-    box: tuple[float, float, float, float]
-    """left, top, right, bottom in pixels; right and bottom are just outside"""
-    mask: Tensor | None
-    """(H, W) bool; None where the whole box counts"""
 
 
 class Detector:

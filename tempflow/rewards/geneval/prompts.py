@@ -60,16 +60,16 @@ def color_attr(classes: tuple[str, str], colours: tuple[str, str], phrase: Phras
     return _task("color_attr", " and ".join(described), include)
 
 
-def choices(most: int) -> dict[str, list[tuple]]:
+def choices(most: int, classes: Sequence[str] = CLASSES, colours: Sequence[str] = COLOURS) -> dict[str, list[tuple]]:
     """All that each task can ask for: the arguments of its function. Counts go up to `most`."""
-    coloured = [name for name in CLASSES if name != "person"]
+    coloured = [name for name in classes if name != "person"]
     return {
-        "single_object": [(name,) for name in CLASSES],
-        "two_object": list(permutations(CLASSES, 2)),
-        "counting": list(product(CLASSES, range(2, most + 1))),
-        "colors": list(product(coloured, COLOURS)),
-        "position": list(product(permutations(CLASSES, 2), OPPOSITES)),
-        "color_attr": list(product(permutations(coloured, 2), permutations(COLOURS, 2))),
+        "single_object": [(name,) for name in classes],
+        "two_object": list(permutations(classes, 2)),
+        "counting": list(product(classes, range(2, most + 1))),
+        "colors": list(product(coloured, colours)),
+        "position": list(product(permutations(classes, 2), OPPOSITES)),
+        "color_attr": list(product(permutations(coloured, 2), permutations(colours, 2))),
     }
 
 
