@@ -90,6 +90,14 @@ def test_studies_share_runs_of_the_same_settings(tmp_path, made, capsys):
     assert len(made()) == 4
 
 
+def test_a_run_whose_results_lack_the_metric_is_made_again(tmp_path, made):
+    """Such as those from before scores were told by kind of prompt."""
+    assert study(tmp_path) == 0 and len(made()) == 4
+    forget_runs(tmp_path, "one")
+    assert study(tmp_path, name="two", metric="gold/counting") == 0 and len(made()) == 4
+    assert study(tmp_path, name="three", metric="gold") == 0 and made() == set()
+
+
 def test_a_run_that_did_not_come_to_its_end_is_made_again(tmp_path, made):
     assert study(tmp_path) == 0
     made()
