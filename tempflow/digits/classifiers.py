@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,43 +13,64 @@ from tqdm import trange
 
 from tempflow.digits.canvas import BLANK, CELL_SIDE, CLASSES, DigitSplit
 
-
-class RewardClassifier(nn.Module):
-    """Convolutional network: grey cells (N, 8, 8) with values 0 to 1 -> logits (N, 11)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Conv2d(1, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(),
-            nn.Conv2d(24, 40, 3, padding=1), nn.BatchNorm2d(40), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(40, 56, 3, padding=1), nn.BatchNorm2d(56), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Flatten(), nn.Dropout(0.2), nn.Linear(56 * 4, 64), nn.ReLU(), nn.Linear(64, CLASSES),
-        )  # fmt: skip
-
-    def forward(self, cells: Tensor) -> Tensor:
-        return self.layers(cells.unsqueeze(1))
+BATCH = 256
+"""cells of a training step"""
 
 
-class GoldClassifier(nn.Module):
-    """Attention over 4x4 patches of 2x2 pixels: grey cells (N, 8, 8) -> logits (N, 11)."""
+def convolutions(channels: int, hidden: int, outputs: int) -> nn.Sequential:
+    """(N, channels, 8, 8) -> (N, outputs)"""
+    return nn.Sequential(
+        nn.Conv2d(channels, 24, 3, padding=1), nn.BatchNorm2d(24), nn.ReLU(),
+        nn.Conv2d(24, 40, 3, padding=1), nn.BatchNorm2d(40), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(40, 56, 3, padding=1), nn.BatchNorm2d(56), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Dropout(0.2), nn.Linear(56 * 4, hidden), nn.ReLU(), nn.Linear(hidden, outputs),
+    )  # fmt: skip
+
+
+class PatchAttention(nn.Module):
+    """Attention over 4x4 patches of 2x2 pixels: (N, channels, 8, 8) -> logits (N, outputs)."""
 
     WIDTH = 48
 
-    def __init__(self) -> None:
+    def __init__(self, embed: nn.Module, outputs: int) -> None:
+        """
+        Args:
+            embed: (..., 4 channels) -> (..., WIDTH)
+        """
         super().__init__()
-        self.embed = nn.Linear(4, self.WIDTH)
+        self.embed = embed
         self.positions = nn.Parameter(0.1 * torch.randn(16, self.WIDTH))
         layer = nn.TransformerEncoderLayer(
             self.WIDTH, 4, 2 * self.WIDTH, dropout=0.05, activation="gelu", batch_first=True, norm_first=True
         )
         self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
         self.norm = nn.LayerNorm(self.WIDTH)
-        self.head = nn.Linear(self.WIDTH, CLASSES)
+        self.head = nn.Linear(self.WIDTH, outputs)
 
     def forward(self, cells: Tensor) -> Tensor:
-        patches = F.pixel_unshuffle(cells.unsqueeze(1), 2).flatten(2).transpose(1, 2)
-        tokens = self.encoder(self.embed(patches) + self.positions)
-        return self.head(self.norm(tokens).mean(dim=1))
+        patches = F.pixel_unshuffle(cells, 2).flatten(2).transpose(1, 2)
+        return self.head(self.norm(self.encoder(self.embed(patches) + self.positions)).mean(dim=1))
+
+
+class RewardClassifier(nn.Module):
+    """Convolutional network: grey cells (N, 8, 8) with values 0 to 1 -> logits (N, 11)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = convolutions(channels=1, hidden=64, outputs=CLASSES)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        return self.layers(cells.unsqueeze(1))
+
+
+class GoldClassifier(PatchAttention):
+    """Grey cells (N, 8, 8) -> logits (N, 11)."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(4, self.WIDTH), CLASSES)
+
+    def forward(self, cells: Tensor) -> Tensor:
+        return super().forward(cells.unsqueeze(1))
 
 
 CLASSIFIERS: dict[str, type[nn.Module]] = {"reward": RewardClassifier, "gold": GoldClassifier}
@@ -56,17 +78,21 @@ CLASSIFIERS: dict[str, type[nn.Module]] = {"reward": RewardClassifier, "gold": G
 
 def load_classifier(name: str, path: str | Path, device: str | torch.device = "cpu") -> nn.Module:
     """Load the classifier `reward` or `gold` from its safetensors file, frozen and in eval mode."""
-    classifier = CLASSIFIERS[name]()
+    return load_weights(CLASSIFIERS[name](), path, device)
+
+
+def load_weights(network: nn.Module, path: str | Path, device: str | torch.device) -> nn.Module:
+    """The network with the weights of a safetensors file in fp32, frozen and in eval mode."""
     weights = load_file(str(path))
-    classifier.load_state_dict({key: value.float() if value.is_floating_point() else value
-                                for key, value in weights.items()})  # fmt: skip
-    return classifier.to(device).eval().requires_grad_(False)
+    network.load_state_dict({key: value.float() if value.is_floating_point() else value
+                             for key, value in weights.items()})  # fmt: skip
+    return network.to(device).eval().requires_grad_(False)
 
 
-def save_classifier(classifier: nn.Module, path: Path) -> None:
+def save_weights(network: nn.Module, path: Path) -> None:
     """Write the weights in half precision as safetensors."""
     state = {key: value.half() if value.is_floating_point() else value
-             for key, value in classifier.state_dict().items()}  # fmt: skip
+             for key, value in network.state_dict().items()}  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(state, str(path))
 
@@ -120,20 +146,33 @@ def sample_batch(split: DigitSplit, size: int, generator: torch.Generator) -> tu
 
 def train_classifier(name: str, split: DigitSplit, steps: int, seed: int) -> nn.Module:
     """Train one classifier on the split's training part and return it in eval mode."""
-    torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    classifier = CLASSIFIERS[name]().train()
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3, weight_decay=0.02)
+
+    def loss(classifier: nn.Module) -> Tensor:
+        cells, labels = sample_batch(split, BATCH, generator)
+        return F.cross_entropy(classifier(cells), labels, label_smoothing=0.03)
+
+    torch.manual_seed(seed)
+    return fit(CLASSIFIERS[name](), loss, steps, f"{name} classifier")
+
+
+def fit(network: nn.Module, loss_of: Callable[[nn.Module], Tensor], steps: int, words: str) -> nn.Module:
+    """Train a small network in place and return it in eval mode.
+
+    Args:
+        loss_of: network -> its loss on a batch of its own. words: for the progress.
+    """
+    network.train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
-    for _ in trange(steps, desc=f"{name} classifier", mininterval=2):
-        cells, labels = sample_batch(split, 256, generator)
-        loss = F.cross_entropy(classifier(cells), labels, label_smoothing=0.03)
+    for _ in trange(steps, desc=words, mininterval=2):
+        loss = loss_of(network)
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return classifier.eval()
+    return network.eval()
 
 
 @torch.no_grad()

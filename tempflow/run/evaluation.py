@@ -21,6 +21,7 @@ from tempflow.rewards.panel import Panel
 from tempflow.settings.fields import Config
 
 MOST_KINDS = 24
+"""Kinds of prompts that scores are told by; more of them are numbers or names."""
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tempflow.digits.canvas import DigitSplit, Renderer, load_splits
 from tempflow.digits.captions import split_captions, test_prompts, train_prompts, write_prompts
-from tempflow.digits.classifiers import CLASSIFIERS, save_classifier, train_classifier
+from tempflow.digits.classifiers import CLASSIFIERS, save_weights, train_classifier
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
 CLASSIFIER_STEPS = {"reward": 1200, "gold": 2000}
@@ -48,7 +49,7 @@ def make_classifiers(out: Path, splits: dict[str, DigitSplit], seed: int) -> Non
     for name in CLASSIFIERS:
         classifier = train_classifier(name, splits[name], CLASSIFIER_STEPS[name], seed)
         with replacing(out / f"{name}.safetensors") as path:
-            save_classifier(classifier, path)
+            save_weights(classifier, path)
 
 
 def make_pipeline(out: Path, split: DigitSplit, seed: int) -> None:
@@ -57,11 +58,7 @@ def make_pipeline(out: Path, split: DigitSplit, seed: int) -> None:
 
     captions, _ = split_captions()
     pipeline = train_pipeline(Renderer(split.images, split.labels), captions, Budget(), seed)
-    with replacing(out / "pipeline") as path:
-        pipeline.save_pretrained(path)
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        if size > PIPELINE_LIMIT:
-            raise RuntimeError(f"the pipeline takes {size} bytes, more than the {PIPELINE_LIMIT} allowed")
+    save_pipeline(pipeline, out)
 
 
 def report(out: Path, splits: dict[str, DigitSplit]) -> None:
@@ -82,17 +79,34 @@ def report(out: Path, splits: dict[str, DigitSplit]) -> None:
             print(line)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    choices = ("all", "prompts", "classifiers", "pipeline", "report")
-    parser.add_argument("what", nargs="?", default="all", choices=choices)
-    parser.add_argument("--out", type=Path, default=PACKAGE_FOLDER, help="folder to write to (default: the package)")
+def parse_arguments(words: str, parts: Sequence[str], folder: Path) -> argparse.Namespace:
+    """What to make (`what`: one of the parts, all, or report), where to (`out`), from which `seed`.
+
+    Args:
+        words: of the help. folder: where to, unless told otherwise.
+    """
+    parser = argparse.ArgumentParser(description=words)
+    parser.add_argument("what", nargs="?", default="all", choices=("all", *parts, "report"))
+    parser.add_argument("--out", type=Path, default=folder, help="folder to write to (default: the package)")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
+def save_pipeline(pipeline: Any, out: Path) -> None:
+    """Write the folder pipeline/, which a package can hold.
+
+    Raises:
+        RuntimeError: it takes more than PIPELINE_LIMIT bytes.
+    """
+    with replacing(out / "pipeline") as path:
+        pipeline.save_pretrained(path)
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        if size > PIPELINE_LIMIT:
+            raise RuntimeError(f"the pipeline takes {size} bytes, more than the {PIPELINE_LIMIT} allowed")
+
+
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = parse_arguments(__doc__ or "", ("prompts", "classifiers", "pipeline"), PACKAGE_FOLDER)
     splits = load_splits()
     if arguments.what in ("all", "prompts"):
         make_prompts(arguments.out)

@@ -7,15 +7,15 @@ number of threads (OMP_NUM_THREADS; the shipped files were made with 1); elsewhe
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
 from tempflow.digits.canvas import DigitSplit, load_splits
+from tempflow.digits.classifiers import save_weights
 from tempflow.digits.making.generator import Budget
-from tempflow.digits.making.make import PIPELINE_LIMIT, replacing
+from tempflow.digits.making.make import parse_arguments, replacing, save_pipeline
 from tempflow.scenes.canvas import Painter
-from tempflow.scenes.judges import READERS, save_reader, train_reader
+from tempflow.scenes.judges import READERS, train_reader
 from tempflow.scenes.prompts import split_tasks, train_prompts, write_prompts
 
 PACKAGE_FOLDER = Path(__file__).parents[1]
@@ -35,7 +35,7 @@ def make_readers(out: Path, splits: dict[str, DigitSplit], seed: int) -> None:
     for name in READERS:
         reader = train_reader(name, splits[name], READER_STEPS[name], seed)
         with replacing(out / f"{name}.safetensors") as path:
-            save_reader(reader, path)
+            save_weights(reader, path)
 
 
 def make_pipeline(out: Path, split: DigitSplit, seed: int) -> None:
@@ -43,11 +43,7 @@ def make_pipeline(out: Path, split: DigitSplit, seed: int) -> None:
     from tempflow.scenes.making.generator import train_pipeline
 
     pipeline = train_pipeline(Painter(split.images, split.labels), split_tasks()[0], BUDGET, seed)
-    with replacing(out / "pipeline") as path:
-        pipeline.save_pretrained(path)
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-        if size > PIPELINE_LIMIT:
-            raise RuntimeError(f"the pipeline takes {size} bytes, more than the {PIPELINE_LIMIT} allowed")
+    save_pipeline(pipeline, out)
 
 
 def report(out: Path, splits: dict[str, DigitSplit]) -> Iterator[str]:
@@ -66,19 +62,9 @@ def report(out: Path, splits: dict[str, DigitSplit]) -> Iterator[str]:
         yield from figures.report_base(out, pipeline)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Which parts, where to, from which seed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    choices = ("all", "prompts", "readers", "pipeline", "report")
-    parser.add_argument("what", nargs="?", default="all", choices=choices)
-    parser.add_argument("--out", type=Path, default=PACKAGE_FOLDER, help="folder to write to (default: the package)")
-    parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
-
-
 def main() -> None:
     """Makes the parts that the command line names, and prints their figures."""
-    arguments = parse_arguments()
+    arguments = parse_arguments(__doc__ or "", ("prompts", "readers", "pipeline"), PACKAGE_FOLDER)
     splits = load_splits()
     if arguments.what in ("all", "prompts"):
         make_prompts(arguments.out)
