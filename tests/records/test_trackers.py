@@ -49,7 +49,7 @@ def test_a_resumed_run_is_stored_once(name, tmp_path):
     folder = tmp_path / "Läufe (1)"
     for step in (0, 2, 4, 6):
         keep_small(folder, step, torch.full((2, 3, 20, 30), 9 * step, dtype=torch.uint8), Room(9, 1e6))
-    for part in ([], ["3"]):
+    for part in ([], ["3"], ["stored"]):
         done = subprocess.run([python, script, str(folder), name, *part], env=environment(tmp_path), cwd=tmp_path,
                               capture_output=True, text=True, timeout=120, check=False)  # fmt: skip
         assert done.returncode == 0 and "warning" not in done.stderr, done.stderr

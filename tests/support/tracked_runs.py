@@ -1,7 +1,10 @@
 """Writes parts of a run to a tracker through its own package, and reads back what that has stored.
 
 python tracked_runs.py FOLDER TRACKER            a run of four iterations, which ends after its last checkpoint
-python tracked_runs.py FOLDER TRACKER 3          goes on from the third, to the sixth; prints what is stored
+python tracked_runs.py FOLDER TRACKER 3          goes on from the third, to the sixth
+python tracked_runs.py FOLDER TRACKER stored     prints what is stored
+
+What is stored is read by a process of its own: wandb's service may write the last records when a run has ended.
 """
 
 from __future__ import annotations
@@ -143,6 +146,7 @@ if __name__ == "__main__":
     place, name, *rest = sys.argv[1:]
     if not rest:
         write(Path(place), name, None, 4)
-    else:
+    elif rest != ["stored"]:
         write(Path(place), name, int(rest[0]), 6)
+    else:
         print("\n" + json.dumps(READ[name](Path(place))))

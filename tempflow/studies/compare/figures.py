@@ -24,7 +24,7 @@ REWARD = "reward_test"
 def draw_curves(study: Study, points: Sequence[Point], form: str = "png") -> bytes:
     """The picture, as png or svg."""
     scores = list(dict.fromkeys((REWARD, study.metric)))
-    figure, table = pyplot.subplots(len(scores), len(AXES), figsize=(13, 3.7 * len(scores)), squeeze=False,
+    figure, table = pyplot.subplots(len(scores), len(AXES), figsize=(14, 3.7 * len(scores)), squeeze=False,
                                     constrained_layout=True)  # fmt: skip
     for line, score in zip(table, scores, strict=True):
         for axes, (axis, words) in zip(line, AXES.items(), strict=True):
@@ -35,7 +35,7 @@ def draw_curves(study: Study, points: Sequence[Point], form: str = "png") -> byt
             axes.set_xlabel(words)
             axes.grid(alpha=0.25)
         line[0].set_ylabel(f"{score} (held-out)")
-    table[0][0].legend(fontsize=8)
+    figure.legend(*table[0][0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.suptitle(f"{study.name}: mean and 95 % interval over seeds")
     return _written(figure, form)
 
