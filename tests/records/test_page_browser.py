@@ -166,6 +166,19 @@ def test_runs_that_have_little_to_show(started, tmp_path, rows):
         assert is_quiet(tab)
 
 
+def test_each_held_out_score_is_drawn_by_kind_of_prompt(started, tmp_path):
+    """A kind that a scorer told nothing of at one evaluation has a gap there."""
+    kinds = [{"gold/one <b>": 0.125, "reward_test/two": 0.25}, {"gold/one <b>": 0.5, "gold/two": 0.75}]
+    rows = [EVALUATION | {"step": 4 * place, "gold": 0.25, "kinds": found} for place, found in enumerate(kinds)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with opened(started, write_page(tmp_path)) as tab:
+        words = dict(label.split(". Over iterations: ") for label in labels(tab) if "Over iterations" in label)
+        assert words["gold by kind of prompt (held-out)"] == "one <b> from 0.125 to 0.5; two from 0.75 to 0.75."
+        assert words["reward_test by kind of prompt (held-out)"] == "two from 0.25 to 0.25."
+        drawn = tab.page.evaluate("[...document.querySelectorAll('#charts [role=img]')].map(each => each.chart.data)")
+        assert [[0, 4], [0.125, 0.5], [None, 0.75]] in drawn and is_quiet(tab)
+
+
 def test_several_golds_one_after_the_other(started, tmp_path):
     folder = make_run(tmp_path / "run", iterations=5, prompts=1, side=16)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

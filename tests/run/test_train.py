@@ -233,6 +233,7 @@ def test_two_processes_draw_and_learn_what_one_does(tmp_path):
     assert two[1]["reward_mean"] == pytest.approx(one[1]["reward_mean"], abs=1e-6)
     assert two[1]["reward_std_per_step"] == pytest.approx(one[1]["reward_std_per_step"], abs=2e-6, nan_ok=True)
     assert [row["rollouts"] for row in two] == [row["rollouts"] for row in one]
+    assert len(one[0]["kinds"]) > 2 and two[0]["kinds"] == pytest.approx(one[0]["kinds"], abs=1e-6)
     assert all(row["first_log_ratio_max"] == 0 for row in two[1:])
     assert two[3]["grad_norm"] == pytest.approx(one[3]["grad_norm"], rel=1e-3)
     file = Path("checkpoints", "step_000003", "parameters.safetensors")

@@ -34,10 +34,16 @@ const each = (name, words) => rows => {
   return [...keys].map(key => line(words(key), row => row[name]?.[key]));
 };
 
+/** A held-out score by kind of prompt. */
+const byKind = score => ({title: `${score} by kind of prompt (held-out)`, lines: rows =>
+  [...new Set(rows.flatMap(row => Object.keys(row.kinds ?? {})))].filter(name => name.startsWith(`${score}/`))
+    .map(name => line(name.slice(score.length + 1), row => row.kinds?.[name], {points: true}))});
+
 /** The charts over the run; those without a figure are left out. */
 const CHARTS = [
   {title: "Reward and gold", lines: () => [field("reward_mean", "reward (training branches)", {faint: true}),
     ...data.names.map(name => field(name, `${name} (held-out)`, {points: true}))], marks: row => row.gold_fall},
+  ...data.names.map(byKind),
   {title: "Reward std among siblings, by fork step", lines: each("reward_std_per_step", key => `step ${key}`)},
   {title: "Log-ratio and clip fraction", lines: () => [field("log_ratio_mean", "mean |log ratio|"),
     field("log_ratio_max", "largest"), field("first_log_ratio_max", "largest of the first update"),
