@@ -81,7 +81,7 @@ function plot(place, options, columns) {
 }
 
 const axis = (more = {}) => ({stroke: colour("--soft"), grid: {stroke: colour("--line"), width: 1},
-  ticks: {stroke: colour("--line"), width: 1}, font: "11px system-ui", labelFont: "12px system-ui", labelSize: 18, size: 56,
+  ticks: {stroke: colour("--line"), width: 1}, font: "11px system-ui", labelFont: "12px system-ui", labelSize: 18, size: 64,
   values: (_, marks) => marks.map(tick), ...more});
 const WHOLE = Array.from({length: 30}, (_, k) => [1, 2, 5][k % 3] * 10 ** Math.floor(k / 3));  // distances of ticks
 const readout = (_, value) => figure(value);
