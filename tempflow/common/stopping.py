@@ -45,15 +45,20 @@ class Stopping:
         self._may_leave: Callable[[], bool] = lambda: True
         self._over = False
         self._timers: list[threading.Timer] = []
+        self._hint = ""
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Within this context the signals are this object's; afterwards whose they were before."""
+    def listening(self, hint: str = "go on from the last checkpoint with run.resume=true") -> Iterator[None]:
+        """Within this context the signals are this object's; afterwards whose they were before.
+
+        Args:
+            hint: how to go on with what a second signal ended at once.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        self.asked_by, self._over = None, False
+        self.asked_by, self._over, self._hint = None, False, hint
         try:
             yield
         finally:
@@ -83,7 +88,7 @@ class Stopping:
         if self.asked_by is None:
             self._first(name)
         elif time.monotonic() - self._when > TWICE:
-            end_now(f"{name}: ended at once; go on from the last checkpoint with run.resume=true")
+            end_now(f"{name}: ended at once; {self._hint}")
 
     def _first(self, name: str) -> None:
         self.asked_by, self._when = name, time.monotonic()

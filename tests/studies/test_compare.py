@@ -3,8 +3,12 @@
 import csv
 import json
 import math
+import os
 import re
+import signal
 import sys
+import threading
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -213,6 +217,42 @@ def test_a_failed_run_is_named_and_the_others_go_on(tmp_path, stand_in):
     assert run_jobs(jobs, Machine(()), 2, pause=0.05) == [], "the same again: what was broken off goes on"
     calls = [(job.folder / "calls").read_text().split() for job in jobs]
     assert calls == [["new", "resumed"], ["new"], ["new", "resumed"], ["new"]]
+
+
+LISTENER = """
+import signal, sys, time
+from pathlib import Path
+folder = Path(sys.argv[1])
+folder.mkdir(parents=True)
+
+def saves(number, frame):
+    (folder / "saved").write_text(signal.Signals(number).name)
+    sys.exit(130)
+
+signal.signal(signal.SIGINT, saves)
+(folder / "listens").touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("asked_by", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_study_that_is_asked_to_end_leaves_no_run_behind(tmp_path, monkeypatch, asked_by):
+    """As by Ctrl-C, `timeout`, a scheduler, or a terminal that is closed."""
+    monkeypatch.setattr(jobs_module.Job, "command", lambda job: [sys.executable, "-c", LISTENER, str(job.folder)])
+    jobs = [Job("a", seed, tmp_path / f"seed_{seed}", ("digits",), 1, 10) for seed in (1, 2, 3)]
+
+    def ask() -> None:
+        while not all((job.folder / "listens").is_file() for job in jobs[:2]):
+            time.sleep(0.01)
+        os.kill(os.getpid(), asked_by)
+
+    before = signal.getsignal(asked_by)
+    threading.Thread(target=ask, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(jobs, Machine(()), 2, pause=0.05)
+    assert [(job.folder / "saved").read_text() for job in jobs[:2]] == ["SIGINT"] * 2
+    assert not jobs[2].folder.exists() and not any(job.is_finished() for job in jobs)
+    assert signal.getsignal(asked_by) is before
 
 
 def test_how_far_a_run_has_come(tmp_path):

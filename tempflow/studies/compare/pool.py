@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from tqdm import tqdm
 
 from tempflow.common.say import say
+from tempflow.common.stopping import STOPPING
 from tempflow.studies.compare.jobs import Job, Machine
 
 PATIENCE = 30
@@ -35,13 +36,14 @@ def run_jobs(jobs: Sequence[Job], machine: Machine, places: int, pause: float = 
     """Runs all that are not finished, in their order; a failed one is told of, and the others go on.
 
     Raises:
-        KeyboardInterrupt: after all children have been interrupted and have ended.
+        KeyboardInterrupt: after a signal that asks to end, when all children have been interrupted and have ended.
     """
     pool = _Pool(machine, places, [job for job in jobs if not job.is_finished()])
     if len(pool.waiting) < len(jobs):
         say(f"{len(jobs) - len(pool.waiting)} of {len(jobs)} runs are finished already")
-    with tqdm(total=len(jobs), initial=_done(jobs), unit="run", file=sys.stderr, dynamic_ncols=True,
-              bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left{postfix}") as bar:  # fmt: skip
+    bar = tqdm(total=len(jobs), initial=_done(jobs), unit="run", file=sys.stderr, dynamic_ncols=True,
+               bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left{postfix}")  # fmt: skip
+    with bar, STOPPING.listening("the same command goes on with it"):  # SIGTERM alone would leave runs behind
         try:
             while pool.goes_on():
                 time.sleep(pause)
