@@ -8,6 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch is imported: as many thr
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import random
+import signal
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ from tempflow.explore.schedule import NoiseSchedule, build_schedule
 from tempflow.models.load import load_policy
 from tempflow.policy import Conditioning
 from tempflow.settings.fields import ModelConfig, SampleConfig
+
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # pytest under nohup: what a run does at a hang-up is tested
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 HOOKS = (begun, pytest_collection_finish, pytest_collection_modifyitems, pytest_sessionfinish)
 SD35_SIGMAS = (1.0, 0.9601, 0.9133, 0.8577, 0.7904, 0.7073, 0.6022, 0.4649, 0.278, 0.0089, 0.0)

@@ -24,7 +24,8 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code: 0, 1 where a run failed, 2 for wrong input, 130 for Ctrl-C."""
+    """Runs the command line; returns the exit code: 0, 1 where a run failed, 2 for wrong input, 130 for Ctrl-C or
+    another signal that asks to end."""
 
     def work() -> int:
         given = _arguments(arguments)

@@ -46,19 +46,23 @@ class Stopping:
         self._over = False
         self._timers: list[threading.Timer] = []
         self._hint = ""
+        self._last: Callable[[], None] | None = None
 
     @contextmanager
     def listening(self, hint: str = "go on from the last checkpoint with run.resume=true") -> Iterator[None]:
-        """Within this context the signals are this object's; afterwards whose they were before.
+        """Within this context the signals are this object's; afterwards whose they were before. A SIGHUP that is
+        ignored, as under `nohup`, stays so.
 
         Args:
             hint: how to go on with what a second signal ended at once.
         """
+        self.asked_by, self._over, self._hint = None, False, hint
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        self.asked_by, self._over, self._hint = None, False, hint
+        heard = [number for number in SIGNALS
+                 if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN]  # fmt: skip
+        before = {number: signal.signal(number, self._receive) for number in heard}
         try:
             yield
         finally:
@@ -80,6 +84,19 @@ class Stopping:
         finally:
             self._grace = None
 
+    @contextmanager
+    def noting(self, last: Callable[[], None]) -> Iterator[None]:
+        """Within this context the first signal is noted and nothing else, for `asked_by` to be looked at.
+
+        Args:
+            last: what is done before a second signal ends the process.
+        """
+        self._last = last
+        try:
+            yield
+        finally:
+            self._last = None
+
     def _receive(self, number: int, _: object) -> None:
         if self._over:
             self._leave()
@@ -88,10 +105,14 @@ class Stopping:
         if self.asked_by is None:
             self._first(name)
         elif time.monotonic() - self._when > TWICE:
+            if self._last is not None:
+                self._last()
             end_now(f"{name}: ended at once; {self._hint}")
 
     def _first(self, name: str) -> None:
         self.asked_by, self._when = name, time.monotonic()
+        if self._last is not None:
+            return
         if self._grace is None:
             raise Stopped(name)
         say_at_once(f"{name}: finishing the iteration, at most {self._grace:g} s (run.grace); again: ends at once")

@@ -24,7 +24,7 @@ examples:
   tempflow train                                         the preset digits_even, on any machine, in minutes
   tempflow train digits run.plan_only=true               what a run will cost, before it starts
   tempflow train digits flow_grpo learn.iterations=20    presets and files stack, then settings
-  tempflow train run.resume=true learn.iterations=60     go on with a run
+  tempflow train run.resume=true learn.iterations=90     go on with a run
   torchrun --nproc-per-node=8 -m tempflow train sd35_pickscore run.save_every=10"""
 
 

@@ -73,6 +73,15 @@ def test_a_signal_lets_the_iteration_finish_and_saves_it(tmp_path, monkeypatch, 
     assert signal.getsignal(number) == before and not list((tmp_path / "run").glob("error*"))
 
 
+def test_a_run_under_nohup_does_not_hear_that_its_terminal_is_closed(tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        at(monkeypatch, 1, lambda _: signal.raise_signal(signal.SIGHUP))
+        assert run(tmp_path / "run") == 0 and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_after_the_time_of_grace_the_iteration_before_is_saved(tmp_path, monkeypatch, capsys, undisturbed):
     def hang(_):
         threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()

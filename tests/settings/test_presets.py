@@ -11,10 +11,12 @@ from tempflow.rewards.scorer import SCORERS
 from tempflow.settings.checks import check_consistency
 from tempflow.settings.reading import load, presets
 from tempflow.settings.stacks import FOLDER, KINDS, names_of
+from tempflow.studies.compare.jobs import Costs
+from tempflow.studies.compare.study import configuration, read_study
 
 PAPER = ["sd35_geneval", "sd35_pickscore", "flux_hpsv3", "qwen_pickscore"]
 METHODS = [name for name in names_of("methods") if name != "guard"]
-SINGLE = [name for name in names_of("runs") if name not in (*PAPER, "digits_even")]
+SINGLE = [name for name in names_of("runs") if name not in PAPER and not name.startswith("digits")]
 BASES = ["digits", "sd35_medium pickscore", "flux1_dev hpsv3", *names_of("runs")]
 
 METHOD_FIELDS = {
@@ -84,15 +86,35 @@ def test_presets_of_the_paper(name):
     assert config.model.vae_dtype == "bf16", "fp16 overflows, fp32 takes twice the time"
 
 
+def rows_of_iteration(name: str) -> int:
+    return Costs().of_iteration([name])(0)
+
+
 def test_the_default_run_takes_half_the_rows_of_digits():
-    """As many trunks an iteration, of twice as many prompts; all else but weights and iterations is the same."""
+    """As many trunks an iteration, of twice as many prompts; all else but weights, tails and iterations is the same."""
     plain, even = load(["digits"]), load([])
     assert (even.explore.prompts, even.explore.noises) == (2 * plain.explore.prompts, plain.explore.noises // 2)
-    assert even.explore.noises == 1 and plain.learn.iterations - 2 < 2 * even.learn.iterations <= plain.learn.iterations
+    assert even.explore.noises == 1 and (plain.tails.stride, even.tails.stride) == (1, 2)
+    whole, own = (rows_of_iteration(name) for name in ("digits", "digits_even"))
+    assert (whole, own) == (2400, 1536)
+    half = whole * plain.learn.iterations / 2
+    assert half - own < own * even.learn.iterations <= half
     weights = even.objective.weighting
     assert len(weights) == even.sample.steps - 1 and sum(weights) == pytest.approx(len(weights), rel=0.01)
     assert sorted(weights, reverse=True) == weights and plain.objective.weighting == "noise"
     assert all(getattr(plain, section) == getattr(even, section) for section in ("model", "sample", "credit", "reward"))
+
+
+def test_a_run_on_digits_is_the_setting_of_its_study():
+    """But for what no result is a function of, and for what differs from study to study."""
+    for name, study, run in (("digits_even", "fig3", "default"), ("digits_first_forks", "forks", "first_3")):
+        own, studied = load([name]), configuration(read_study(study), run)
+        for section in ("sample", "explore", "credit", "objective", "model", "reward"):
+            assert getattr(own, section) == getattr(studied, section), (name, section)
+        assert own.tails.stride == studied.tails.stride
+        assert (own.learn.lr, own.learn.rows) == (studied.learn.lr, studied.learn.rows)
+        rows, limit = rows_of_iteration(name), read_study(study).budget.rows
+        assert abs(own.learn.iterations * rows - limit) < rows, "to the end of that study"
 
 
 def test_runs_for_one_gpu_name_its_memory_and_cover_every_model():

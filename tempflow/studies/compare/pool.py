@@ -43,13 +43,15 @@ def run_jobs(jobs: Sequence[Job], machine: Machine, places: int, pause: float = 
         say(f"{len(jobs) - len(pool.waiting)} of {len(jobs)} runs are finished already")
     bar = tqdm(total=len(jobs), initial=_done(jobs), unit="run", file=sys.stderr, dynamic_ncols=True,
                bar_format="{percentage:3.0f}% |{bar:20}| {elapsed} gone, {remaining} left{postfix}")  # fmt: skip
-    with bar, STOPPING.listening("the same command goes on with it"):  # SIGTERM alone would leave runs behind
+    with bar, STOPPING.listening("the same command goes on with it"), STOPPING.noting(pool.kill):
         try:
-            while pool.goes_on():
+            while pool.goes_on() and not STOPPING.asked_by:  # noted, since what is raised may lose a run being started
                 time.sleep(pause)
                 _show(bar, jobs, pool)
         finally:
             _interrupt(child for _, child in pool.running.values())
+    if STOPPING.asked_by:
+        raise KeyboardInterrupt(STOPPING.asked_by)
     return pool.failures
 
 
@@ -71,6 +73,11 @@ class _Pool:
             job = self.waiting.pop(0)
             self.running[place] = job, _start(job, self.machine.environment(place))
         return bool(self.running)
+
+    def kill(self) -> None:
+        """Ends all that are under way by force."""
+        for _, child in self.running.values():
+            child.kill()
 
 
 def _show(bar: tqdm, jobs: Sequence[Job], pool: _Pool) -> None:
