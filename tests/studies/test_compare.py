@@ -16,6 +16,7 @@ from tempflow.common.errors import BadInput
 from tempflow.settings.reading import load
 from tempflow.studies.compare import jobs as jobs_module
 from tempflow.studies.compare import make
+from tempflow.studies.compare.figures import draw_curves
 from tempflow.studies.compare.jobs import Job, Machine, make_jobs
 from tempflow.studies.compare.pool import run_jobs
 from tempflow.studies.compare.results import Point, by_kind, contrast, curve, read_points, summarise
@@ -85,6 +86,12 @@ def test_a_run_under_way_is_in_curves_but_not_in_finals(tmp_path):
     found = curve(points, "a", "network_rows", "gold")
     assert (found.x, found.mean) == ([0, 10], [0, 2]) and found.half[1] == pytest.approx(12.70620)
     assert summarise(points, jobs, "gold", None, None)[0].seeds == [1]
+
+
+def test_the_picture_names_every_run_once(tmp_path):
+    points = [point for run in ("all", "first") for point in points_of(run, 1, 0.25, 0.5)]
+    drawn = draw_curves(Study(**FILE), points, "svg").decode()
+    assert [drawn.count(f"<!-- {run} -->") for run in ("all", "first")] == [1, 1]
 
 
 @pytest.mark.parametrize(("change", "field"), [

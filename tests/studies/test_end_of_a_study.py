@@ -56,7 +56,7 @@ from tempflow.studies.compare.jobs import Job, Machine
 from tempflow.studies.compare.pool import run_jobs
 folder = Path(sys.argv[1])
 child = ("import os, signal, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN);"
-         "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)")
+         "open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(200)")
 Job.command = lambda job: [sys.executable, "-c", child, str(folder / "pid")]
 run_jobs([Job("a", 1, folder / "seed_1", ("digits",), 1, 10)], Machine(()), 1, pause=0.05)
 """
