@@ -67,6 +67,7 @@ class Stopping:
             yield
         finally:
             self._cancel()
+            self.asked_by = None  # a run that begins without listening is not asked by what came before
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -260,5 +260,8 @@ def test_after_the_time_of_grace_what_is_written_to_is_not_left(monkeypatch, end
 
 
 def test_nobody_is_asked_to_stop_by_what_came_before():
+    with pytest.raises(Stopped), STOPPING.listening():
+        signal.raise_signal(signal.SIGUSR1)
+    assert STOPPING.asked_by is None
     with STOPPING.listening():
         assert STOPPING.asked_by is None

@@ -50,8 +50,8 @@ def run_jobs(jobs: Sequence[Job], machine: Machine, places: int, pause: float = 
                 _show(bar, jobs, pool)
         finally:
             _interrupt(child for _, child in pool.running.values())
-    if STOPPING.asked_by:
-        raise KeyboardInterrupt(STOPPING.asked_by)
+        if STOPPING.asked_by:
+            raise KeyboardInterrupt(STOPPING.asked_by)
     return pool.failures
 
 
