@@ -7,15 +7,15 @@ project can be drawn anew without a run.
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from tempflow.common.errors import BadInput
 from tempflow.studies.compare.jobs import Job
+from tempflow.studies.compare.resolved import RESOLVED, as_text, read_resolved, resolved
 from tempflow.studies.compare.results import RESULTS, Point
-from tempflow.studies.compare.study import KEPT, Study, configuration, read_study
+from tempflow.studies.compare.study import Study, configuration
 
 PLAIN = ("run", "seed", "iteration", "network_rows", "seconds")
 
@@ -35,13 +35,13 @@ def known_results(study: Study, jobs: Sequence[Job], folder: Path) -> dict[tuple
     and to the same end, judged by the study's metric.
 
     Raises:
-        BadInput: a results.csv or a study.yaml in a folder beside this one cannot be read.
+        BadInput: a results.csv or a settings.yaml in a folder beside this one cannot be read.
     """
     left = [job for job in jobs if not job.is_finished()]
     if not left:
         return {}
     found = {key: known for place in _places(folder) for key, known in _results(place).items()}
-    named = {run: _settings(study, run) for run in study.runs}
+    named = {run: as_text(resolved(configuration(study, run))) for run in study.runs}
     pairs = ((job, found.get((named[job.run], job.seed))) for job in left)
     return {(job.run, job.seed): _as(job, known) for job, known in pairs
             if known and study.metric in known.points[-1].scores and _complete(job, known)}  # fmt: skip
@@ -50,28 +50,19 @@ def known_results(study: Study, jobs: Sequence[Job], folder: Path) -> dict[tuple
 def _places(folder: Path) -> Iterable[Path]:
     """Folders with results: this study's comes last, since it counts most."""
     others = (place for place in sorted(folder.parent.glob("*")) if place != folder)
-    return (place for place in (*others, folder) if (place / RESULTS).is_file() and (place / KEPT).is_file())
+    return (place for place in (*others, folder) if (place / RESULTS).is_file() and (place / RESOLVED).is_file())
 
 
 def _results(place: Path) -> dict[tuple[str, int], Known]:
     """(settings, seed) -> results of a folder."""
-    study, by_run = read_study(str(place / KEPT)), {}
+    made_with, by_run = read_resolved(place / RESOLVED), {}
     for point in read_results(place / RESULTS):
         by_run.setdefault((point.run, point.seed), []).append(point)
     return {
-        (_settings(study, run), seed): Known(place.name, tuple(points))
+        (as_text(values), seed): Known(place.name, tuple(points))
         for (run, seed), points in by_run.items()
-        if run in study.runs
+        if (values := made_with.get(run)) is not None
     }
-
-
-def _settings(study: Study, run: str) -> str:
-    """What a run's results are a function of, but for its seed and its end."""
-    values = asdict(configuration(study, run))
-    del values["run"]
-    for field in ("iterations", "max_seconds"):
-        del values["learn"][field]
-    return json.dumps(values, sort_keys=True)
 
 
 def _complete(job: Job, known: Known) -> bool:

@@ -16,6 +16,7 @@ from tempflow.studies.compare.jobs import Job, Machine, make_jobs
 from tempflow.studies.compare.known import Known, known_results
 from tempflow.studies.compare.page import contrasts_table, kinds_table, results_table, write_page
 from tempflow.studies.compare.pool import Failure, run_jobs
+from tempflow.studies.compare.resolved import check_resolved, write_resolved
 from tempflow.studies.compare.results import RESULTS, Contrast, by_kind, contrast, read_points, summarise, write_csv
 from tempflow.studies.compare.study import Study, configuration, open_folder
 
@@ -41,6 +42,7 @@ def make_study(study: Study, folder: Path, processes: int | None = None) -> int:
 
 def _jobs(study: Study, folder: Path) -> tuple[list[Job], dict[tuple[str, int], Known]]:
     """All runs, and the results of those that need not be made again."""
+    check_resolved(study, folder)
     jobs = make_jobs(study, folder)
     known = known_results(study, jobs, folder)
     return [replace(job, known=(job.run, job.seed) in known) for job in jobs], known
@@ -59,6 +61,7 @@ def write_report(study: Study, folder: Path, jobs: Sequence[Job], failures: Sequ
     if points and not any(study.metric in point.scores for point in points):
         notes.append(f"metric={study.metric}: no run has this score; there are {', '.join(points[-1].scores)}")
     write_csv(points, folder / RESULTS)
+    write_resolved(study, folder)
     write_atomically(folder / "study.png", draw_curves(study, points))
     contrasts = contrast(points, jobs, study.metric, study.contrasts)
     against = [Contrast(summary.run, study.baseline, summary.difference)
