@@ -67,9 +67,9 @@ class Stopping:
             yield
         finally:
             self._cancel()
-            self.asked_by = None  # a run that begins without listening is not asked by what came before
             for number, handler in before.items():
                 signal.signal(number, handler)
+            self.asked_by = None  # a run that begins without listening is not asked by what came before
 
     @contextmanager
     def finishing(self, grace: float, may_leave: Callable[[], bool]) -> Iterator[None]:

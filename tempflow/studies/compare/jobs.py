@@ -20,7 +20,9 @@ from tempflow.models.load import load_skeleton
 from tempflow.records.rows import read_metrics
 from tempflow.run.folder import check_same_run
 from tempflow.settings.checks import check_consistency
+from tempflow.settings.fields import Config
 from tempflow.settings.reading import load
+from tempflow.studies.compare.resolved import as_text, resolved
 from tempflow.studies.compare.study import Study
 
 ENDLESS = 10**6
@@ -45,11 +47,21 @@ class Job:
     """of training that it will take, where the budget is in seconds"""
     known: bool = False
     """its results are known from elsewhere: it is not made again"""
+    settings: str = ""
+    """all that its results are a function of, as the files of its stack said when the study began"""
 
     @property
     def log(self) -> Path:
         """What the command says."""
         return self.folder.with_suffix(".log")
+
+    def has_changed(self) -> bool:
+        """Whether the files of its stack say something else by now.
+
+        Raises:
+            BadInput: they say nothing that can be read.
+        """
+        return bool(self.settings) and as_text(resolved(load(self.arguments))) != self.settings
 
     def is_finished(self) -> bool:
         return self.known or (self.folder / FINISHED).is_file()
@@ -79,13 +91,12 @@ class Costs:
     def __init__(self) -> None:
         self.skeletons: dict[str, object] = {}
 
-    def of_iteration(self, arguments: list[str]):
+    def of_iteration(self, config: Config):
         """iteration -> network rows of it.
 
         Raises:
             BadInput: settings that cannot work together, or with this model.
         """
-        config = load(arguments)
         check_consistency(config, 1)
         key = f"{config.model} {config.sample.height} {config.sample.width} {config.sample.guidance}"
         if key not in self.skeletons:
@@ -113,7 +124,8 @@ def _job(study: Study, folder: Path, run: str, seed: int, costs: Costs) -> Job:
     place = folder / run / f"seed_{seed}"
     arguments = [*study.arguments(run), f"run.seed={seed}", f"run.dir={place}"]
     try:
-        cost = costs.of_iteration(arguments)
+        config = load(arguments)
+        cost = costs.of_iteration(config)
     except BadInput as error:
         raise BadInput(f"runs.{run}", f"{error.field}={error.value}", error.hint) from error
     budget, rows = study.budget, 0
@@ -123,7 +135,8 @@ def _job(study: Study, folder: Path, run: str, seed: int, costs: Costs) -> Job:
         iterations, rows = _length(cost, budget.iterations, budget.rows)
         own = []
     arguments += [f"learn.iterations={iterations}", *own]
-    return Job(run, seed, place, tuple(arguments), iterations, rows, budget.seconds)
+    return Job(run, seed, place, tuple(arguments), iterations, rows, budget.seconds,
+               settings=as_text(resolved(config)))  # fmt: skip
 
 
 def _length(cost, iterations: int | None, limit: int | None) -> tuple[int, int]:

@@ -7,15 +7,17 @@ project can be drawn anew without a run.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from tempflow.common.errors import BadInput
+from tempflow.common.say import say
 from tempflow.studies.compare.jobs import Job
-from tempflow.studies.compare.resolved import RESOLVED, as_text, read_resolved, resolved
-from tempflow.studies.compare.results import RESULTS, Point
-from tempflow.studies.compare.study import Study, configuration
+from tempflow.studies.compare.resolved import as_text, check_resolved, read_resolved, resolved, write_resolved
+from tempflow.studies.compare.results import RESULTS, Point, write_csv
+from tempflow.studies.compare.study import KEPT, Study, configuration
 
 PLAIN = ("run", "seed", "iteration", "network_rows", "seconds")
 
@@ -35,45 +37,83 @@ def known_results(study: Study, jobs: Sequence[Job], folder: Path) -> dict[tuple
     and to the same end, judged by the study's metric.
 
     Raises:
-        BadInput: a results.csv or a settings.yaml in a folder beside this one cannot be read.
+        BadInput: results in this folder cannot be read, or were made with other settings.
     """
     left = [job for job in jobs if not job.is_finished()]
-    if not left:
+    own = _own(study, left, folder)
+    elsewhere = [_elsewhere(place) for place in sorted(folder.parent.glob("*")) if place != folder] if left else []
+    found = {}
+    for job in left:
+        candidates = [own.get((job.run, job.seed)), *(place.get((job.settings, job.seed)) for place in elsewhere[::-1])]
+        whole = (known for known in candidates if known and _complete(job, known, study.metric))
+        if known := next(whole, None):
+            found[job.run, job.seed] = _as(job, known)
+    return found
+
+
+def _own(study: Study, left: Sequence[Job], folder: Path) -> dict[tuple[str, int], Known]:
+    """(run, seed) -> results in this folder, whose runs have the settings that they were made with."""
+    made_with = read_resolved(folder)
+    for run in (run for run in study.runs if run in made_with):
+        check_resolved(run, resolved(configuration(study, run)), made_with[run], folder)
+    path = folder / RESULTS
+    results = _by_run(path) if left and path.is_file() else {}
+    for job in left:
+        if (job.run, job.seed) in results and not (job.run in made_with or (job.folder / "config.yaml").is_file()):
+            hint = f"nothing beside it says with what settings {job.run} was made; move it away to make all runs again"
+            raise BadInput("study", path, hint)
+    return results
+
+
+def _elsewhere(place: Path) -> dict[tuple[str, int], Known]:
+    """(settings, seed) -> results of another study's folder; none where it holds something else."""
+    if not all((place / name).is_file() for name in (RESULTS, KEPT)):
         return {}
-    found = {key: known for place in _places(folder) for key, known in _results(place).items()}
-    named = {run: as_text(resolved(configuration(study, run))) for run in study.runs}
-    pairs = ((job, found.get((named[job.run], job.seed))) for job in left)
-    return {(job.run, job.seed): _as(job, known) for job, known in pairs
-            if known and study.metric in known.points[-1].scores and _complete(job, known)}  # fmt: skip
+    try:
+        made_with, results = read_resolved(place), _by_run(place / RESULTS)
+    except BadInput as error:
+        say(f"no results are taken from {place}: {error}")
+        return {}
+    told = {run: as_text(values) for run, values in made_with.items() if not isinstance(values, BadInput)}
+    return {(told[run], seed): known for (run, seed), known in results.items() if run in told}
 
 
-def _places(folder: Path) -> Iterable[Path]:
-    """Folders with results: this study's comes last, since it counts most."""
-    others = (place for place in sorted(folder.parent.glob("*")) if place != folder)
-    return (place for place in (*others, folder) if (place / RESULTS).is_file() and (place / RESOLVED).is_file())
+def _by_run(path: Path) -> dict[tuple[str, int], Known]:
+    """(run, seed) -> results of a table."""
+    points: dict[tuple[str, int], list[Point]] = {}
+    for point in read_results(path):
+        points.setdefault((point.run, point.seed), []).append(point)
+    return {key: Known(path.parent.name, tuple(own)) for key, own in points.items()}
 
 
-def _results(place: Path) -> dict[tuple[str, int], Known]:
-    """(settings, seed) -> results of a folder."""
-    made_with, by_run = read_resolved(place / RESOLVED), {}
-    for point in read_results(place / RESULTS):
-        by_run.setdefault((point.run, point.seed), []).append(point)
-    return {
-        (as_text(values), seed): Known(place.name, tuple(points))
-        for (run, seed), points in by_run.items()
-        if (values := made_with.get(run)) is not None
-    }
-
-
-def _complete(job: Job, known: Known) -> bool:
-    """Whether a run has come to the very end that a job has: its learning rate falls towards it."""
+def _complete(job: Job, known: Known, metric: str) -> bool:
+    """Whether a run has come to the very end that a job has, since its learning rate falls towards it, and was judged
+    there by the metric."""
     last = known.points[-1]
-    return last.seconds >= job.seconds if job.seconds else last.iteration == job.iterations
+    ended = last.seconds >= job.seconds if job.seconds else last.iteration == job.iterations
+    return ended and metric in last.scores
 
 
 def _as(job: Job, known: Known) -> Known:
     points = (Point(job.run, job.seed, p.iteration, p.network_rows, p.seconds, p.scores) for p in known.points)
     return Known(known.study, tuple(points))
+
+
+def keep_results(points: Sequence[Point], jobs: Sequence[Job], folder: Path) -> None:
+    """Writes results and the settings that they were made with; what was there and has not been made anew stays.
+
+    Raises:
+        BadInput: what is there cannot be read.
+    """
+    path, now = folder / RESULTS, {(point.run, point.seed) for point in points}
+    before = {run: values for run, values in read_resolved(folder).items() if not isinstance(values, BadInput)}
+    settings = {job.run: json.loads(job.settings) for job in jobs if job.settings}
+    own = {run: before.get(run, settings[run]) for run, _ in now if run in settings}
+    left = path.is_file() and not all(job.is_finished() for job in jobs)
+    stays = [point for point in read_results(path) if (point.run, point.seed) not in now] if left else []
+    both = before | own
+    write_resolved({run: both[run] for run in settings if run in both}, folder)
+    write_csv([*points, *stays], path)
 
 
 def read_results(path: Path) -> list[Point]:

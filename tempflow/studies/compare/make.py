@@ -13,11 +13,10 @@ from tempflow.common.say import say
 from tempflow.records.rows import read_metrics
 from tempflow.studies.compare.figures import draw_curves, draw_differences
 from tempflow.studies.compare.jobs import Job, Machine, make_jobs
-from tempflow.studies.compare.known import Known, known_results
+from tempflow.studies.compare.known import Known, keep_results, known_results
 from tempflow.studies.compare.page import contrasts_table, kinds_table, results_table, write_page
 from tempflow.studies.compare.pool import Failure, run_jobs
-from tempflow.studies.compare.resolved import check_resolved, write_resolved
-from tempflow.studies.compare.results import RESULTS, Contrast, by_kind, contrast, read_points, summarise, write_csv
+from tempflow.studies.compare.results import Contrast, by_kind, contrast, read_points, summarise
 from tempflow.studies.compare.study import Study, configuration, open_folder
 
 TRIAL = ("prompts.test=null", "learn.iterations=3", "eval.every=0", "run.save_every=0")
@@ -42,7 +41,6 @@ def make_study(study: Study, folder: Path, processes: int | None = None) -> int:
 
 def _jobs(study: Study, folder: Path) -> tuple[list[Job], dict[tuple[str, int], Known]]:
     """All runs, and the results of those that need not be made again."""
-    check_resolved(study, folder)
     jobs = make_jobs(study, folder)
     known = known_results(study, jobs, folder)
     return [replace(job, known=(job.run, job.seed) in known) for job in jobs], known
@@ -50,7 +48,7 @@ def _jobs(study: Study, folder: Path) -> tuple[list[Job], dict[tuple[str, int], 
 
 def write_report(study: Study, folder: Path, jobs: Sequence[Job], failures: Sequence[Failure],
                  known: Mapping[tuple[str, int], Known] | None = None) -> str:  # fmt: skip
-    """results.csv, study.png and study.html; returns the results in words."""
+    """results.csv, settings.yaml, study.png and study.html; returns the results in words."""
     known = known or {}
     points = read_points(jobs, {key: result.points for key, result in known.items()})
     summaries = summarise(points, jobs, study.metric, study.target, study.baseline)
@@ -60,8 +58,7 @@ def write_report(study: Study, folder: Path, jobs: Sequence[Job], failures: Sequ
                      f"settings in {', '.join(others)}; their seconds were measured there")  # fmt: skip
     if points and not any(study.metric in point.scores for point in points):
         notes.append(f"metric={study.metric}: no run has this score; there are {', '.join(points[-1].scores)}")
-    write_csv(points, folder / RESULTS)
-    write_resolved(study, folder)
+    keep_results(points, jobs, folder)
     write_atomically(folder / "study.png", draw_curves(study, points))
     contrasts = contrast(points, jobs, study.metric, study.contrasts)
     against = [Contrast(summary.run, study.baseline, summary.difference)
@@ -113,7 +110,7 @@ def _speed(jobs: Sequence[Job], machine: Machine) -> float:
         first = jobs[0]
         place = Path(folder) / "trial"
         arguments = (*first.arguments, *TRIAL, f"run.dir={place}")
-        trial = replace(first, folder=place, iterations=3, known=False, arguments=arguments)
+        trial = replace(first, folder=place, iterations=3, known=False, arguments=arguments, settings="")
         failures = run_jobs([trial], machine, 1)
         if failures:
             raise BadInput(f"runs.{first.run}", f"seed {first.seed}", f"fails: {failures[0].line}")

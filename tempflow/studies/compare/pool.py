@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
+from tempflow.common.errors import BadInput
 from tempflow.common.say import say
-from tempflow.common.stopping import STOPPING
+from tempflow.common.stopping import STOPPING, WRONG
 from tempflow.studies.compare.jobs import Job, Machine
 
 PATIENCE = 30
@@ -71,8 +72,11 @@ class _Pool:
             self.failures += _ended(*self.running.pop(place))
         for place in sorted(set(range(self.places)) - self.running.keys())[: len(self.waiting)]:
             job = self.waiting.pop(0)
-            self.running[place] = job, _start(job, self.machine.environment(place))
-        return bool(self.running)
+            if changed := _changed(job):
+                self.failures += [changed]
+            else:
+                self.running[place] = job, _start(job, self.machine.environment(place))
+        return bool(self.running or self.waiting)
 
     def kill(self) -> None:
         """Ends all that are under way by force."""
@@ -104,9 +108,21 @@ def _ended(job: Job, child: subprocess.Popen) -> list[Failure]:
     if child.returncode == 0:
         job.finish()
         return []
-    failure = Failure(job, child.returncode, last_line(job))
+    return [_told(Failure(job, child.returncode, last_line(job)))]
+
+
+def _changed(job: Job) -> Failure | None:
+    """The failure of a run whose files were changed since the study began: its seeds would not be of one kind."""
+    try:
+        line = "a preset or file of its stack was changed since the study began" if job.has_changed() else ""
+    except BadInput as error:
+        line = str(error)
+    return _told(Failure(job, WRONG, line)) if line else None
+
+
+def _told(failure: Failure) -> Failure:
     tqdm.write(f"tempflow: {failure.describe()}", file=sys.stderr)
-    return [failure]
+    return failure
 
 
 def last_line(job: Job) -> str:
