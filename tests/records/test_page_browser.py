@@ -179,6 +179,17 @@ def test_each_held_out_score_is_drawn_by_kind_of_prompt(started, tmp_path):
         assert [[0, 4], [0.125, 0.5], [None, 0.75]] in drawn and is_quiet(tab)
 
 
+def test_twenty_kinds_differ_in_colour_or_line(started, tmp_path):
+    kinds = {f"gold/kind {number:02}": 0.1 for number in range(20)}
+    rows = [EVALUATION | {"step": step, "gold": 0.25, "kinds": kinds} for step in (0, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with opened(started, write_page(tmp_path)) as tab:
+        looks = tab.page.evaluate("""[...document.querySelectorAll('#charts [role=img]')].map(each =>
+            each.chart.series.slice(1).map(line => JSON.stringify([line._stroke ?? line.stroke(), line.dash])))""")
+        by_kind = next(found for found in looks if len(found) == 20)
+        assert len(set(by_kind)) == 20 and is_quiet(tab)
+
+
 def test_several_golds_one_after_the_other(started, tmp_path):
     folder = make_run(tmp_path / "run", iterations=5, prompts=1, side=16)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

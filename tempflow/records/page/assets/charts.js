@@ -4,6 +4,8 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const palette = number => colour(`--c${number % 8}`);
+/** Lines beyond the eight colours are dashed, then dotted. */
+const dash = number => [undefined, [7, 4], [2, 3]][Math.floor(number / 8) % 3];
 const figure = value => value == null ? "" : Math.abs(value) >= 1e5 || (value && Math.abs(value) < 1e-3)
   ? value.toExponential(2) : String(+value.toPrecision(4));
 
@@ -118,7 +120,7 @@ function drawOver(host, spec, over) {
   });
   const alone = xs.length === 1;
   const series = lines.map((each, number) => ({label: each.words, stroke: palette(number), value: readout, spanGaps: true,
-    width: each.faint ? 1 : 1.6, alpha: each.faint ? 0.75 : 1, scale: each.right ? "right" : "y",
+    dash: dash(number), width: each.faint ? 1 : 1.6, alpha: each.faint ? 0.75 : 1, scale: each.right ? "right" : "y",
     points: {show: each.points || alone, size: 6, fill: palette(number)}}));
   const right = lines.some(each => each.right) ? [axis({scale: "right", side: 1, grid: {show: false}})] : [];
   plot(frame(host, spec.title, `Over ${over.words}: ${said.join("; ")}.`), {
