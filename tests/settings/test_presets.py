@@ -87,7 +87,7 @@ def test_presets_of_the_paper(name):
 
 
 def rows_of_iteration(name: str) -> int:
-    return Costs().of_iteration([name])(0)
+    return Costs().of_iteration(load([name]))(0)
 
 
 def test_the_default_run_takes_half_the_rows_of_digits():
