@@ -15,9 +15,9 @@ from pathlib import Path
 from tempflow.common.errors import BadInput
 from tempflow.common.say import say
 from tempflow.studies.compare.jobs import Job
-from tempflow.studies.compare.resolved import as_text, check_resolved, read_resolved, resolved, write_resolved
+from tempflow.studies.compare.resolved import Values, as_text, check_resolved, read_resolved, write_resolved
 from tempflow.studies.compare.results import RESULTS, Point, write_csv
-from tempflow.studies.compare.study import KEPT, Study, configuration
+from tempflow.studies.compare.study import KEPT, Study
 
 PLAIN = ("run", "seed", "iteration", "network_rows", "seconds")
 
@@ -40,7 +40,7 @@ def known_results(study: Study, jobs: Sequence[Job], folder: Path) -> dict[tuple
         BadInput: results in this folder cannot be read, or were made with other settings.
     """
     left = [job for job in jobs if not job.is_finished()]
-    own = _own(study, left, folder)
+    own = _own(jobs, left, folder)
     elsewhere = [_elsewhere(place) for place in sorted(folder.parent.glob("*")) if place != folder] if left else []
     found = {}
     for job in left:
@@ -51,11 +51,12 @@ def known_results(study: Study, jobs: Sequence[Job], folder: Path) -> dict[tuple
     return found
 
 
-def _own(study: Study, left: Sequence[Job], folder: Path) -> dict[tuple[str, int], Known]:
+def _own(jobs: Sequence[Job], left: Sequence[Job], folder: Path) -> dict[tuple[str, int], Known]:
     """(run, seed) -> results in this folder, whose runs have the settings that they were made with."""
     made_with = read_resolved(folder)
-    for run in (run for run in study.runs if run in made_with):
-        check_resolved(run, resolved(configuration(study, run)), made_with[run], folder)
+    for run, now in _settings(jobs).items():
+        if run in made_with:
+            check_resolved(run, now, made_with[run], folder)
     path = folder / RESULTS
     results = _by_run(path) if left and path.is_file() else {}
     for job in left:
@@ -63,6 +64,11 @@ def _own(study: Study, left: Sequence[Job], folder: Path) -> dict[tuple[str, int
             hint = f"nothing beside it says with what settings {job.run} was made; move it away to make all runs again"
             raise BadInput("study", path, hint)
     return results
+
+
+def _settings(jobs: Sequence[Job]) -> dict[str, Values]:
+    """Run -> what it is made with."""
+    return {job.run: json.loads(job.settings) for job in jobs if job.settings}
 
 
 def _elsewhere(place: Path) -> dict[tuple[str, int], Known]:
@@ -107,7 +113,7 @@ def keep_results(points: Sequence[Point], jobs: Sequence[Job], folder: Path) -> 
     """
     path, now = folder / RESULTS, {(point.run, point.seed) for point in points}
     before = {run: values for run, values in read_resolved(folder).items() if not isinstance(values, BadInput)}
-    settings = {job.run: json.loads(job.settings) for job in jobs if job.settings}
+    settings = _settings(jobs)
     own = {run: before.get(run, settings[run]) for run, _ in now if run in settings}
     left = path.is_file() and not all(job.is_finished() for job in jobs)
     stays = [point for point in read_results(path) if (point.run, point.seed) not in now] if left else []
