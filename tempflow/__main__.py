@@ -11,6 +11,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 from tempflow.common.errors import BadInput
+from tempflow.common.say import show
 from tempflow.common.stopping import DONE, WRONG, leave
 
 COMMANDS = {
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: the command's, or 2 for an unknown command."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(usage())
+        show(usage())
         return DONE
     name, *rest = arguments
     if name == "--version":

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from tempflow.common.errors import BadInput
-from tempflow.common.say import say
+from tempflow.common.say import leave_pipe, say
 from tempflow.common.stopping import STOPPED, WRONG
 
 CUT_OFF = 141
@@ -47,7 +46,7 @@ def end(work: Callable[[], int], interrupted: str = "interrupted") -> int:
         say(str(error))
         return WRONG
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
+        leave_pipe()
         return CUT_OFF
     except OSError as error:
         line = BadInput("file", error.filename, f"cannot be used ({error.strerror or error})")

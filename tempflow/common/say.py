@@ -17,3 +17,16 @@ def say(words: str, everywhere: bool = False) -> None:
     """Prints a line on standard error, in the first process only, or in whichever calls it."""
     if everywhere or is_first():
         print(f"tempflow: {words}", file=sys.stderr, flush=True)
+
+
+def show(text: str) -> None:
+    """Prints a text on standard output, for whoever still reads it: `--help | head` is no failure."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        leave_pipe()
+
+
+def leave_pipe() -> None:
+    """Sends standard output nowhere from now on, or the interpreter complains as it ends that its reader has gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

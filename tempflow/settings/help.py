@@ -8,7 +8,7 @@ from itertools import groupby
 from pathlib import Path
 
 from tempflow.common.errors import BadInput
-from tempflow.common.say import say
+from tempflow.common.say import say, show
 from tempflow.settings.fields import Config
 from tempflow.settings.names import described
 from tempflow.settings.reading import load, plain
@@ -52,7 +52,7 @@ def sentence(path: Path) -> str:
 def read_command_line(arguments: Sequence[str]) -> Config | int:
     """The settings of a command line; or an exit code, after help (0) or one line about wrong settings (2)."""
     if "--help" in arguments or "-h" in arguments:
-        print(help_text())
+        show(help_text())
         return 0
     try:
         return load(arguments)

@@ -1,5 +1,6 @@
 """The front door: every command tells at once what it takes, with a line that works."""
 
+import os
 import re
 import shlex
 import subprocess
@@ -50,6 +51,16 @@ for command in ["", *COMMANDS]:
     assert not found, f"tempflow {{command}} --help imports {{found}}"
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_whoever_reads_the_help_may_stop_reading(command):
+    reading, writing = os.pipe()
+    os.close(reading)  # gone before the first word, as `| true` is
+    arguments = [sys.executable, "-m", "tempflow", *([command] if command else []), "--help"]
+    ended = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    os.close(writing)
+    assert ended.stderr == ""
 
 
 def test_the_first_help_names_every_command(capsys):
