@@ -18,9 +18,10 @@ from tempflow.studies.compare import jobs as jobs_module
 from tempflow.studies.compare import make
 from tempflow.studies.compare.figures import draw_curves
 from tempflow.studies.compare.jobs import Job, Machine, make_jobs
+from tempflow.studies.compare.page import kinds_table
 from tempflow.studies.compare.pool import run_jobs
 from tempflow.studies.compare.results import Point, by_kind, contrast, curve, read_points, summarise
-from tempflow.studies.compare.statistics import interval, paired
+from tempflow.studies.compare.statistics import Interval, interval, paired
 from tempflow.studies.compare.study import SHIPPED, Study, open_folder, read_study
 
 FILE = {
@@ -158,8 +159,8 @@ def test_finals_by_kind_of_prompt_are_told_of_finished_runs(tmp_path):
     assert "Final gold by kind of prompt" in page and page.count("0.375 ± 1.588") == 1
     title, head, one, two = words.splitlines()[4:8]
     assert title == "Final gold by kind of prompt:"
-    assert head.split() == ["run", "counts", "pairs"] and two.split() == ["two"]
-    assert one.split() == ["one", "0.375", "±", "1.588", "1.000", "±", "0.000"]
+    assert head.split() == ["run", "seeds", "counts", "pairs"] and two.split() == ["two"]
+    assert one.split() == ["one", "2", "0.375", "±", "1.588", "1.000", "±", "0.000"]
     kept = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [row["gold/counts"] for row in kept] == ["0.0", "0.25", "0.0", "0.5", "", ""]
     (jobs[1].folder / "finished.json").unlink()
@@ -169,6 +170,8 @@ def test_finals_by_kind_of_prompt_are_told_of_finished_runs(tmp_path):
         file.write(json.dumps(last) + "\n")
     found = by_kind(read_points(jobs), jobs, "gold")
     assert not found["counts"] and found["pairs"]["one"].mean == 0.75, "no opinion at the last evaluation"
+    several = {"counts": {"one": Interval(0.5, 0.1, 3)}, "pairs": {"one": Interval(0.5, 0.1, 8)}}
+    assert [row[:2] for row in kinds_table(study, several).rows] == [["one", "3 to 8"], ["two", ""]]
     by_metric = summarise(read_points(jobs), jobs, "gold/pairs", 0.75, None)
     assert by_metric[0].final.mean == 0.75 and by_metric[0].reached == 1 and by_metric[1].final is None
 

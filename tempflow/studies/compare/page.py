@@ -97,9 +97,17 @@ def results_table(study: Study, summaries: Sequence[Summary]) -> Table:
 
 
 def kinds_table(study: Study, kinds: Mapping[str, Mapping[str, Interval]]) -> Table:
-    """A row per run, a column per kind of prompt. Kinds: kind -> run -> final metric."""
-    rows = [[run, *(found[run].describe() if run in found else "" for found in kinds.values())] for run in study.runs]
-    return Table(f"Final {study.metric} by kind of prompt", ["run", *kinds], rows if kinds else [])
+    """A row per run, a column per kind of prompt. Kinds: kind -> run -> final metric.
+
+    Seeds are counted again: results from before kinds were kept have none.
+    """
+    rows = []
+    for run in study.runs:
+        own = [found.get(run) for found in kinds.values()]
+        counts = sorted({found.count for found in own if found})
+        seeds = " to ".join(str(count) for count in dict.fromkeys([*counts[:1], *counts[-1:]]))
+        rows.append([run, seeds, *(found.describe() if found else "" for found in own)])
+    return Table(f"Final {study.metric} by kind of prompt", ["run", "seeds", *kinds], rows if kinds else [])
 
 
 def contrasts_table(study: Study, contrasts: Sequence[Contrast]) -> Table:
