@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from tempflow.common.errors import BadInput
-from tempflow.common.say import leave_pipe, say
+from tempflow.common.say import leave_pipe, say, show
 from tempflow.common.stopping import STOPPED, WRONG
 
 CUT_OFF = 141
@@ -27,6 +27,13 @@ class Parser(argparse.ArgumentParser):
         parts = [part for part in (epilog, example and f"example:\n  {example}") if part]
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(epilog="\n\n".join(parts) or None, **options)
+
+    def print_help(self, file: Any = None) -> None:
+        """As argparse's, for whoever still reads it."""
+        if file is None:
+            show(self.format_help())
+        else:
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         """Raises BadInput in place of argparse's own ending."""

@@ -58,7 +58,9 @@ def test_whoever_reads_the_help_may_stop_reading(command):
     reading, writing = os.pipe()
     os.close(reading)  # gone before the first word, as `| true` is
     arguments = [sys.executable, "-m", "tempflow", *([command] if command else []), "--help"]
-    ended = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, timeout=60)
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    ended = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered,
+                           timeout=60)  # fmt: skip
     os.close(writing)
     assert ended.stderr == ""
 

@@ -1,6 +1,7 @@
 """Presets: valid, consistent for the machines they name, and the published numbers where they claim to be published."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -91,18 +92,19 @@ def rows_of_iteration(name: str) -> int:
 
 
 def test_the_default_run_takes_half_the_rows_of_digits():
-    """As many trunks an iteration, of twice as many prompts; all else but weights, tails and iterations is the same."""
-    plain, even = load(["digits"]), load([])
-    assert (even.explore.prompts, even.explore.noises) == (2 * plain.explore.prompts, plain.explore.noises // 2)
-    assert even.explore.noises == 1 and (plain.tails.stride, even.tails.stride) == (1, 2)
-    whole, own = (rows_of_iteration(name) for name in ("digits", "digits_even"))
-    assert (whole, own) == (2400, 1536)
+    """In trunks and forks of its own, with weights by which early steps count more, and adapters on more layers."""
+    plain, own = load(["digits"]), load([])
+    assert (own.explore.prompts, own.explore.noises, own.explore.forks) == (32, 1, "first:3")
+    assert (plain.tails.stride, own.tails.stride) == (1, 2)
+    whole, rows = (rows_of_iteration(name) for name in ("digits", "digits_even"))
+    assert (whole, rows) == (2400, 1536)
     half = whole * plain.learn.iterations / 2
-    assert half - own < own * even.learn.iterations <= half
-    weights = even.objective.weighting
-    assert len(weights) == even.sample.steps - 1 and sum(weights) == pytest.approx(len(weights), rel=0.01)
+    assert half - rows < rows * own.learn.iterations <= half
+    weights = own.objective.weighting
+    assert len(weights) == own.sample.steps - 1 and sum(weights) == pytest.approx(len(weights), rel=0.01)
     assert sorted(weights, reverse=True) == weights and plain.objective.weighting == "noise"
-    assert all(getattr(plain, section) == getattr(even, section) for section in ("model", "sample", "credit", "reward"))
+    assert all(getattr(plain, section) == getattr(own, section) for section in ("sample", "credit", "reward", "eval"))
+    assert plain.model == replace(own.model, lora_targets=None) and plain.model.train == "lora"
 
 
 def test_a_run_on_digits_is_the_setting_of_its_study():
