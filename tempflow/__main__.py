@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return DONE
     name, *rest = arguments
     if name == "--version":
-        print(f"tempflow {version('tempflow')}")
+        show(f"tempflow {version('tempflow')}")
         return DONE
     if name not in COMMANDS:
         line = BadInput("command", name, f"no such command; choose one of {', '.join(COMMANDS)}")

@@ -31,7 +31,7 @@ class Parser(argparse.ArgumentParser):
     def print_help(self, file: Any = None) -> None:
         """As argparse's, for whoever still reads it."""
         if file is None:
-            show(self.format_help())
+            show(self.format_help().rstrip())
         else:
             super().print_help(file)
 

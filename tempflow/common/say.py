@@ -20,9 +20,11 @@ def say(words: str, everywhere: bool = False) -> None:
 
 
 def show(text: str) -> None:
-    """Prints a text on standard output, for whoever still reads it: `--help | head` is no failure."""
+    """Prints a text on standard output, in the first process only, for whoever still reads it: `--help | head` is no
+    failure."""
     try:
-        print(text, flush=True)
+        if is_first():
+            print(text, flush=True)
     except BrokenPipeError:
         leave_pipe()
 

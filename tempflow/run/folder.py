@@ -6,6 +6,7 @@ import json
 import os
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from tempflow.common.errors import BadInput
 from tempflow.common.files import write_atomically
@@ -14,7 +15,7 @@ from tempflow.records.rows import read_metrics
 from tempflow.run.checkpoint import checkpoints
 from tempflow.run.lock import NAME, FolderLock
 from tempflow.settings.fields import Config
-from tempflow.settings.reading import changeable_fields, read_values, to_yaml, validate
+from tempflow.settings.reading import changeable_fields, plain, read_values, to_yaml, validate
 
 SETTINGS, SAVED, METRICS, ERRORS = "config.yaml", "saved.json", "metrics.jsonl", "error*.txt"
 
@@ -118,8 +119,14 @@ def check_same_run(config: Config, folder: Path) -> None:
         for field, value in values.items():
             name = f"{section}.{field}"
             if name not in changeable and value != before[section][field]:
-                hint = f"the run in {config.run.dir} was started with {before[section][field]}; a resumed run keeps it"
-                raise BadInput(name, value, hint)
+                raise BadInput(name, value, _as_it_began(plain(before[section][field]), saved))
+
+
+def _as_it_began(value: Any, saved: Path) -> str:
+    """Why a setting cannot be another one, and how to go on."""
+    began = value if isinstance(value, str) else json.dumps(value)
+    going_on = f"`tempflow train {saved} run.resume=true` goes on with all its settings"
+    return f"the run in {saved.parent} was started with {began}; a resumed run keeps it: {going_on}"
 
 
 def _has_learnt(folder: Path) -> bool:

@@ -53,16 +53,21 @@ for command in ["", *COMMANDS]:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS])
-def test_whoever_reads_the_help_may_stop_reading(command):
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], *([command, "--help"] for command in COMMANDS)])
+def test_whoever_reads_the_help_may_stop_reading(arguments):
     reading, writing = os.pipe()
     os.close(reading)  # gone before the first word, as `| true` is
-    arguments = [sys.executable, "-m", "tempflow", *([command] if command else []), "--help"]
-    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
-    ended = subprocess.run(arguments, stdout=writing, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=buffered,
-                           timeout=60)  # fmt: skip
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}  # then the interpreter itself may complain as it ends
+    ended = subprocess.run([sys.executable, "-m", "tempflow", *arguments], stdout=writing, stderr=subprocess.PIPE,
+                           text=True, cwd=ROOT, env=buffered, timeout=60)  # fmt: skip
     os.close(writing)
-    assert ended.stderr == ""
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_help_is_printed_by_one_of_several_processes(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert not help_of(capsys, "train") and not help_of(capsys, "score")
 
 
 def test_the_first_help_names_every_command(capsys):

@@ -1,7 +1,6 @@
 """Presets: valid, consistent for the machines they name, and the published numbers where they claim to be published."""
 
 import re
-from dataclasses import replace
 
 import pytest
 import yaml
@@ -92,7 +91,7 @@ def rows_of_iteration(name: str) -> int:
 
 
 def test_the_default_run_takes_half_the_rows_of_digits():
-    """In trunks and forks of its own, with weights by which early steps count more, and adapters on more layers."""
+    """And has prompts, forks, tails and weights of its own; model, sampling, credit, reward and evaluation are theirs."""
     plain, own = load(["digits"]), load([])
     assert (own.explore.prompts, own.explore.noises, own.explore.forks) == (32, 1, "first:3")
     assert (plain.tails.stride, own.tails.stride) == (1, 2)
@@ -103,8 +102,8 @@ def test_the_default_run_takes_half_the_rows_of_digits():
     weights = own.objective.weighting
     assert len(weights) == own.sample.steps - 1 and sum(weights) == pytest.approx(len(weights), rel=0.01)
     assert sorted(weights, reverse=True) == weights and plain.objective.weighting == "noise"
-    assert all(getattr(plain, section) == getattr(own, section) for section in ("sample", "credit", "reward", "eval"))
-    assert plain.model == replace(own.model, lora_targets=None) and plain.model.train == "lora"
+    same = ("model", "sample", "credit", "reward", "eval")
+    assert all(getattr(plain, section) == getattr(own, section) for section in same)
 
 
 def test_a_run_on_digits_is_the_setting_of_its_study():

@@ -99,7 +99,7 @@ def results_table(study: Study, summaries: Sequence[Summary]) -> Table:
 def kinds_table(study: Study, kinds: Mapping[str, Mapping[str, Interval]]) -> Table:
     """A row per run, a column per kind of prompt. Kinds: kind -> run -> final metric.
 
-    Seeds are counted again: results from before kinds were kept have none.
+    It has its own count of seeds: of runs made before scores by kind were kept there are none.
     """
     rows = []
     for run in study.runs:
