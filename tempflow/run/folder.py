@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -125,7 +126,7 @@ def check_same_run(config: Config, folder: Path) -> None:
 def _as_it_began(value: Any, saved: Path) -> str:
     """Why a setting cannot be another one, and how to go on."""
     began = value if isinstance(value, str) else json.dumps(value)
-    going_on = f"`tempflow train {saved} run.resume=true` goes on with all its settings"
+    going_on = f"`tempflow train {shlex.quote(str(saved))} run.resume=true` goes on with all its settings"
     return f"the run in {saved.parent} was started with {began}; a resumed run keeps it: {going_on}"
 
 

@@ -1,5 +1,6 @@
 """What a resumed run may change, what several processes cannot share, and who stops when one process fails."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,16 @@ def test_what_was_learnt_with_stays(begun, change):
     with pytest.raises(BadInput) as caught:
         check_folder(load(["digits", f"run.dir={begun}", "run.resume=true", change]))
     assert caught.value.field == change.partition("=")[0]
+
+
+@pytest.mark.parametrize(("change", "before"), [("learn.lr=0.1", "0.003"), ("model.lora_targets=[attn.to_q]", "null"),
+                                                ("explore.forks=first:2", "all")])  # fmt: skip
+def test_who_cannot_go_on_is_told_how_the_run_began_and_a_command_that_does(begun, change, before):
+    """As after a release whose preset says something else."""
+    with pytest.raises(BadInput, match=f"started with {before};") as caught:
+        check_folder(load(["digits", f"run.dir={begun}", "run.resume=true", change]))
+    command = re.search(r"`tempflow train (.+)`", caught.value.hint)[1].split()
+    assert check_folder(load(command)).run.dir == str(begun)
 
 
 def test_what_changes_no_result_may_change(begun):
