@@ -91,7 +91,7 @@ def rows_of_iteration(name: str) -> int:
 
 
 def test_the_default_run_takes_half_the_rows_of_digits():
-    """And has prompts, forks, tails and weights of its own; model, sampling, credit, reward, evaluation are the same."""
+    """And has prompts, forks, tails and weights of its own; model, sampling, credit, reward and evaluation stay."""
     plain, own = load(["digits"]), load([])
     assert (own.explore.prompts, own.explore.noises, own.explore.forks) == (32, 1, "first:3")
     assert (plain.tails.stride, own.tails.stride) == (1, 2)
