@@ -31,7 +31,7 @@ RENAMED = {
 
 def test_without_a_name_the_stack_is_the_default_run_and_methods_alone_lie_on_digits():
     assert load([]) == load(["digits_even"]) != load(["digits"])
-    assert load(["flow_grpo"]) == load(["digits", "flow_grpo"]) and load(["learn.lr=1e-4"]).explore.prompts == 24
+    assert load(["flow_grpo"]) == load(["digits", "flow_grpo"]) and load(["learn.lr=1e-4"]).explore.prompts == 32
 
 
 def test_overrides_are_typed():
